@@ -1,0 +1,317 @@
+"""CADA configuration: the vision tower, the text stack, and the two together with the losses."""
+
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+def _reject_typing_errors(config: PreTrainedConfig, unknown: dict) -> None:
+    """`@strict` accepts unknown keys, so `hiden_size=64` would be ignored without a word. Name it instead."""
+    fields = list(type(config).__dataclass_fields__)
+    for key in unknown:
+        if key.startswith("_") or hasattr(type(config), key):
+            continue
+        close = difflib.get_close_matches(key, fields, n=1, cutoff=0.8)
+        if close:
+            raise ValueError(f"{type(config).__name__} has no field `{key}`. Did you mean `{close[0]}`?")
+
+
+def _require_positive(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{type(config).__name__}: `{name}` is {getattr(config, name)}. Give a number above 0.")
+
+
+def _require_heads(config: PreTrainedConfig) -> None:
+    if config.hidden_size % config.num_attention_heads != 0:
+        raise ValueError(
+            f"{type(config).__name__}: `hidden_size` ({config.hidden_size}) is not a multiple of "
+            f"`num_attention_heads` ({config.num_attention_heads}). Change one of the two."
+        )
+
+
+@strict
+class CADAVisionConfig(PreTrainedConfig):
+    r"""
+    The vision tower, a ViT with a class token. The defaults are ViT-B/16 at 224×224.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the patch states.
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of the MLP.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of attention heads; has to divide `hidden_size`.
+        num_channels (`int`, *optional*, defaults to 3):
+            Number of image channels.
+        image_size (`int` or `(height, width)`, *optional*, defaults to 224):
+            Size of the input image in pixels. Pedestrian crops are often taller than wide: `(384, 128)`.
+        patch_size (`int`, *optional*, defaults to 16):
+            Side of a square patch in pixels; has to divide both sides of the image.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLP.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the layer norms.
+        attention_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the attention probabilities.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the random weights.
+
+    ```python
+    >>> from configuration_cada import CADAVisionConfig
+    >>> CADAVisionConfig(image_size=(384, 128)).grid_size
+    (24, 8)
+    ```
+    """
+
+    model_type = "cada_vision_model"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        _reject_typing_errors(self, kwargs)
+        super().__post_init__(**kwargs)
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Input size as (height, width) in pixels."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return tuple(self.image_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Number of patches as (rows, columns)."""
+        height, width = self.image_height_width
+        return height // self.patch_size, width // self.patch_size
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        _require_positive(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+        _require_heads(self)
+        if not isinstance(self.image_size, int) and len(self.image_size) != 2:
+            raise ValueError(
+                f"CADAVisionConfig: `image_size` is {self.image_size}. Give one number or (height, width)."
+            )
+        height, width = self.image_height_width
+        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"CADAVisionConfig: `patch_size` ({self.patch_size}) does not divide `image_size` "
+                f"({height}×{width}). Choose sides that are multiples of the patch."
+            )
+
+
+@strict
+class CADATextConfig(PreTrainedConfig):
+    r"""
+    The text stack, a BERT. It is the text encoder and, with cross-attention to the image, the decoder.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 30524):
+            Number of word pieces: `bert-base-uncased` plus `[DEC]` and `[ENC]`, as in BLIP.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the token states.
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of the MLP.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number of layers.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Number of attention heads; has to divide `hidden_size`.
+        max_position_embeddings (`int`, *optional*, defaults to 512):
+            Longest text in tokens.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLP.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout on embeddings and on the output of attention and MLP.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1):
+            Dropout on the attention probabilities.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-12):
+            Epsilon of the layer norms.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the random weights.
+        pad_token_id (`int`, *optional*, defaults to 0):
+            Id of `[PAD]`.
+        enc_token_id (`int`, *optional*, defaults to 30523):
+            Id of `[ENC]`, which takes the place of `[CLS]` when the stack works as decoder.
+        add_cross_attention (`bool`, *optional*, defaults to `True`):
+            Whether the layers have cross-attention. [`CADAConfig`] sets it: a model without ATP and ARA has none.
+        encoder_hidden_size (`int`, *optional*, defaults to 768):
+            Width of the states that cross-attention reads. [`CADAConfig`] sets it to the width of the vision tower.
+    """
+
+    model_type = "cada_text_model"
+    base_config_key = "text_config"
+
+    vocab_size: int = 30524
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 512
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    enc_token_id: int = 30523
+    add_cross_attention: bool = True
+    encoder_hidden_size: int = 768
+
+    def __post_init__(self, **kwargs):
+        _reject_typing_errors(self, kwargs)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        _require_positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        _require_heads(self)
+        for name in ("enc_token_id", "pad_token_id"):
+            token_id = getattr(self, name)
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"CADATextConfig: `{name}` ({token_id}) is outside the vocabulary of `vocab_size` "
+                    f"{self.vocab_size}. Use the id that your tokenizer gives, and its length as `vocab_size`."
+                )
+
+
+@strict
+class CADAConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`CADAModel`] and [`CADAForTextToImageRetrieval`] (CADA, arXiv 2312.01745). The defaults are the
+    paper's; `contrastive_loss="ndf_reference"`, `hard_negative_similarity="dot"`, `match_score="logit"`,
+    `mask_unit="word"`, `mask_rate=0.4` and `ara_causal=True` give the authors' published code, which differs from it.
+
+    Args:
+        vision_config (`dict` or `CADAVisionConfig`, *optional*):
+            The vision tower.
+        text_config (`dict` or `CADATextConfig`, *optional*):
+            The text stack.
+        projection_dim (`int`, *optional*, defaults to 256):
+            Width d of the shared space of equation (1).
+        temperature (`float`, *optional*, defaults to 0.02):
+            Temperature τ of equation (1).
+        max_text_length (`int`, *optional*, defaults to 73):
+            Longest text in tokens: the first token and M = 72 others, which equation (4) cuts in groups.
+        group_size (`int`, *optional*, defaults to 36):
+            Number s of token states in a group of equation (4).
+        group_stride (`int`, *optional*, defaults to 36):
+            Step from one group to the next.
+        pool_padding (`bool`, *optional*, defaults to `True`):
+            Whether the mean of a group counts padding positions, as the paper's code does. `False` takes real tokens
+            only and leaves empty groups out of the loss.
+        contrastive_loss (`"ndf"`, `"ndf_reference"` or `"cmpm"`, *optional*, defaults to `"ndf"`):
+            Equation (2), its form in the authors' code, or the baseline of the ablation (Zhang and Lu, ECCV 2018).
+        hard_negative_similarity (`"cosine"` or `"dot"`, *optional*, defaults to `"cosine"`):
+            Similarity that chooses the negatives of ATP: of normalised, or of unnormalised features.
+        match_score (`"probability"` or `"logit"`, *optional*, defaults to `"probability"`):
+            Form of the local score S_L: probability, or logit, of the class "match".
+        mask_unit (`"phrase"` or `"word"`, *optional*, defaults to `"phrase"`):
+            What ARA masks: whole attribute phrases, or single adjectives and nouns.
+        mask_rate (`float`, *optional*, defaults to 0.8):
+            Share of the attribute units that ARA masks.
+        use_atp (`bool`, *optional*, defaults to `True`):
+            Whether the model has the match heads and the loss of equation (5).
+        use_ara (`bool`, *optional*, defaults to `True`):
+            Whether the model has the vocabulary head and the loss of equation (7).
+        ara_weight (`float`, *optional*, defaults to 0.1):
+            Weight β of equation (8).
+        ara_causal (`bool`, *optional*, defaults to `False`):
+            Whether a masked token reads earlier tokens only, as in the authors' code, whose ARA stack is a causal
+            decoder. The paper's decoder reads the whole text.
+        rerank_k (`int`, *optional*, defaults to 32):
+            Number K of candidates of global matching that local matching ranks again.
+
+    ```python
+    >>> from configuration_cada import CADAConfig
+    >>> config = CADAConfig(vision_config={"image_size": (384, 128)}, projection_dim=256)
+    >>> config.num_groups
+    2
+    ```
+    """
+
+    model_type = "cada"
+    sub_configs_defaults = {"vision_config": CADAVisionConfig, "text_config": CADATextConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 256
+    temperature: float = 0.02
+    max_text_length: int = 73
+    group_size: int = 36
+    group_stride: int = 36
+    pool_padding: bool = True
+    contrastive_loss: str = "ndf"
+    hard_negative_similarity: str = "cosine"
+    match_score: str = "probability"
+    mask_unit: str = "phrase"
+    mask_rate: float = 0.8
+    use_atp: bool = True
+    use_ara: bool = True
+    ara_weight: float = 0.1
+    ara_causal: bool = False
+    rerank_k: int = 32
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        _reject_typing_errors(self, kwargs)
+        super().__post_init__(**kwargs)
+        # The decoder reads the patch states, so these two fields follow from the rest.
+        self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        self.text_config.add_cross_attention = self.use_atp or self.use_ara
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups of token states in equation (4)."""
+        return (self.max_text_length - 1 - self.group_size) // self.group_stride + 1
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        choices = {
+            "contrastive_loss": ("ndf", "ndf_reference", "cmpm"),
+            "hard_negative_similarity": ("cosine", "dot"),
+            "match_score": ("probability", "logit"),
+            "mask_unit": ("phrase", "word"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"CADAConfig: `{name}` is {getattr(self, name)!r}. Choose one of {allowed}.")
+        _require_positive(self, "projection_dim", "temperature", "group_size", "group_stride", "rerank_k")
+        if not 0 <= self.mask_rate <= 1:
+            raise ValueError(f"CADAConfig: `mask_rate` is {self.mask_rate}. Give a share between 0 and 1.")
+        if self.ara_weight < 0:
+            raise ValueError(f"CADAConfig: `ara_weight` is {self.ara_weight}. Give 0 or more.")
+        states = self.max_text_length - 1
+        if self.group_size > states or (states - self.group_size) % self.group_stride:
+            raise ValueError(
+                f"CADAConfig: groups of `group_size` {self.group_size} at `group_stride` {self.group_stride} do not "
+                f"fit the {states} token states (`max_text_length` - 1). Choose them so that group_size + "
+                f"n * group_stride = {states} for a whole n."
+            )
+        positions = self.text_config.max_position_embeddings
+        if self.max_text_length > positions:
+            raise ValueError(
+                f"CADAConfig: `max_text_length` ({self.max_text_length}) is above the text stack's "
+                f"`max_position_embeddings` ({positions}). Lower the first or raise the second."
+            )
+
+
+CADAVisionConfig.register_for_auto_class()
+CADATextConfig.register_for_auto_class()
+CADAConfig.register_for_auto_class()
+
+__all__ = ["CADAConfig", "CADATextConfig", "CADAVisionConfig"]

@@ -1,0 +1,168 @@
+"""The losses of CADA (arXiv 2312.01745) as pure functions of tensors. Equation numbers are the paper's."""
+
+import torch
+import torch.nn.functional as F
+
+
+EPSILON = 1e-8
+
+
+def positive_pairs(row_ids: torch.Tensor, column_ids: torch.Tensor) -> torch.Tensor:
+    """Boolean matrix y of shape `(rows, columns)`: true where both sides show the same person."""
+    return row_ids[:, None] == column_ids[None, :]
+
+
+def _target_distribution(positives: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    targets = positives.to(dtype)
+    return targets / targets.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def ndf_loss(similarity: torch.Tensor, positives: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Equation (2): symmetric Kullback-Leibler divergence between the distribution of matching scores and the true one,
+    mean over both directions.
+
+    Args:
+        similarity: cosine similarities `(images, texts)`.
+        positives: boolean `(images, texts)`, true for the same person.
+        temperature: τ of equation (1).
+
+    Returns:
+        A scalar.
+    """
+
+    def one_direction(scores: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+        log_p = F.log_softmax(scores / temperature, dim=1)
+        q = _target_distribution(same, scores.dtype)
+        return ((log_p.exp() - q) * (log_p - torch.log(q + EPSILON))).sum(dim=1).mean()
+
+    return (one_direction(similarity, positives) + one_direction(similarity.t(), positives.t())) / 2
+
+
+def ndf_reference_loss(similarity: torch.Tensor, positives: torch.Tensor, temperature: float) -> torch.Tensor:
+    """
+    Equation (2) as the authors' code computes it: both divergences averaged over all entries instead of summed over
+    a row, plus the cross entropy of the soft labels. Arguments as in [`ndf_loss`].
+    """
+
+    def one_direction(scores: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+        log_p = F.log_softmax(scores / temperature, dim=1)
+        q = _target_distribution(same, scores.dtype)
+        divergence = ((log_p.exp() - q) * (log_p - torch.log(q + EPSILON))).mean()
+        return divergence - (q * log_p).sum(dim=1).mean()
+
+    return (one_direction(similarity, positives) + one_direction(similarity.t(), positives.t())) / 2
+
+
+def cmpm_loss(image_features: torch.Tensor, text_features: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-modal projection matching (Zhang and Lu, ECCV 2018), the baseline of the paper's ablation: KL(p‖q) with p the
+    softmax of one modality projected on the normalised other one. Both directions are added.
+
+    Args:
+        image_features, text_features: unnormalised features `(images, d)`, `(texts, d)`.
+        positives: boolean `(images, texts)`.
+    """
+
+    def one_direction(features: torch.Tensor, others: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+        log_p = F.log_softmax(features @ F.normalize(others, dim=-1).t(), dim=1)
+        q = _target_distribution(same, features.dtype)
+        return (log_p.exp() * (log_p - torch.log(q + EPSILON))).sum(dim=1).mean()
+
+    return one_direction(image_features, text_features, positives) + one_direction(
+        text_features, image_features, positives.t()
+    )
+
+
+def draw_negatives(
+    similarity: torch.Tensor, positives: torch.Tensor, temperature: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The negative of every row for equation (5): a column that shows another person.
+
+    Args:
+        similarity: `(rows, columns)`.
+        positives: boolean `(rows, columns)`, true for the same person.
+        temperature:
+            `None` takes the hardest, the highest similarity. A number T draws a column with probability
+            softmax(similarity / T): any of them where T is large, the hardest where it is small.
+
+    Returns:
+        Column indices `(rows,)` and a boolean `(rows,)`, false where the batch holds no other person.
+    """
+    scores = similarity.detach().float().masked_fill(positives, float("-inf"))
+    exists = ~positives.all(dim=1)
+    if temperature is None:
+        return scores.argmax(dim=1), exists
+    # The Gumbel maximum draws from softmax(scores / T) and is safe for rows of -inf alone.
+    noise = -torch.log(-torch.log(torch.rand_like(scores).clamp(min=1e-20, max=1 - 1e-7)))
+    return (scores / temperature + noise).argmax(dim=1), exists
+
+
+def group_states(
+    states: torch.Tensor, attention_mask: torch.Tensor, size: int, stride: int, pool_padding: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Equation (4): means of groups of decoder states.
+
+    Args:
+        states: `(pairs, 1 + M, hidden)`; the first state, e_cls, belongs to no group.
+        attention_mask: `(pairs, 1 + M)`, 1 for real tokens.
+        size, stride: of a group, in tokens.
+        pool_padding: whether padding positions count in the mean.
+
+    Returns:
+        Group means `(pairs, groups, hidden)` and a boolean `(pairs, groups)`, true for groups that count.
+    """
+    windows = states[:, 1:].unfold(1, size, stride)  # (pairs, groups, hidden, size)
+    real = attention_mask[:, 1:].unfold(1, size, stride).to(states.dtype)  # (pairs, groups, size)
+    if pool_padding:
+        return windows.mean(dim=-1), torch.ones_like(real[..., 0], dtype=torch.bool)
+    count = real.sum(dim=-1)
+    means = (windows * real[:, :, None]).sum(dim=-1) / count[..., None].clamp(min=1)
+    return means, count > 0
+
+
+def atp_loss(
+    match_logits: torch.Tensor, group_logits: torch.Tensor, group_mask: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """
+    Equation (5): cross entropy of match against no match, for e_cls plus for the groups.
+
+    Args:
+        match_logits: `(pairs, 2)`, from e_cls.
+        group_logits: `(pairs, groups, 2)`.
+        group_mask: boolean `(pairs, groups)`, true for groups that count.
+        labels: `(pairs,)`, 1 for a match.
+    """
+    loss = F.cross_entropy(match_logits.float(), labels)
+    per_group = F.cross_entropy(
+        group_logits.float().flatten(0, 1), labels.repeat_interleave(group_logits.shape[1]), reduction="none"
+    )
+    counts = group_mask.flatten().to(per_group.dtype)
+    return loss + (per_group * counts).sum() / counts.sum().clamp(min=1)
+
+
+def ara_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Equation (7): cross entropy of the masked attribute tokens. Zero, with a gradient, where nothing is masked.
+
+    Args:
+        logits: `(masked, vocabulary)`, at masked positions only.
+        labels: `(masked,)`, the ids that were masked.
+    """
+    if labels.numel() == 0:
+        return logits.float().sum()
+    return F.cross_entropy(logits.float(), labels)
+
+
+__all__ = [
+    "ara_loss",
+    "atp_loss",
+    "cmpm_loss",
+    "draw_negatives",
+    "group_states",
+    "ndf_loss",
+    "ndf_reference_loss",
+    "positive_pairs",
+]

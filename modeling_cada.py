@@ -1,0 +1,827 @@
+"""PyTorch CADA: Cross-Modal Adaptive Dual Association for text-to-image person retrieval (arXiv 2312.01745)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+
+try:
+    from .configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
+    from .losses_cada import (
+        ara_loss,
+        atp_loss,
+        cmpm_loss,
+        draw_negatives,
+        group_states,
+        ndf_loss,
+        ndf_reference_loss,
+        positive_pairs,
+    )
+except ImportError:
+    if __package__:
+        raise
+    from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
+    from losses_cada import (
+        ara_loss,
+        atp_loss,
+        cmpm_loss,
+        draw_negatives,
+        group_states,
+        ndf_loss,
+        ndf_reference_loss,
+        positive_pairs,
+    )
+
+
+@dataclass
+class CADAOutput(ModelOutput):
+    r"""
+    Output of [`CADAModel`] and [`CADAForTextToImageRetrieval`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `person_ids`):
+            Equation (8): `loss_ndf + loss_atp + ara_weight * loss_ara`.
+        loss_ndf (`torch.FloatTensor` of shape `()`, *optional*):
+            Contrastive loss, equation (2).
+        loss_atp (`torch.FloatTensor` of shape `()`, *optional*):
+            Association of text tokens to image patches, equation (5).
+        loss_ara (`torch.FloatTensor` of shape `()`, *optional*, returned with `masked_input_ids` and `labels`):
+            Association of image regions to text attributes, equation (7).
+        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`):
+            Cosine similarity of equation (1), divided by the temperature.
+        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`):
+            The same, transposed.
+        image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`):
+            Normalised image features.
+        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`):
+            Normalised text features.
+        vision_model_output (`BaseModelOutputWithPooling`):
+            Output of the vision tower: patch states, v_cls.
+        text_model_output (`BaseModelOutputWithPoolingAndCrossAttentions`):
+            Output of the text stack as encoder: token states, t_cls.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_ndf: torch.FloatTensor | None = None
+    loss_atp: torch.FloatTensor | None = None
+    loss_ara: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
+
+    def to_tuple(self) -> tuple[Any]:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """
+    Tensors of all processes, one after the other. The backward pass adds what every process computed for this
+    process's part, so that the mean that DDP takes afterwards is the gradient of the loss over the global batch.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.rows = tensor.shape[0]
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        start = ctx.rows * dist.get_rank()
+        return grad[start : start + ctx.rows]
+
+
+def gather_batch(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes `(processes * rows, ...)`, with gradient; every process must hold equally many."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    return _GatherWithGradient.apply(tensor)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention over `(batch, heads, length, head_dim)`; also returns the probabilities."""
+    weights = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class CADAAttention(nn.Module):
+    """Multi-head attention through the attention interface of transformers."""
+
+    def __init__(self, config: CADAVisionConfig | CADATextConfig, key_value_size: int, dropout: float):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = dropout
+        self.is_causal = False  # read by the attention interface where a call does not say otherwise
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(key_value_size, config.hidden_size)
+        self.v_proj = nn.Linear(key_value_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        key_value_index: torch.Tensor | None = None,
+        is_causal: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Queries from `hidden_states` `(batch, length, hidden)`; keys and values from `key_value_states`, by default the
+        same. With `key_value_index` `(batch,)` row b reads `key_value_states[key_value_index[b]]`: keys and values are
+        computed once for each of those rows, however many queries use them.
+        """
+        source = hidden_states if key_value_states is None else key_value_states
+        query, key, value = self._heads(self.q_proj(hidden_states)), self.k_proj(source), self.v_proj(source)
+        if key_value_index is not None:
+            key, value = key.index_select(0, key_value_index), value.index_select(0, key_value_index)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            self._heads(key),
+            self._heads(value),
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class CADAVisionAttention(CADAAttention):
+    """Patches read patches."""
+
+
+class CADATextSelfAttention(CADAAttention):
+    """Tokens read tokens."""
+
+
+class CADATextCrossAttention(CADAAttention):
+    """Tokens read image patches."""
+
+
+class CADAMLP(nn.Module):
+    def __init__(self, config: CADAVisionConfig | CADATextConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class CADAVisionEmbeddings(nn.Module):
+    """Patches, class token and learned positions."""
+
+    def __init__(self, config: CADAVisionConfig):
+        super().__init__()
+        self.config = config
+        rows, columns = config.grid_size
+        self.class_embedding = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Parameter(torch.zeros(1, rows * columns + 1, config.hidden_size))
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
+        """Position embeddings `(1, 1 + patches, hidden)` for an image of another size, by bicubic interpolation."""
+        rows, columns = self.config.grid_size
+        grid = self.position_embedding[:, 1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+        size = (height // self.config.patch_size, width // self.config.patch_size)
+        grid = F.interpolate(grid.float(), size=size, mode="bicubic", align_corners=False).to(grid.dtype)
+        return torch.cat([self.position_embedding[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        height, width = pixel_values.shape[-2:]
+        if interpolate_pos_encoding:
+            positions = self.interpolate_pos_encoding(height, width)
+        elif (height, width) != self.config.image_height_width:
+            raise ValueError(
+                f"`pixel_values` are {height}×{width}, but the model takes images of "
+                f"{'×'.join(map(str, self.config.image_height_width))}. Set the image processor's `size`, "
+                "or pass `interpolate_pos_encoding=True`."
+            )
+        else:
+            positions = self.position_embedding
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        return torch.cat([self.class_embedding.expand(patches.shape[0], -1, -1), patches], dim=1) + positions
+
+
+class CADAVisionLayer(GradientCheckpointingLayer):
+    """A ViT layer: the norms come before attention and MLP."""
+
+    def __init__(self, config: CADAVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = CADAVisionAttention(config, config.hidden_size, config.attention_dropout)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CADAMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class CADATextEmbeddings(nn.Module):
+    """Words and learned positions."""
+
+    def __init__(self, config: CADATextConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        length = input_ids.shape[1]
+        if length > self.position_embeddings.num_embeddings:
+            raise ValueError(
+                f"A text of {length} tokens is longer than `max_position_embeddings` "
+                f"({self.position_embeddings.num_embeddings}). Let the processor truncate it."
+            )
+        positions = torch.arange(length, device=input_ids.device)
+        return self.dropout(
+            self.layer_norm(self.word_embeddings(input_ids) + self.position_embeddings(positions)[None])
+        )
+
+
+class CADATextLayer(GradientCheckpointingLayer):
+    """A BERT layer: the norms come after self-attention, cross-attention (decoder only) and MLP."""
+
+    def __init__(self, config: CADATextConfig):
+        super().__init__()
+        size, eps, dropout = config.hidden_size, config.layer_norm_eps, config.attention_probs_dropout_prob
+        self.self_attn = CADATextSelfAttention(config, size, dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(size, eps=eps)
+        if config.add_cross_attention:
+            self.cross_attn = CADATextCrossAttention(config, config.encoder_hidden_size, dropout)
+            self.cross_attn_layer_norm = nn.LayerNorm(size, eps=eps)
+        self.mlp = CADAMLP(config)
+        self.mlp_layer_norm = nn.LayerNorm(size, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_index: torch.Tensor | None = None,
+        num_queries: int | None = None,
+        is_causal: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        # `num_queries` first positions are computed, the others only serve as keys and values.
+        queries = hidden_states[:, :num_queries]
+        output, _ = self.self_attn(queries, attention_mask, hidden_states, is_causal=is_causal, **kwargs)
+        hidden_states = self.self_attn_layer_norm(self.dropout(output) + queries)
+        if encoder_hidden_states is not None:
+            output, _ = self.cross_attn(hidden_states, None, encoder_hidden_states, encoder_index, **kwargs)
+            hidden_states = self.cross_attn_layer_norm(self.dropout(output) + hidden_states)
+        return self.mlp_layer_norm(self.dropout(self.mlp(hidden_states)) + hidden_states)
+
+
+class CADAPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading."""
+
+    config: CADAConfig
+    base_model_prefix = "cada"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CADAVisionEmbeddings", "CADATextEmbeddings", "CADAVisionLayer", "CADATextLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, CADAVisionEmbeddings):
+            std = module.config.initializer_range
+            init.trunc_normal_(module.class_embedding, std=std)
+            init.trunc_normal_(module.position_embedding, std=std)
+        elif isinstance(module, CADAVocabularyHead):
+            init.zeros_(module.bias)
+
+
+class CADAVisionModel(CADAPreTrainedModel):
+    """The vision tower: a ViT with a class token."""
+
+    config: CADAVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+    _can_record_outputs = {"hidden_states": CADAVisionLayer, "attentions": CADAVisionAttention}
+
+    def __init__(self, config: CADAVisionConfig):
+        super().__init__(config)
+        self.embeddings = CADAVisionEmbeddings(config)
+        self.layers = nn.ModuleList([CADAVisionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`):
+                Normalised images.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Whether to accept another image size than the configured one.
+
+        Returns:
+            `last_hidden_state` `(images, 1 + patches, hidden)`: v_cls, v_1..v_N; `pooler_output` `(images, hidden)`:
+            v_cls.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.post_layernorm(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0])
+
+
+class CADATextModel(CADAPreTrainedModel):
+    """The text stack: text encoder, and with `encoder_hidden_states` the cross-attention decoder. Same weights."""
+
+    config: CADATextConfig
+    input_modalities = ("text",)
+    _input_embed_layer = "word_embeddings"
+    _can_record_outputs = {
+        "hidden_states": CADATextLayer,
+        "attentions": CADATextSelfAttention,
+        "cross_attentions": CADATextCrossAttention,
+    }
+
+    def __init__(self, config: CADATextConfig):
+        super().__init__(config)
+        self.embeddings = CADATextEmbeddings(config)
+        self.layers = nn.ModuleList([CADATextLayer(config) for _ in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_index: torch.LongTensor | None = None,
+        num_queries: int | None = None,
+        is_causal: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(texts, length)`):
+                Word pieces.
+            attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
+                1 for real tokens, 0 for padding.
+            encoder_hidden_states (`torch.FloatTensor` of shape `(images, 1 + patches, vision hidden)`, *optional*):
+                Patch states that the tokens read. With them the stack is the decoder.
+            encoder_index (`torch.LongTensor` of shape `(texts,)`, *optional*):
+                The image that each text reads; by default text i reads image i.
+            num_queries (`int`, *optional*):
+                How many first positions the last layer computes. By default all.
+            is_causal (`bool`, *optional*, defaults to `False`):
+                Whether a token reads itself and earlier tokens only.
+
+        Returns:
+            `last_hidden_state` `(texts, num_queries or length, hidden)`; `pooler_output` `(texts, hidden)`, the first
+            state.
+        """
+        if encoder_hidden_states is not None and not self.config.add_cross_attention:
+            raise ValueError("This text stack has no cross-attention. Set `use_atp` or `use_ara` in CADAConfig.")
+        hidden_states = self.embeddings(input_ids)
+        if is_causal:
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
+            )
+        else:
+            mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+        for layer in self.layers[:-1]:
+            hidden_states = layer(
+                hidden_states, mask, encoder_hidden_states, encoder_index, is_causal=is_causal, **kwargs
+            )
+        if num_queries is not None:
+            mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states[:, :num_queries],
+                attention_mask=attention_mask,
+                encoder_hidden_states=hidden_states,
+            )
+        hidden_states = self.layers[-1](
+            hidden_states, mask, encoder_hidden_states, encoder_index, num_queries, is_causal=is_causal, **kwargs
+        )
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
+        )
+
+
+class CADAModel(CADAPreTrainedModel):
+    """Both towers and their projections to the shared space: global matching, equation (1)."""
+
+    def __init__(self, config: CADAConfig):
+        super().__init__(config)
+        self.vision_model = CADAVisionModel._from_config(config.vision_config)
+        self.text_model = CADATextModel._from_config(config.text_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        r"""
+        Output of the text encoder with the projected, not normalised features `(texts, projection_dim)` as
+        `pooler_output`.
+        """
+        outputs = self.text_model(input_ids, attention_mask, return_dict=True, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Output of the vision tower with the projected, not normalised features `(images, projection_dim)` as
+        `pooler_output`.
+        """
+        outputs = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CADAOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(texts, length)`):
+                Word pieces of the captions.
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`):
+                Normalised images.
+            attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
+                1 for real tokens, 0 for padding.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Whether to accept another image size than the configured one.
+
+        Returns:
+            [`CADAOutput`] without losses.
+        """
+        vision_outputs = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+        text_outputs = self.text_model(input_ids, attention_mask, return_dict=True, **kwargs)
+        image_embeds = F.normalize(self.visual_projection(vision_outputs.pooler_output), dim=-1)
+        text_embeds = F.normalize(self.text_projection(text_outputs.pooler_output), dim=-1)
+        logits_per_text = text_embeds @ image_embeds.t() / self.config.temperature
+        return CADAOutput(
+            logits_per_image=logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            vision_model_output=vision_outputs,
+            text_model_output=text_outputs,
+        )
+
+
+class CADAVocabularyHead(nn.Module):
+    """BERT's head of masked language modelling. Its output weights are the word embeddings."""
+
+    def __init__(self, config: CADATextConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states)))) + self.bias
+
+
+class CADAForTextToImageRetrieval(CADAPreTrainedModel):
+    """CADA with its three losses for training, and with global and local matching for retrieval."""
+
+    _tied_weights_keys = {"vocabulary_head.decoder.weight": "cada.text_model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: CADAConfig):
+        super().__init__(config)
+        self.cada = CADAModel(config)
+        hidden_size = config.text_config.hidden_size
+        # A switched-off loss leaves no weights behind: the ablation counts parameters, and DDP wants all of them used.
+        if config.use_atp:
+            self.match_head = nn.Linear(hidden_size, 2)
+            self.group_match_head = nn.Linear(hidden_size, 2)
+        self.vocabulary_head = CADAVocabularyHead(config.text_config) if config.use_ara else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.cada.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.cada.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.vocabulary_head.decoder if self.config.use_ara else None
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        self.vocabulary_head.decoder = new_embeddings
+
+    def get_text_features(self, *args, **kwargs):
+        """As [`CADAModel.get_text_features`]."""
+        return self.cada.get_text_features(*args, **kwargs)
+
+    def get_image_features(self, *args, **kwargs):
+        """As [`CADAModel.get_image_features`]."""
+        return self.cada.get_image_features(*args, **kwargs)
+
+    def encode_images(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """Patch states `(images, 1 + patches, hidden)` of `pixel_values`, the input of [`match`]."""
+        return self.cada.vision_model(pixel_values, return_dict=True, **kwargs).last_hidden_state
+
+    def _decode(self, input_ids, attention_mask, image_states, image_index, num_queries=None, **kwargs):
+        """Decoder states of the matching task, whose input begins with [ENC] in place of [CLS]."""
+        input_ids = torch.cat(
+            [input_ids.new_full((len(input_ids), 1), self.config.text_config.enc_token_id), input_ids[:, 1:]], dim=1
+        )
+        outputs = self.cada.text_model(
+            input_ids, attention_mask, image_states, image_index, num_queries, return_dict=True, **kwargs
+        )
+        return outputs.last_hidden_state
+
+    def match(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        image_states: torch.FloatTensor,
+        text_index: torch.LongTensor | None = None,
+        image_index: torch.LongTensor | None = None,
+    ) -> torch.FloatTensor:
+        r"""
+        Local matching of the listed pairs, equation (4) with e_cls. Keys and values are computed once per image of
+        `image_states`, texts are cut to the longest of the listed ones, the last layer computes e_cls only.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(texts, length)`):
+                Word pieces.
+            attention_mask (`torch.Tensor` of shape `(texts, length)`):
+                1 for real tokens, which come first.
+            image_states (`torch.FloatTensor` of shape `(images, 1 + patches, hidden)`):
+                From [`encode_images`].
+            text_index, image_index (`torch.LongTensor` of shape `(pairs,)`, *optional*):
+                The pairs. Without them text i is paired with image i.
+
+        Returns:
+            `torch.FloatTensor` of shape `(pairs, 2)`: logits of "no match" and "match".
+        """
+        if not self.config.use_atp:
+            raise ValueError("This model has no match head (`use_atp=False`): it ranks by global matching only.")
+        if (text_index is None) != (image_index is None):
+            raise ValueError("Give both `text_index` and `image_index`, or neither.")
+        if text_index is not None:
+            input_ids, attention_mask = input_ids[text_index], attention_mask[text_index]
+        length = int(attention_mask.sum(dim=1).max())
+        states = self._decode(
+            input_ids[:, :length], attention_mask[:, :length], image_states, image_index, num_queries=1
+        )
+        return self.match_head(states[:, 0])
+
+    def local_score(self, match_logits: torch.FloatTensor) -> torch.FloatTensor:
+        """The local score S_L `(pairs,)` of match logits `(pairs, 2)`, in the form that `match_score` names."""
+        if self.config.match_score == "logit":
+            return match_logits[:, 1]
+        return match_logits.float().softmax(dim=-1)[:, 1]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        person_ids: torch.LongTensor | None = None,
+        masked_input_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        return_loss: bool | None = None,
+        negative_temperature: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CADAOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(texts, length)`):
+                Word pieces of the captions.
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`):
+                Normalised images.
+            attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
+                1 for real tokens, 0 for padding.
+            person_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                The person of pair i, for the losses: text i describes image i.
+            masked_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                The captions with masked attributes, for ARA.
+            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                The masked ids, -100 elsewhere.
+            return_loss (`bool`, *optional*):
+                `False` computes no losses; `True` demands `person_ids`. By default losses follow from `person_ids`.
+            negative_temperature (`float`, *optional*):
+                `None` takes the hardest negatives for ATP, as the paper does; a number T draws them with probability
+                softmax(S / T).
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+                Whether to accept another image size than the configured one.
+
+        Returns:
+            [`CADAOutput`].
+        """
+        outputs = self.cada(
+            input_ids, pixel_values, attention_mask, interpolate_pos_encoding, return_dict=True, **kwargs
+        )
+        if return_loss and person_ids is None:
+            raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
+        if person_ids is None or return_loss is False:
+            return outputs
+        if not len(person_ids) == len(input_ids) == len(pixel_values):
+            raise ValueError(
+                f"The losses need pairs: {len(input_ids)} texts, {len(pixel_values)} images and {len(person_ids)} "
+                "`person_ids` have to be equally many."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+
+        image_features = gather_batch(self.cada.visual_projection(outputs.vision_model_output.pooler_output))
+        text_features = gather_batch(self.cada.text_projection(outputs.text_model_output.pooler_output))
+        all_ids = gather_batch(person_ids)
+        outputs.loss_ndf = self._contrastive_loss(image_features, text_features, all_ids)
+        outputs.loss = outputs.loss_ndf
+        image_states = outputs.vision_model_output.last_hidden_state
+        if self.config.use_atp:
+            outputs.loss_atp = self._atp(
+                input_ids,
+                attention_mask,
+                person_ids,
+                image_states,
+                (image_features, text_features, all_ids),
+                negative_temperature,
+            )
+            outputs.loss = outputs.loss + outputs.loss_atp
+        if self.config.use_ara and masked_input_ids is not None and labels is not None:
+            states = self.cada.text_model(
+                masked_input_ids,
+                attention_mask,
+                image_states,
+                is_causal=self.config.ara_causal,
+                return_dict=True,
+                **kwargs,
+            ).last_hidden_state
+            masked = labels != -100
+            outputs.loss_ara = ara_loss(self.vocabulary_head(states[masked]), labels[masked])
+            outputs.loss = outputs.loss + self.config.ara_weight * outputs.loss_ara
+        return outputs
+
+    def _contrastive_loss(self, image_features, text_features, person_ids) -> torch.Tensor:
+        positives = positive_pairs(person_ids, person_ids)
+        if self.config.contrastive_loss == "cmpm":
+            return cmpm_loss(image_features.float(), text_features.float(), positives)
+        similarity = F.normalize(image_features.float(), dim=-1) @ F.normalize(text_features.float(), dim=-1).t()
+        loss = ndf_loss if self.config.contrastive_loss == "ndf" else ndf_reference_loss
+        return loss(similarity, positives, self.config.temperature)
+
+    def _atp(
+        self, input_ids, attention_mask, person_ids, image_states, global_batch, negative_temperature
+    ) -> torch.Tensor:
+        """Equation (5) for the pairs of this process, with negatives from the batch of all processes."""
+        config = self.config
+        if config.pool_padding:
+            if is_flash_attention_requested(config.text_config):
+                raise ValueError(
+                    "`pool_padding=True` averages states at padding positions, which flash attention does not "
+                    'compute. Train with `attn_implementation="sdpa"`, or set `pool_padding=False`.'
+                )
+            input_ids, attention_mask = self._pad_text(input_ids, attention_mask)
+        image_features, text_features, all_ids = global_batch
+        if config.hard_negative_similarity == "cosine":
+            image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
+        batch = len(person_ids)
+        start = batch * dist.get_rank() if len(all_ids) > batch else 0
+        here = slice(start, start + batch)
+        positives = positive_pairs(person_ids, all_ids)
+        text_of_image, has_text = draw_negatives(
+            image_features[here] @ text_features.t(), positives, negative_temperature
+        )
+        image_of_text, has_image = draw_negatives(
+            text_features[here] @ image_features.t(), positives, negative_temperature
+        )
+        if len(all_ids) > batch:
+            input_ids, attention_mask = self._pad_text(input_ids, attention_mask)
+            input_ids, attention_mask = gather_batch(input_ids), gather_batch(attention_mask)
+            image_states = gather_batch(image_states)
+        own = torch.arange(start, start + batch, device=person_ids.device)
+        text_index = torch.cat([own, text_of_image[has_text], own[has_image]])
+        image_index = torch.cat([own, own[has_text], image_of_text[has_image]])
+        states = self._decode(input_ids[text_index], attention_mask[text_index], image_states, image_index)
+        groups, group_mask = group_states(
+            *self._pad_states(states, attention_mask[text_index]),
+            config.group_size,
+            config.group_stride,
+            config.pool_padding,
+        )
+        match_labels = torch.zeros_like(text_index)
+        match_labels[:batch] = 1
+        return atp_loss(self.match_head(states[:, 0]), self.group_match_head(groups), group_mask, match_labels)
+
+    def _pad_text(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Texts padded to `max_text_length`."""
+        missing = self.config.max_text_length - input_ids.shape[1]
+        if missing < 0:
+            raise ValueError(
+                f"The texts have {input_ids.shape[1]} tokens, above `max_text_length` "
+                f"({self.config.max_text_length}). Truncate them in the processor, or raise `max_text_length`."
+            )
+        pad_token_id = self.config.text_config.pad_token_id or 0
+        return F.pad(input_ids, (0, missing), value=pad_token_id), F.pad(attention_mask, (0, missing))
+
+    def _pad_states(self, states, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """States padded to `max_text_length`, so that equation (4) cuts the same groups from every batch."""
+        missing = self.config.max_text_length - states.shape[1]
+        return F.pad(states, (0, 0, 0, missing)), F.pad(attention_mask, (0, missing))
+
+
+CADAModel.register_for_auto_class("AutoModel")
+CADAForTextToImageRetrieval.register_for_auto_class("AutoModel")
+
+__all__ = [
+    "CADAForTextToImageRetrieval",
+    "CADAModel",
+    "CADAOutput",
+    "CADAPreTrainedModel",
+    "CADATextModel",
+    "CADAVisionModel",
+]

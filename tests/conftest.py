@@ -1,0 +1,132 @@
+"""Tiny models and the reference numbers, shared by the tests."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from configuration_cada import CADAConfig
+from convert_cada import convert_state_dict
+from modeling_cada import CADAForTextToImageRetrieval
+
+
+REFERENCE = Path(__file__).parent / "reference_tiny.safetensors"
+
+
+def tiny_config(**changes) -> CADAConfig:
+    """A model of a few thousand parameters: images of 32×16, texts of at most 13 tokens, groups of 6."""
+    fields = {
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": (32, 16),
+            "patch_size": 8,
+        },
+        "text_config": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "vocab_size": 40,
+            "max_position_embeddings": 24,
+            "enc_token_id": 39,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        "projection_dim": 8,
+        "max_text_length": 13,
+        "group_size": 6,
+        "group_stride": 6,
+        "rerank_k": 3,
+    }
+    for name, value in changes.items():
+        fields[name] = {**fields[name], **value} if isinstance(value, dict) else value
+    return CADAConfig(**fields)
+
+
+def tiny_batch(batch: int = 4, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Pairs of random images and texts of different lengths, with masked tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, 38, (batch, length), generator=generator)
+    input_ids[:, 0] = 1
+    lengths = torch.randint(4, length + 1, (batch,), generator=generator)
+    lengths[0] = length
+    attention_mask = (torch.arange(length)[None] < lengths[:, None]).long()
+    input_ids = input_ids * attention_mask
+    labels = torch.full_like(input_ids, -100)
+    labels[:, 2:4] = input_ids[:, 2:4]
+    masked = input_ids.clone()
+    masked[:, 2:4] = 3
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": torch.randn(batch, 3, 32, 16, generator=generator),
+        "person_ids": torch.arange(batch),
+        "masked_input_ids": masked,
+        "labels": labels,
+    }
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict:
+    """The tensors of the authors' code by group: `weights`, `inputs`, `outputs`, `grads`, and its `config`."""
+    groups: dict = {"weights": {}, "inputs": {}, "outputs": {}, "grads": {}}
+    with safe_open(REFERENCE, "pt") as file:
+        groups["config"] = json.loads(file.metadata()["config"])
+        for key in file.keys():
+            group, name = key.split(".", 1)
+            groups[group][name] = file.get_tensor(key)
+    return groups
+
+
+def reference_config(sizes: dict, **changes) -> CADAConfig:
+    """The configuration of the reference model, in the authors' form."""
+    shared = {
+        "hidden_size": sizes["hidden_size"],
+        "num_hidden_layers": sizes["num_hidden_layers"],
+        "num_attention_heads": sizes["num_attention_heads"],
+    }
+    fields = {
+        "vision_config": {
+            **shared,
+            "intermediate_size": 4 * sizes["hidden_size"],
+            "image_size": sizes["image_size"],
+            "patch_size": sizes["patch_size"],
+            "layer_norm_eps": sizes["layer_norm_eps_vision"],
+        },
+        "text_config": {
+            **shared,
+            "intermediate_size": sizes["intermediate_size"],
+            "vocab_size": sizes["vocab_size"],
+            "max_position_embeddings": 80,
+            "enc_token_id": sizes["enc"],
+            "pad_token_id": sizes["pad"],
+            "layer_norm_eps": sizes["layer_norm_eps_text"],
+        },
+        "projection_dim": sizes["projection_dim"],
+        "temperature": sizes["temperature"],
+        "max_text_length": sizes["max_text"],
+        "group_size": sizes["group_size"],
+        "group_stride": sizes["group_stride"],
+        "ara_weight": sizes["ara_weight"],
+        "rerank_k": sizes["rerank_k"],
+        "contrastive_loss": "ndf_reference",
+        "hard_negative_similarity": "dot",
+        "match_score": "logit",
+        "ara_causal": True,
+    }
+    return CADAConfig(**{**fields, **changes})
+
+
+@pytest.fixture
+def reference_model(reference) -> CADAForTextToImageRetrieval:
+    """The reference model in evaluation mode, with the authors' weights converted."""
+    model = CADAForTextToImageRetrieval(reference_config(reference["config"]))
+    weights = convert_state_dict(reference["weights"], "cada_original")
+    model.load_state_dict(weights)
+    model.tie_weights()
+    return model.eval()
