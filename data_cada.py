@@ -1,0 +1,488 @@
+"""
+CUHK-PEDES, ICFG-PEDES and RSTPReid in their authors' layout, and any data set with the same columns, as `DatasetDict`.
+
+One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally `attribute_spans`.
+
+    python data_cada.py check --dataset cuhk_pedes --data_dir /data/CUHK-PEDES
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from drawn_cada import load_drawn
+from processing_cada import AttributeMasker, CADAProcessor, clean_caption
+
+
+logger = logging.get_logger(__name__)
+
+SPLITS = ("train", "val", "test")
+# The longest caption of the three sets has about a hundred words. More than this is a damaged file.
+MAX_CAPTION_WORDS = 500
+
+
+@dataclass(frozen=True)
+class PedesSet:
+    """Where the authors of a set put things, and what the set holds."""
+
+    title: str
+    annotations: tuple[str, ...]  # names seen for the annotation file
+    path_key: str
+    counts: dict[str, tuple[int, int, int]]  # split: persons, images, captions
+
+
+PEDES_SETS = {
+    "cuhk_pedes": PedesSet(
+        "CUHK-PEDES",
+        ("reid_raw.json", "caption_all.json"),
+        "file_path",
+        {"train": (11003, 34054, 68126), "val": (1000, 3078, 6158), "test": (1000, 3074, 6156)},
+    ),
+    "icfg_pedes": PedesSet(
+        "ICFG-PEDES",
+        ("ICFG-PEDES.json", "ICFG_PEDES.json"),
+        "file_path",
+        {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848)},
+    ),
+    "rstp_reid": PedesSet(
+        "RSTPReid",
+        ("data_captions.json",),
+        "img_path",
+        {"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)},
+    ),
+}
+
+FEATURES = Features(
+    {
+        "image": Image(),
+        "captions": List(Value("string")),
+        "person_id": Value("int64"),
+        "file_name": Value("string"),
+    }
+)
+
+
+class DataError(ValueError):
+    """Something is wrong with the data on disk. The message names the file, the row and the remedy."""
+
+
+def _annotation_file(pedes: PedesSet, data_dir: Path) -> Path:
+    if not data_dir.is_dir():
+        raise DataError(
+            f"The data folder {data_dir} does not exist. Pass the folder of {pedes.title} that holds "
+            f"{pedes.annotations[0]} and imgs/ as --data_dir."
+        )
+    for name in pedes.annotations:
+        if (data_dir / name).is_file():
+            return data_dir / name
+    raise DataError(
+        f"{data_dir} holds no annotation file of {pedes.title}: looked for {' and '.join(pedes.annotations)}. "
+        "Put the file of the set's authors there, next to imgs/."
+    )
+
+
+def _read_json(path: Path) -> list:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a JSON file: {error}. Is the download complete? Fetch it again.") from error
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path} should be a JSON list with one object per image. Fetch it again.")
+    return records
+
+
+def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, list[dict]]:
+    """
+    The annotations of a PEDES set by split, checked: `{"train": [{"path", "captions", "person_id", "file_name",
+    "row"}, ...], ...}`. Image files are not opened.
+
+    Raises:
+        DataError: names the annotation file, the row and the remedy.
+    """
+    pedes, data_dir = PEDES_SETS[dataset], Path(data_dir)
+    annotation_file = _annotation_file(pedes, data_dir)
+    root = (data_dir / "imgs").resolve()
+    if not root.is_dir():
+        raise DataError(f"{data_dir} holds no folder imgs/ with the images of {pedes.title}. Put the images there.")
+    splits: dict[str, list[dict]] = {split: [] for split in pedes.counts}
+    for row, record in enumerate(_read_json(annotation_file)):
+        where = f"{annotation_file}, row {row}"
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected an object, found {type(record).__name__}. Fetch the file again.")
+        if "split" not in record:
+            remedy = (
+                "caption_all.json has none; use reid_raw.json of the set's authors"
+                if annotation_file.name == "caption_all.json"
+                else "add one, or fetch the file again"
+            )
+            raise DataError(f"{where} has no `split`: {remedy}.")
+        for key in ("id", "captions", pedes.path_key):
+            if key not in record:
+                raise DataError(f"{where} has no `{key}`. Is this the annotation file of {pedes.title}?")
+        if record["split"] not in splits:
+            raise DataError(
+                f"{where}: unknown split {record['split']!r}. {pedes.title} has {', '.join(splits)}. Correct the row."
+            )
+        splits[record["split"]].append(
+            {
+                "path": str(_image_path(record[pedes.path_key], root, where)),
+                "captions": _check_captions(record["captions"], where),
+                "person_id": _check_person(record["id"], where),
+                "file_name": record[pedes.path_key],
+                "row": row,
+            }
+        )
+    for split, rows in splits.items():
+        if not rows:
+            raise DataError(f"{annotation_file} has no row of split {split!r}. Is the file complete?")
+    persons = tuple(len({record["person_id"] for record in rows}) for rows in splits.values())
+    if dataset == "rstp_reid" and persons == (3901, 100, 100):
+        raise DataError(
+            f"{annotation_file} is the RSTPReid file from before October 2022, with 3901/100/100 persons. Its split "
+            "is wrong; get the corrected file (3701/200/200) from the set's authors."
+        )
+    return splits
+
+
+def _image_path(name, root: Path, where: str) -> Path:
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{where}: the image path is {name!r}. Correct the row.")
+    path = root / name
+    # The folder itself may be a link, as often on clusters; what counts is that the name stays inside.
+    if not path.resolve().is_relative_to(root):
+        raise DataError(f"{where}: the path {name!r} leaves the data folder {root}. Correct the row.")
+    return path
+
+
+def _check_person(person_id, where: str) -> int:
+    if isinstance(person_id, bool) or not isinstance(person_id, int):
+        raise DataError(f"{where}: the person id is {person_id!r}, not a whole number. Correct the row.")
+    return person_id
+
+
+def _check_captions(captions, where: str) -> list[str]:
+    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+        raise DataError(f"{where}: `captions` should be a list of strings with at least one. Correct the row.")
+    for number, caption in enumerate(captions):
+        if not clean_caption(caption):
+            raise DataError(f"{where}: caption {number} is empty. Write one, or take it out of the row.")
+        words = len(caption.split())
+        if words > MAX_CAPTION_WORDS:
+            raise DataError(
+                f"{where}: caption {number} has {words} words, at most {MAX_CAPTION_WORDS} are accepted (the model "
+                "reads about 70). Shorten it."
+            )
+    return captions
+
+
+def _rows(records: list[dict]) -> Iterator[dict]:
+    for record in records:
+        yield {
+            "image": record["path"],
+            "captions": record["captions"],
+            "person_id": record["person_id"],
+            "file_name": record["file_name"],
+        }
+
+
+def _image_problem(path: str, decode: bool) -> str | None:
+    """What is wrong with an image file, or `None`. Without `decode` only its presence and size are looked at."""
+    if not os.path.isfile(path):
+        return "is missing"
+    if os.path.getsize(path) == 0:
+        return "is empty"
+    if decode:
+        try:
+            with PILImage.open(path) as image:
+                image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+            return f"cannot be decoded ({error})"
+    return None
+
+
+def find_bad_images(records: list[dict], decode: bool, description: str) -> list[tuple[dict, str]]:
+    """Records whose image is missing, empty or (with `decode`) damaged, with what is wrong."""
+    bad = []
+    for record in tqdm(records, desc=description, unit="image", disable=len(records) < 1000):
+        problem = _image_problem(record["path"], decode)
+        if problem:
+            bad.append((record, problem))
+    return bad
+
+
+def _load_pedes(dataset: str, data_dir: str | os.PathLike, skip_unreadable: bool) -> DatasetDict:
+    loaded = {}
+    for split, records in read_annotations(dataset, data_dir).items():
+        bad = find_bad_images(records, decode=skip_unreadable, description=f"{split}: image files")
+        if bad and not skip_unreadable:
+            record, problem = bad[0]
+            raise DataError(
+                f"{record['path']} (split {split}, row {record['row']} of the annotations) {problem}; {len(bad)} such "
+                f"image(s) in this split. Complete the folder (list them: python data_cada.py check --dataset "
+                f"{dataset} --data_dir {data_dir}), or leave them out with --skip_unreadable."
+            )
+        if bad:
+            logger.warning(f"{split}: left out {len(bad)} of {len(records)} images that cannot be read:")
+            for record, problem in bad:
+                logger.warning(f"  {record['path']} (row {record['row']}) {problem}")
+            left_out = {record["row"] for record, _ in bad}
+            records = [record for record in records if record["row"] not in left_out]
+            if not records:
+                raise DataError(f"No image of split {split!r} in {data_dir} can be read. Is imgs/ complete?")
+        loaded[split] = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"records": records})
+    return DatasetDict(loaded)
+
+
+def load_pairs_dataset(
+    dataset: str,
+    data_dir: str | os.PathLike | None = None,
+    captions_per_image: int | None = None,
+    skip_unreadable: bool = False,
+    seed: int = 0,
+) -> DatasetDict:
+    """
+    A data set as `DatasetDict` with one row per image.
+
+    Args:
+        dataset: `"cuhk_pedes"`, `"icfg_pedes"`, `"rstp_reid"` (with `data_dir`), `"demo"` (drawn from `seed`), a
+            folder written by `save_to_disk`, or a name that `datasets.load_dataset` takes; the last two must have
+            the columns `image`, `captions`, `person_id`.
+        data_dir: the folder of the set, with the authors' annotation file and `imgs/`.
+        captions_per_image: use the first n captions of each image only. The paper uses two; `None` uses all.
+        skip_unreadable: decode all images first, and leave out those that cannot be read, with a list.
+        seed: of the drawn set.
+
+    Raises:
+        DataError: names the file, the row and the remedy.
+    """
+    if dataset in PEDES_SETS:
+        if data_dir is None:
+            raise DataError(f"{PEDES_SETS[dataset].title} needs --data_dir, the folder with its annotations and imgs/.")
+        loaded = _load_pedes(dataset, data_dir, skip_unreadable)
+    elif dataset == "demo":
+        loaded = load_drawn(seed=seed)
+    else:
+        loaded = _load_other(dataset, data_dir)
+    if captions_per_image is not None:
+        if captions_per_image < 1:
+            raise DataError(f"`captions_per_image` is {captions_per_image}. Give 1 or more.")
+        loaded = loaded.map(
+            _first_captions,
+            fn_kwargs={"count": captions_per_image},
+            desc=f"first {captions_per_image} captions",
+        )
+    return loaded
+
+
+def _first_captions(row: dict, count: int) -> dict:
+    return {name: row[name][:count] for name in ("captions", "attribute_spans") if name in row}
+
+
+def _load_other(dataset: str, data_dir: str | os.PathLike | None) -> DatasetDict:
+    if (Path(dataset) / "dataset_dict.json").is_file():
+        loaded = load_from_disk(dataset)
+    else:
+        try:
+            loaded = load_dataset(dataset, data_dir=data_dir)
+        except Exception as error:  # the library raises many kinds
+            raise DataError(
+                f"Unknown data set {dataset!r}. Known: {', '.join(PEDES_SETS)}, demo, a folder written by "
+                f"`save_to_disk`, or a name that `datasets.load_dataset` takes ({type(error).__name__}: {error})."
+            ) from error
+    if not isinstance(loaded, DatasetDict):
+        raise DataError(f"{dataset} has no splits. Save a DatasetDict with train, val and test.")
+    loaded = DatasetDict({"val" if split == "validation" else split: rows for split, rows in loaded.items()})
+    for split, rows in loaded.items():
+        missing = {"image", "captions", "person_id"} - set(rows.column_names)
+        if missing:
+            raise DataError(
+                f"{dataset}, split {split!r} lacks the column(s) {', '.join(sorted(missing))}. Every row needs an "
+                "`image`, a list of `captions` and the `person_id`."
+            )
+        for row, (captions, person_id) in enumerate(zip(rows["captions"], rows["person_id"])):
+            _check_captions(captions, f"{dataset}, split {split!r}, row {row}")
+            _check_person(person_id, f"{dataset}, split {split!r}, row {row}")
+    return loaded
+
+
+def hold_out_persons(train: Dataset, persons: int, seed: int = 0) -> DatasetDict:
+    """Split `persons` random persons off a training set, as validation set of a data set that has none."""
+    ids = sorted(set(train["person_id"]))
+    if not 0 < persons < len(ids):
+        raise DataError(f"Cannot hold out {persons} of {len(ids)} persons for validation. Give a smaller number.")
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:persons]
+    chosen = {ids[index] for index in order.tolist()}
+    is_held_out = [person_id in chosen for person_id in train["person_id"]]
+    return DatasetDict(
+        train=train.select([row for row, held_out in enumerate(is_held_out) if not held_out]),
+        val=train.select([row for row, held_out in enumerate(is_held_out) if held_out]),
+    )
+
+
+def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int | None = None) -> Dataset:
+    """
+    Add the column `attribute_spans` (units of every caption) with NLTK, once; `datasets` caches it. A phrase column
+    that the data set brings along is kept, and split into words where the masker masks words.
+    """
+    if "attribute_spans" not in dataset.column_names:
+        masker.find_spans("a red coat")  # loads, or reports missing tagger data, before any worker starts
+        return dataset.map(
+            _tag_row,
+            fn_kwargs={"unit": masker.unit},
+            num_proc=num_proc,
+            desc="Tagging captions",
+        )
+    if masker.unit == "word":
+        return dataset.map(_split_spans, desc="Splitting phrases")
+    return dataset
+
+
+def _tag_row(row: dict, unit: str) -> dict:
+    masker = AttributeMasker(unit)
+    return {"attribute_spans": [masker.find_spans(caption) for caption in row["captions"]]}
+
+
+def _split_spans(row: dict) -> dict:
+    split = []
+    for caption, spans in zip(row["captions"], row["attribute_spans"]):
+        words = []
+        for start, end in spans:
+            for word in clean_caption(caption)[start:end].split(" "):
+                words.append([start, start + len(word)])
+                start += len(word) + 1
+        split.append(words)
+    return {"attribute_spans": split}
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """
+    The pairs (image, caption) of a data set with one row per image: every caption is one sample.
+
+    Args:
+        dataset: rows with `image`, `captions`, `person_id`, and optionally `file_name`, `attribute_spans`.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        counts = [len(captions) for captions in dataset["captions"]]
+        self.pairs = [(row, number) for row, count in enumerate(counts) for number in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        row_index, number = self.pairs[index]
+        row = read_row(self.dataset, row_index)
+        sample = {"image": row["image"], "caption": row["captions"][number], "person_id": row["person_id"]}
+        if "attribute_spans" in row:
+            sample["attribute_spans"] = row["attribute_spans"][number]
+        return sample
+
+
+def read_row(dataset: Dataset, index: int) -> dict:
+    """A row with its image decoded; an image that cannot be decoded is reported with file, row and remedy."""
+    try:
+        return dataset[index]
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+        rows = dataset.select_columns([name for name in dataset.column_names if name != "image"])[index]
+        raise DataError(
+            f"The image {rows.get('file_name', '')!r} in row {index} cannot be decoded: {error}. Replace the file, or "
+            "leave such images out with --skip_unreadable."
+        ) from error
+
+
+@dataclass
+class PairCollator:
+    """Batches of samples of [`PairDataset`] as inputs of the model, with augmentation and masking for training."""
+
+    processor: CADAProcessor
+    augment: bool = True
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        spans = [sample["attribute_spans"] for sample in samples] if "attribute_spans" in samples[0] else None
+        inputs = self.processor(
+            images=[sample["image"] for sample in samples],
+            text=[sample["caption"] for sample in samples],
+            attribute_spans=spans,
+            do_augment=self.augment,
+            return_tensors="pt",
+        )
+        return {**inputs, "person_ids": torch.tensor([sample["person_id"] for sample in samples])}
+
+
+def check(dataset: str, data_dir: str | os.PathLike, quick: bool = False) -> bool:
+    """Print persons, images and captions per split against the official numbers, and every bad image file."""
+    pedes = PEDES_SETS[dataset]
+    splits = read_annotations(dataset, data_dir)
+    print(f"{pedes.title} in {data_dir}\n")
+    print(f"{'split':6} {'':9} {'found':>8} {'official':>9}")
+    complete = True
+    for split, records in splits.items():
+        found = (
+            len({record["person_id"] for record in records}),
+            len(records),
+            sum(len(record["captions"]) for record in records),
+        )
+        for name, count, official in zip(("persons", "images", "captions"), found, pedes.counts[split]):
+            complete &= count == official
+            print(f"{split:6} {name:9} {count:8,} {official:9,} {'' if count == official else 'differs'}")
+        most = Counter(record["person_id"] for record in records).most_common()
+        single = sum(1 for _, count in most if count == 1)
+        if single:
+            print(f"{split:6} {single} person(s) with a single image")
+    shared = [
+        (first, second, len({r["person_id"] for r in splits[first]} & {r["person_id"] for r in splits[second]}))
+        for first, second in (("train", "val"), ("train", "test"), ("val", "test"))
+        if first in splits and second in splits
+    ]
+    for first, second, count in shared:
+        if count:
+            complete = False
+            print(f"{count} person(s) are both in {first} and in {second}.")
+    bad = []
+    for split, records in splits.items():
+        bad += find_bad_images(records, decode=not quick, description=f"{split}: image files")
+    for record, problem in bad:
+        print(f"{record['path']} (row {record['row']}) {problem}")
+    print(f"\n{len(bad)} bad image file(s).", "Numbers are official." if complete else "Numbers differ from the official ones.")
+    return complete and not bad
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check_parser = commands.add_parser("check", help="compare a data folder with the official numbers")
+    check_parser.add_argument("--dataset", required=True, choices=sorted(PEDES_SETS))
+    check_parser.add_argument("--data_dir", required=True)
+    check_parser.add_argument("--quick", action="store_true", help="look for the image files without decoding them")
+    options = parser.parse_args(arguments)
+    try:
+        return 0 if check(options.dataset, options.data_dir, options.quick) else 1
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,467 @@
+"""
+The drawn demo set: pedestrians drawn from attributes, with captions that name some of them. It needs no download.
+
+Every person is a set of attributes (sex, hair, upper and lower garment with type, colour and pattern, shoes, bag,
+hat). The images of a person differ in pose, crop, light, background and noise. Each image has two captions from a
+varied grammar, and each caption leaves attributes out, so a caption can fit several persons: [`ceiling`] gives the
+score that a matcher reaches who knows all attributes of all images and what each caption names.
+
+Two kinds of look-alikes are in every split, next to persons drawn independently: *swaps*, who wear the colours of
+another person the other way round (red coat and blue trousers, blue coat and red trousers), and *relatives*, who share
+all but two attributes with another person. Everything follows from the seed.
+"""
+
+import io
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageEnhance
+
+from evaluation_cada import retrieval_metrics
+from processing_cada import clean_caption
+
+
+IMAGE_SIZE = (96, 48)  # (height, width) in pixels
+_DRAW_SCALE = 2  # drawn at twice the size and reduced, for smooth edges
+
+COLOURS = {
+    "black": (28, 28, 32),
+    "white": (238, 238, 236),
+    "grey": (128, 128, 130),
+    "red": (200, 30, 35),
+    "blue": (35, 65, 190),
+    "green": (35, 135, 55),
+    "yellow": (235, 205, 45),
+    "brown": (115, 70, 35),
+    "pink": (240, 140, 180),
+    "purple": (115, 45, 145),
+}
+HAIR_COLOURS = {
+    "black": (25, 22, 22),
+    "brown": (95, 58, 30),
+    "blond": (225, 190, 110),
+    "red": (170, 70, 30),
+    "grey": (165, 165, 165),
+}
+# Values and their weights. Some are common and some are rare, as in the street.
+ATTRIBUTES: dict[str, dict[str, float]] = {
+    "sex": {"man": 1, "woman": 1},
+    "hair_length": {"short": 1, "long": 1},
+    "hair_colour": {"black": 3, "brown": 3, "blond": 2, "red": 1, "grey": 1},
+    "upper_type": {"t-shirt": 2, "sweater": 2, "jacket": 3, "coat": 2},
+    "upper_colour": dict(zip(COLOURS, (4, 3, 2, 2, 3, 2, 1, 1, 1, 1))),
+    "upper_pattern": {"plain": 5, "striped": 2, "checked": 1},
+    "lower_type": {"trousers": 4, "shorts": 2, "skirt": 2},
+    "lower_colour": dict(zip(COLOURS, (4, 2, 2, 2, 3, 1, 1, 2, 1, 1))),
+    "lower_pattern": {"plain": 5, "striped": 1, "checked": 1},
+    "shoes_colour": {"black": 4, "white": 3, "red": 1, "brown": 2, "blue": 1},
+    "bag_type": {"none": 3, "backpack": 2, "handbag": 2, "shoulder bag": 2},
+    "bag_colour": {"black": 3, "brown": 2, "red": 1, "blue": 1, "yellow": 1},
+    "hat_type": {"none": 4, "cap": 1, "beanie": 1},
+    "hat_colour": {"black": 2, "red": 1, "blue": 1, "white": 1, "green": 1},
+}
+SWAP_SHARE, RELATIVE_SHARE = 0.15, 0.25
+
+SKIN = ((244, 208, 177), (224, 172, 125), (180, 120, 80), (110, 70, 45))
+
+
+def draw_persons(count: int, rng: random.Random) -> list[dict[str, str]]:
+    """Attributes of `count` different persons, look-alikes included."""
+
+    def value(name: str) -> str:
+        return rng.choices(list(ATTRIBUTES[name]), weights=list(ATTRIBUTES[name].values()))[0]
+
+    persons: list[dict[str, str]] = []
+    seen = set()
+    while len(persons) < count:
+        kind = rng.random() if persons else 1.0
+        if kind < SWAP_SHARE:
+            person = dict(rng.choice(persons))
+            if person["upper_colour"] == person["lower_colour"]:
+                continue
+            person["upper_colour"], person["lower_colour"] = person["lower_colour"], person["upper_colour"]
+        elif kind < SWAP_SHARE + RELATIVE_SHARE:
+            person = dict(rng.choice(persons))
+            for name in rng.sample(list(ATTRIBUTES), 2):
+                person[name] = value(name)
+        else:
+            person = {name: value(name) for name in ATTRIBUTES}
+        for item in ("bag", "hat"):  # what is not there has no colour
+            if person[f"{item}_type"] == "none":
+                person[f"{item}_colour"] = "none"
+            elif person[f"{item}_colour"] == "none":
+                person[f"{item}_colour"] = value(f"{item}_colour")
+        key = tuple(person.values())
+        if key not in seen:
+            seen.add(key)
+            persons.append(person)
+    return persons
+
+
+def _shade(colour: tuple[int, int, int], rng: random.Random, amount: int = 14) -> tuple[int, int, int]:
+    offset = rng.randint(-amount, amount)
+    return tuple(min(255, max(0, channel + offset + rng.randint(-5, 5))) for channel in colour)
+
+
+def _draw_cloth(canvas, polygon, colour, pattern) -> None:
+    """Fill a polygon with a plain, striped (across) or checked cloth."""
+    draw = ImageDraw.Draw(canvas)
+    if pattern == "plain":
+        draw.polygon(polygon, fill=colour)
+        return
+    width, height = canvas.size
+    light = sum(colour) > 380
+    other = tuple(channel // 3 for channel in colour) if light else tuple(channel + (255 - channel) * 3 // 4 for channel in colour)
+    cloth = PILImage.new("RGB", canvas.size, colour)
+    lines = ImageDraw.Draw(cloth)
+    for y in range(0, height, 12):
+        lines.rectangle((0, y, width, y + 4), fill=other)
+    if pattern == "checked":
+        for x in range(0, width, 12):
+            lines.rectangle((x, 0, x + 4, height), fill=other)
+    mask = PILImage.new("L", canvas.size)
+    ImageDraw.Draw(mask).polygon(polygon, fill=255)
+    canvas.paste(cloth, mask=mask)
+
+
+def _draw_background(rng: random.Random, width: int, height: int) -> PILImage.Image:
+    """Wall and ground with a few things in front of the wall."""
+    canvas = PILImage.new("RGB", (width, height), tuple(rng.randint(70, 215) for _ in range(3)))
+    draw = ImageDraw.Draw(canvas)
+    for _ in range(rng.randint(0, 4)):
+        x, y = rng.randint(-20, width), rng.randint(-20, height - 60)
+        box = (x, y, x + rng.randint(8, 50), y + rng.randint(15, 90))
+        draw.rectangle(box, fill=tuple(rng.randint(40, 230) for _ in range(3)))
+    horizon = int(height * rng.uniform(0.62, 0.85))
+    draw.rectangle((0, horizon, width, height), fill=tuple(rng.randint(80, 180) for _ in range(3)))
+    return canvas
+
+
+def draw_image(person: dict[str, str], rng: random.Random) -> PILImage.Image:
+    """One image of a person, `IMAGE_SIZE` large: same attributes, new pose, crop, light, background and noise."""
+    height, width = (side * _DRAW_SCALE for side in IMAGE_SIZE)
+    canvas = _draw_background(rng, width, height)
+    draw = ImageDraw.Draw(canvas)
+    woman = person["sex"] == "woman"
+
+    # Crop: the person is not centred and not always of the same size.
+    scale = rng.uniform(0.86, 1.02) * height / 200
+    origin_x = width / 2 + rng.uniform(-9, 9)
+    origin_y = height * 0.02 + rng.uniform(-4, 8)
+    mirror = rng.choice((-1, 1))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return origin_x + mirror * x * scale, origin_y + y * scale
+
+    def box(x: float, y: float, half_width: float, half_height: float) -> tuple[float, float, float, float]:
+        center_x, center_y = at(x, y)
+        return (
+            center_x - half_width * scale,
+            center_y - half_height * scale,
+            center_x + half_width * scale,
+            center_y + half_height * scale,
+        )
+
+    def limb(start, end, thickness: float, colour) -> None:
+        draw.line((*at(*start), *at(*end)), fill=colour, width=max(1, round(thickness * scale)))
+
+    skin = random.Random(repr(person)).choice(SKIN)  # not an attribute, but the same in all images of a person
+    hair = _shade(HAIR_COLOURS[person["hair_colour"]], rng)
+    upper = _shade(COLOURS[person["upper_colour"]], rng)
+    lower = _shade(COLOURS[person["lower_colour"]], rng)
+    shoes = _shade(COLOURS[person["shoes_colour"]], rng)
+    bag = None if person["bag_type"] == "none" else _shade(COLOURS[person["bag_colour"]], rng)
+    shoulder, waist, hip = (19, 14, 20) if woman else (25, 20, 19)
+    stride = rng.uniform(2, 16)
+    swing = rng.uniform(-10, 14)
+    lean = rng.uniform(-3, 3)
+
+    if person["bag_type"] == "backpack":
+        draw.rounded_rectangle(box(-shoulder - 3, 68, 13, 22), radius=6, fill=bag)
+    if person["hair_length"] == "long":
+        draw.rounded_rectangle(box(lean, 34, 15, 22), radius=9, fill=hair)
+
+    # Legs, shoes, lower garment.
+    knee_y, ankle_y = 143, 180
+    for side, foot in ((-1, -stride), (1, stride)):
+        start, end = (side * hip * 0.5, 108), (foot + side * 6, ankle_y)
+        middle = ((start[0] + end[0]) / 2, knee_y)
+        limb(start, end, 13, skin)
+        if person["lower_type"] != "skirt":
+            stop = end if person["lower_type"] == "trousers" else middle
+            half = 9 if person["lower_type"] == "trousers" else 11
+            leg = [at(start[0] - half, 104), at(start[0] + half, 104), at(stop[0] + half - 2, stop[1]), at(stop[0] - half + 2, stop[1])]
+            _draw_cloth(canvas, leg, lower, person["lower_pattern"])
+        draw.ellipse(box(end[0] + 4, ankle_y + 5, 11, 6), fill=shoes)
+    if person["lower_type"] == "skirt":
+        skirt = [at(-hip + 3, 100), at(hip - 3, 100), at(hip + 8, 147), at(-hip - 8, 147)]
+        _draw_cloth(canvas, skirt, lower, person["lower_pattern"])
+    else:
+        _draw_cloth(canvas, [at(-hip, 98), at(hip, 98), at(hip, 116), at(-hip, 116)], lower, person["lower_pattern"])
+
+    # Upper garment: its length and its sleeves tell the type.
+    bottom = {"t-shirt": 104, "sweater": 107, "jacket": 108, "coat": 138}[person["upper_type"]]
+    for side in (-1, 1):
+        elbow = (side * (shoulder + 4) + lean, 80)
+        hand = (side * (shoulder + 5) + side * swing * 0.4, 108)
+        limb((side * shoulder + lean, 54), elbow, 11, upper)
+        limb(elbow, hand, 9 if person["upper_type"] != "t-shirt" else 8, upper if person["upper_type"] != "t-shirt" else skin)
+        draw.ellipse(box(hand[0], hand[1] + 3, 5, 5), fill=skin)
+    flare = {"coat": 9, "sweater": 3}.get(person["upper_type"], 1)
+    torso = [
+        at(-shoulder + lean, 49),
+        at(shoulder + lean, 49),
+        at(waist + 2, 85),
+        at(hip + flare, bottom),
+        at(-hip - flare, bottom),
+        at(-waist - 2, 85),
+    ]
+    _draw_cloth(canvas, torso, upper, person["upper_pattern"])
+    if person["upper_type"] in ("jacket", "coat"):  # open in front
+        inner = (215, 215, 210) if sum(upper) < 420 else (60, 60, 65)
+        draw.polygon([at(-6 + lean, 49), at(6 + lean, 49), at(3, bottom - 2), at(-1, bottom - 2)], fill=inner)
+
+    # Head, hair, hat.
+    limb((lean, 38), (lean, 52), 9, skin)
+    draw.ellipse(box(lean, 25, 11, 15), fill=skin)
+    draw.pieslice(box(lean, 22, 13, 15), 180, 360, fill=hair)
+    if person["hair_length"] == "long":
+        for side in (-1, 1):
+            limb((side * 11 + lean, 22), (side * 13 + lean, 52), 6, hair)
+    if person["hat_type"] != "none":
+        hat = _shade(COLOURS[person["hat_colour"]], rng)
+        draw.pieslice(box(lean, 19, 14, 16), 180, 360, fill=hat)
+        if person["hat_type"] == "cap":
+            draw.rectangle((*sorted_box(at(lean, 16), at(lean + 25, 20)),), fill=hat)
+        else:
+            draw.rectangle(box(lean, 19, 14, 4), fill=_shade(hat, rng, 30))
+            draw.ellipse(box(lean, 3, 5, 5), fill=hat)
+
+    if person["bag_type"] == "backpack":
+        for side in (-1, 1):
+            limb((side * 13 + lean, 50), (side * 14, 84), 5, bag)
+    elif person["bag_type"] == "handbag":
+        hand_x = shoulder + 6 + swing * 0.4
+        draw.arc(box(hand_x, 112, 8, 10), 180, 360, fill=bag, width=3)
+        draw.rectangle(box(hand_x, 123, 12, 11), fill=bag)
+    elif person["bag_type"] == "shoulder bag":
+        limb((-shoulder + 4 + lean, 49), (hip + 2, 104), 5, bag)
+        draw.rectangle(box(hip + 5, 110, 12, 9), fill=bag)
+
+    image = canvas.reduce(_DRAW_SCALE)
+    image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.7, 1.2))
+    image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.8, 1.15))
+    warmth = rng.uniform(-0.06, 0.06)
+    pixels = np.asarray(image, dtype=np.float32) * np.array([1 + warmth, 1, 1 - warmth], dtype=np.float32)
+    pixels += np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(2, 10), pixels.shape)
+    return PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def sorted_box(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float, float, float]:
+    """A box from two opposite corners in any order."""
+    return (*map(min, zip(first, second)), *map(max, zip(first, second)))
+
+
+@dataclass
+class DrawnCaption:
+    """A caption, the attributes that it names, and where its attribute phrases stand in the cleaned caption."""
+
+    text: str
+    named: list[str]
+    spans: list[list[int]]
+
+
+_NOUNS = {
+    "t-shirt": ("t-shirt", "tee", "t-shirt"),
+    "sweater": ("sweater", "pullover", "jumper"),
+    "jacket": ("jacket", "jacket", "blazer"),
+    "coat": ("coat", "long coat", "overcoat"),
+    "trousers": ("trousers", "pants", "trousers"),
+    "shorts": ("shorts", "short pants", "shorts"),
+    "skirt": ("skirt", "skirt", "skirt"),
+    "backpack": ("backpack", "rucksack", "backpack"),
+    "handbag": ("handbag", "purse", "handbag"),
+    "shoulder bag": ("shoulder bag", "messenger bag", "shoulder bag"),
+    "cap": ("cap", "baseball cap", "cap"),
+    "beanie": ("beanie", "knit hat", "beanie"),
+}
+_COLOUR_WORDS = {"grey": ("grey", "gray"), "blond": ("blond", "blonde"), "purple": ("purple", "violet")}
+_PLURAL = ("trousers", "pants", "shorts", "short pants")
+
+
+def draw_caption(person: dict[str, str], rng: random.Random) -> DrawnCaption:
+    """A caption of a person from a varied grammar that leaves attributes out."""
+    named: list[str] = []
+    phrases: list[str] = []
+
+    def name(attribute: str, chance: float) -> bool:
+        if rng.random() < chance:
+            named.append(attribute)
+            return True
+        return False
+
+    def colour(attribute: str) -> str:
+        return rng.choice(_COLOUR_WORDS.get(person[attribute], (person[attribute],)))
+
+    def phrase(words: list[str], article: bool) -> str:
+        text = " ".join(words)
+        phrases.append(text)
+        if not article:
+            return text
+        return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+
+    def garment(part: str, chance: float) -> str:
+        """Adjectives in one of two orders and the garment's noun."""
+        words = [colour(f"{part}_colour")] if name(f"{part}_colour", chance) else []
+        if person[f"{part}_pattern"] == "plain":
+            if name(f"{part}_pattern", 0.1):
+                words.insert(0, "plain")
+        elif name(f"{part}_pattern", 0.6):
+            words.insert(rng.randint(0, len(words)), person[f"{part}_pattern"])
+        named.append(f"{part}_type")
+        noun = rng.choice(_NOUNS[person[f"{part}_type"]])
+        if not words:
+            return noun if noun in _PLURAL else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+        return phrase([*words, noun], article=noun not in _PLURAL)
+
+    def hair() -> str:
+        words = [person["hair_length"]] if name("hair_length", 0.75) else []
+        words += [colour("hair_colour")] if name("hair_colour", 0.85) else []
+        return phrase([*words, "hair"], article=False) if words else ""
+
+    def shoes() -> str:
+        named.append("shoes_colour")
+        return phrase([colour("shoes_colour"), rng.choice(("shoes", "sneakers", "shoes"))], article=False)
+
+    def item(kind: str) -> str:
+        named.append(f"{kind}_type")
+        words = [colour(f"{kind}_colour")] if name(f"{kind}_colour", 0.75) else []
+        noun = rng.choice(_NOUNS[person[f"{kind}_type"]])
+        return phrase([*words, noun], article=True) if words else f"a {noun}"
+
+    named.append("sex")
+    woman = person["sex"] == "woman"
+    who = rng.choice(("a woman", "the woman", "a lady", "a female pedestrian") if woman else ("a man", "the man", "a guy", "a male pedestrian"))
+    pronoun = "she" if woman else "he"
+
+    has_hair = rng.random() < 0.6
+    has_shoes = rng.random() < 0.5
+    has_bag = person["bag_type"] != "none" and rng.random() < 0.65
+    has_hat = person["hat_type"] != "none" and rng.random() < 0.65
+    sentences: list[str] = []
+    style = rng.randrange(3)
+    if style == 0:  # one flowing sentence, hair first
+        hair_text = hair() if has_hair else ""
+        start = f"{who} with {hair_text}" if hair_text else who
+        clothes = [garment("upper", 0.85), garment("lower", 0.8)] + ([shoes()] if has_shoes else [])
+        verb = rng.choice(("wearing", "dressed in", "who wears", "in"))
+        sentences.append(f"{start} {verb} {', '.join(clothes[:-1])} and {clothes[-1]}")
+    elif style == 1:  # short sentences
+        sentences.append(f"{who} is wearing {garment('upper', 0.85)}")
+        sentences.append(f"{pronoun} has {rng.choice(('on ', ''))}{garment('lower', 0.8)}" + (f" with {shoes()}" if has_shoes else ""))
+        hair_text = hair() if has_hair else ""
+        if hair_text:
+            sentences.append(f"{'her' if woman else 'his'} hair is easy to see, {hair_text}" if rng.random() < 0.3 else f"{pronoun} has {hair_text}")
+    else:  # from the feet up
+        lower = garment("lower", 0.8)
+        with_shoes = f" and {shoes()}" if has_shoes else ""
+        sentences.append(f"{who} wears {lower}{with_shoes}, with {garment('upper', 0.85)} on top")
+        hair_text = hair() if has_hair else ""
+        if hair_text:
+            sentences.append(f"the {'woman' if woman else 'man'} has {hair_text}")
+    if has_hat:
+        sentences.append(f"{pronoun} wears {item('hat')}{rng.choice((' on the head', ''))}")
+    if has_bag:
+        sentences.append(f"{pronoun} {rng.choice(('carries', 'is carrying', 'has'))} {item('bag')}")
+    text = ". ".join(sentence[0].upper() + sentence[1:] for sentence in sentences) + "."
+
+    cleaned, spans, position = clean_caption(text), [], 0
+    for words in phrases:  # in the order of the text
+        start = cleaned.index(clean_caption(words), position)
+        position = start + len(clean_caption(words))
+        spans.append([start, position])
+    return DrawnCaption(text, named, spans)
+
+
+FEATURES = Features(
+    {
+        "image": Image(),
+        "captions": List(Value("string")),
+        "person_id": Value("int64"),
+        "file_name": Value("string"),
+        "attribute_spans": List(List(List(Value("int64")))),
+        "attributes": {name: Value("string") for name in ATTRIBUTES},
+        "named_attributes": List(List(Value("string"))),
+    }
+)
+
+
+def _rows(split: str, persons: int, images_per_person: int, first_id: int, seed: int):
+    rng = random.Random(f"{seed}-{split}")
+    for person_id, person in enumerate(draw_persons(persons, rng), start=first_id):
+        for number in range(images_per_person):
+            captions = [draw_caption(person, rng) for _ in range(2)]
+            file = io.BytesIO()
+            name = f"{split}/{person_id:05d}_{number}.png"
+            draw_image(person, rng).save(file, format="PNG")
+            yield {
+                "image": {"path": name, "bytes": file.getvalue()},
+                "captions": [caption.text for caption in captions],
+                "person_id": person_id,
+                "file_name": name,
+                "attribute_spans": [caption.spans for caption in captions],
+                "attributes": person,
+                "named_attributes": [caption.named for caption in captions],
+            }
+
+
+def load_drawn(
+    train_persons: int = 800, val_persons: int = 50, test_persons: int = 150, images_per_person: int = 4, seed: int = 0
+) -> DatasetDict:
+    """
+    The drawn set as `DatasetDict` of `train`, `val` and `test`; no person is in two splits. Drawn once and kept in the
+    cache of `datasets`.
+
+    Besides the columns of every set (`image`, `captions`, `person_id`, `file_name`) it has `attribute_spans` (start
+    and end of every attribute phrase in the cleaned captions), `attributes` (of the person), and `named_attributes`
+    (what each caption names).
+    """
+    splits, first_id = {}, 0
+    for split, persons in (("train", train_persons), ("val", val_persons), ("test", test_persons)):
+        splits[split] = Dataset.from_generator(
+            _rows,
+            features=FEATURES,
+            gen_kwargs={
+                "split": split,
+                "persons": persons,
+                "images_per_person": images_per_person,
+                "first_id": first_id,
+                "seed": seed,
+            },
+        )
+        first_id += persons
+    return DatasetDict(splits)
+
+
+def ceiling(split: Dataset, draws: int = 20) -> dict[str, float]:
+    """
+    Scores of a matcher that knows the attributes of every image and what every caption names: it ranks by the number
+    of named attributes that agree. Images that agree equally are ranked by chance; the mean over `draws` such orders
+    is returned, in percent.
+    """
+    rows = split.remove_columns("image")
+    attributes = {name: np.array([row[name] for row in rows["attributes"]]) for name in ATTRIBUTES}
+    person_ids = np.array(rows["person_id"])
+    scores, query_ids = [], []
+    for index, captions in enumerate(rows["named_attributes"]):
+        for names in captions:
+            scores.append(sum(attributes[name] == attributes[name][index] for name in names))
+            query_ids.append(person_ids[index])
+    scores, query_ids = np.stack(scores).astype(np.float64), np.array(query_ids)
+    rng = np.random.default_rng(0)
+    results = [retrieval_metrics(scores + rng.random(scores.shape) / 2, query_ids, person_ids) for _ in range(draws)]
+    return {name: math.fsum(result[name] for result in results) / draws for name in results[0]}

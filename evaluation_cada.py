@@ -1,0 +1,273 @@
+"""Retrieval metrics, and evaluation in two stages: global matching of all images, local matching of the top K."""
+
+from dataclasses import dataclass
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from data_cada import read_row
+
+
+METRICS = ("R1", "R5", "R10", "mAP", "mINP")
+_ROWS_AT_ONCE = 512
+
+
+def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
+    """
+    Rank-1, 5 and 10, mean average precision and mean inverse negative penalty (Ye et al., TPAMI 2021) in percent.
+
+    Images with equal scores are ranked with the wrong persons first. So a result does not depend on the order of the
+    gallery, and a model that gives every image the same score gets what it deserves.
+
+    Args:
+        similarity (`(queries, gallery)` array or tensor): higher is better.
+        query_ids (`(queries,)`): person of each query.
+        gallery_ids (`(gallery,)`): person of each image.
+
+    Raises:
+        ValueError: for shapes that do not fit, scores that are NaN, or a query whose person has no image.
+    """
+    similarity, query_ids, gallery_ids = (
+        torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values)
+        for values in (similarity, query_ids, gallery_ids)
+    )
+    if similarity.shape != (len(query_ids), len(gallery_ids)):
+        raise ValueError(
+            f"`similarity` has shape {tuple(similarity.shape)}, but there are {len(query_ids)} `query_ids` and "
+            f"{len(gallery_ids)} `gallery_ids`."
+        )
+    if len(query_ids) == 0:
+        raise ValueError("There are no queries to evaluate.")
+    sums = torch.zeros(len(METRICS), dtype=torch.float64)
+    for start in range(0, len(query_ids), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        sums += _metric_sums(similarity[rows], query_ids[rows], gallery_ids, start)
+    return dict(zip(METRICS, (100 * sums / len(query_ids)).tolist()))
+
+
+def _metric_sums(similarity, query_ids, gallery_ids, first_row: int = 0) -> torch.Tensor:
+    """Sums over queries of the five metrics (as shares)."""
+    if similarity.isnan().any():
+        row = first_row + int(similarity.isnan().any(dim=1).nonzero()[0, 0])
+        raise ValueError(f"`similarity` holds NaN in row {row}. The model has diverged, or the input was damaged.")
+    correct = query_ids[:, None] == gallery_ids[None, :]
+    counts = correct.sum(dim=1)
+    if (counts == 0).any():
+        row = int((counts == 0).nonzero()[0, 0])
+        raise ValueError(
+            f"Query {first_row + row} shows person {query_ids[row].item()}, of whom the gallery has no image. "
+            "Evaluate queries and gallery of the same split."
+        )
+    # Two stable sorts: wrong before right, then by score. Equal scores keep the first order.
+    order = correct.to(torch.uint8).argsort(dim=1, stable=True)
+    order = order.gather(1, similarity.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    hits = correct.gather(1, order)
+    ranks = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64)
+    precision = hits.cumsum(dim=1) / ranks
+    average_precision = (precision * hits).sum(dim=1) / counts
+    last = (hits * ranks).amax(dim=1)
+    return torch.stack(
+        [hits[:, :k].any(dim=1).double().sum() for k in (1, 5, 10)]
+        + [average_precision.sum(), (counts / last).sum()]
+    )
+
+
+def rerank_scores(similarity: torch.Tensor, candidates: torch.Tensor, local_scores: torch.Tensor) -> torch.Tensor:
+    """
+    Scores of two-stage retrieval: candidates get S_G + S_L, all others keep the order of S_G and rank behind.
+
+    Args:
+        similarity: S_G `(queries, gallery)`.
+        candidates: gallery indices `(queries, K)`.
+        local_scores: S_L of the candidates `(queries, K)`.
+
+    Returns:
+        `(queries, gallery)` in float64, which keeps apart what float32 would round together after the shift.
+    """
+    similarity = similarity.double()
+    combined = similarity.gather(1, candidates) + local_scores.double()
+    behind = similarity - similarity.amax(dim=1, keepdim=True) + combined.amin(dim=1, keepdim=True) - 1
+    return behind.scatter(1, candidates, combined)
+
+
+def top_candidates(similarity: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices `(queries, min(k, gallery))` of the highest scores, best first; ties in the order of the gallery."""
+    return similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+@dataclass
+class Gallery:
+    """Encoded images: normalised features `(images, d)` and patch states `(images, 1 + patches, hidden)`."""
+
+    embeds: torch.Tensor
+    states: torch.Tensor
+
+
+@dataclass
+class Queries:
+    """Encoded texts: normalised features `(texts, d)`, word pieces and their mask `(texts, length)`."""
+
+    embeds: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+class _Images(torch.utils.data.Dataset):
+    """The images of a data set as pixel values, so that data loader workers decode them."""
+
+    def __init__(self, dataset, processor):
+        self.dataset, self.processor = dataset, processor
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        image = read_row(self.dataset, index)["image"]
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+@torch.inference_mode()
+def encode_gallery(
+    model, processor, dataset, batch_size: int = 64, num_workers: int = 0, progress: bool = True
+) -> Gallery:
+    """Encode the column `image` of a data set, once per image. Results are on the CPU."""
+    loader = torch.utils.data.DataLoader(_Images(dataset, processor), batch_size=batch_size, num_workers=num_workers)
+    embeds, states = [], []
+    for pixel_values in tqdm(loader, desc="Encoding images", unit="batch", disable=not progress, leave=False):
+        outputs = model.get_image_features(pixel_values.to(model.device))
+        embeds.append(F.normalize(outputs.pooler_output.float(), dim=-1).cpu())
+        states.append(outputs.last_hidden_state.cpu())
+    return Gallery(torch.cat(embeds), torch.cat(states))
+
+
+@torch.inference_mode()
+def encode_queries(model, processor, captions: list[str], batch_size: int = 256, progress: bool = True) -> Queries:
+    """Encode captions, in batches of similar length. Results are on the CPU, in the order of `captions`."""
+    inputs = processor(text=captions, return_tensors="pt")
+    lengths = inputs["attention_mask"].sum(dim=1)
+    embeds = torch.empty(len(captions), model.config.projection_dim)
+    batches = lengths.argsort().split(batch_size)
+    for rows in tqdm(batches, desc="Encoding captions", unit="batch", disable=not progress, leave=False):
+        cut = slice(int(lengths[rows].max()))
+        input_ids, attention_mask = inputs["input_ids"][rows, cut], inputs["attention_mask"][rows, cut]
+        outputs = model.get_text_features(input_ids.to(model.device), attention_mask.to(model.device))
+        embeds[rows] = F.normalize(outputs.pooler_output.float(), dim=-1).cpu()
+    return Queries(embeds, inputs["input_ids"], inputs["attention_mask"])
+
+
+@torch.inference_mode()
+def match_candidates(
+    model, queries: Queries, gallery: Gallery, candidates: torch.Tensor, pairs_per_batch: int = 512, progress=None
+) -> torch.Tensor:
+    """
+    Local scores S_L `(queries, K)` of the candidates `(queries, K)`. Pairs are taken image by image, so that the keys
+    and values of an image are computed once for all its pairs of a batch.
+    """
+    k = candidates.shape[1]
+    images, order = candidates.flatten().sort(stable=True)
+    scores = torch.empty(candidates.numel())
+    for start in range(0, len(order), pairs_per_batch):
+        pairs = order[start : start + pairs_per_batch]
+        texts, text_index = (pairs // k).unique(return_inverse=True)
+        used, image_index = images[start : start + pairs_per_batch].unique(return_inverse=True)
+        logits = model.match(
+            *(tensor.to(model.device) for tensor in (queries.input_ids[texts], queries.attention_mask[texts])),
+            *(tensor.to(model.device) for tensor in (gallery.states[used], text_index, image_index)),
+        )
+        scores[pairs] = model.local_score(logits).float().cpu()
+        if progress is not None:
+            progress.update(len(pairs))
+    return scores.view_as(candidates)
+
+
+def evaluate_retrieval(
+    model,
+    processor,
+    dataset,
+    rerank_k: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> dict[str, float]:
+    """
+    Every caption of `dataset` searches all its images, by global matching and, where the model has match heads, by
+    local matching of the top K. A query's own image is in the gallery, as in all three sets' protocols.
+
+    Args:
+        model ([`CADAForTextToImageRetrieval`]):
+            The model; it is set to evaluation mode for the time of the call.
+        processor ([`CADAProcessor`]):
+            Its processor.
+        dataset:
+            Rows with `image`, `captions`, `person_id`.
+        rerank_k (`int`, *optional*):
+            Number of candidates; `config.rerank_k` by default.
+
+    Returns:
+        `global_R1`, ... `global_mINP`, `local_R1`, ... in percent; `queries`, `gallery`, `rerank_k`.
+    """
+    rerank_k = model.config.rerank_k if rerank_k is None else rerank_k
+    if rerank_k < 1:
+        raise ValueError(f"`rerank_k` is {rerank_k}. Give the number of candidates, 1 or more.")
+    columns = dataset.select_columns(["captions", "person_id"])
+    gallery_ids = torch.tensor(columns["person_id"])
+    captions = [caption for row in columns["captions"] for caption in row]
+    query_ids = gallery_ids.repeat_interleave(torch.tensor([len(row) for row in columns["captions"]]))
+    was_training = model.training
+    model.eval()
+    try:
+        gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, progress)
+        queries = encode_queries(model, processor, captions, progress=progress)
+        stages = ("global", "local") if model.config.use_atp else ("global",)
+        sums = {stage: torch.zeros(len(METRICS), dtype=torch.float64) for stage in stages}
+        total = len(captions) * min(rerank_k, len(gallery_ids))
+        with tqdm(total=total, desc="Re-ranking", unit="pair", disable=not progress or len(stages) < 2, leave=False) as bar:
+            for start in range(0, len(captions), _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                similarity = queries.embeds[rows] @ gallery.embeds.t()
+                sums["global"] += _metric_sums(similarity, query_ids[rows], gallery_ids, start)
+                if "local" in stages:
+                    candidates = top_candidates(similarity, rerank_k)
+                    part = Queries(queries.embeds[rows], queries.input_ids[rows], queries.attention_mask[rows])
+                    local = match_candidates(model, part, gallery, candidates, progress=bar)
+                    scores = rerank_scores(similarity, candidates, local)
+                    sums["local"] += _metric_sums(scores, query_ids[rows], gallery_ids, start)
+    finally:
+        model.train(was_training)
+    metrics = {
+        f"{stage}_{name}": value
+        for stage in stages
+        for name, value in zip(METRICS, (100 * sums[stage] / len(captions)).tolist())
+    }
+    return {**metrics, "queries": len(captions), "gallery": len(gallery_ids), "rerank_k": rerank_k}
+
+
+class RetrievalMetric(evaluate.Metric):
+    """
+    [`retrieval_metrics`] as a metric of the `evaluate` library.
+
+    ```python
+    >>> metric = RetrievalMetric()
+    >>> metric.compute(predictions=[[0.9, 0.1], [0.8, 0.3]], references=[1, 2], gallery_ids=[1, 2])["R1"]
+    50.0
+    ```
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Rank-1, 5, 10, mAP and mINP of text-to-image person retrieval, in percent.",
+            citation="@article{lin2023cada, title={Cross-Modal Adaptive Dual Association for Text-to-Image Person "
+            "Retrieval}, journal={arXiv:2312.01745}, year={2023}}",
+            inputs_description="predictions: scores of every gallery image, one row per query; references: person of "
+            "each query; gallery_ids: person of each gallery image.",
+            features=datasets.Features(
+                {"predictions": datasets.List(datasets.Value("float32")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions, references, gallery_ids) -> dict[str, float]:
+        return retrieval_metrics(np.asarray(predictions), np.asarray(references), np.asarray(gallery_ids))

@@ -1,0 +1,309 @@
+"""From images and captions to tensors: image transforms, caption cleaning, tokenizer, attribute masker."""
+
+import re
+
+import numpy as np
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
+from transformers.processing_utils import ImagesKwargs, ProcessorMixin, Unpack
+from transformers.utils import logging
+
+
+try:
+    import nltk
+except ImportError:
+    nltk = None
+
+logger = logging.get_logger(__name__)
+
+DEC_TOKEN, ENC_TOKEN = "[DEC]", "[ENC]"
+TAGGER = "averaged_perceptron_tagger_eng"
+
+_STRIPPED = re.compile(r'[.!"()*#:;~]')
+_WORD = re.compile(r"\w+(?:[-']\w+)*|[^\w\s]")
+_ADJECTIVES = {"JJ", "JJR", "JJS", "VBN"}  # VBN: participles such as "striped", "hooded"
+_NOUNS = {"NN", "NNS", "NNP", "NNPS"}
+
+
+def clean_caption(caption: str) -> str:
+    """Lower case, without ``. ! " ( ) * # : ; ~``, single spaces: the text that tokenizer and tagger read."""
+    return " ".join(_STRIPPED.sub(" ", caption.lower()).split())
+
+
+class CADAImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    do_augment (`bool`, *optional*):
+        Whether to augment for training: flip, pad and crop, erase.
+    flip_probability (`float`, *optional*):
+        Share of images mirrored.
+    crop_padding (`int`, *optional*):
+        Black pixels added on each side before a crop of the old size at a random place.
+    erase_probability (`float`, *optional*):
+        Share of images of which a rectangle is replaced by the mean colour.
+    erase_area (`list[float]`, *optional*):
+        Smallest and largest area of the rectangle, as a share of the image.
+    """
+
+    do_augment: bool | None
+    flip_probability: float | None
+    crop_padding: int | None
+    erase_probability: float | None
+    erase_area: list[float] | tuple[float, float] | None
+
+
+class CADAImageProcessor(PilBackend):
+    r"""
+    Image transforms of the paper: bilinear resize, CLIP's mean and standard deviation; with `do_augment=True` also
+    the training augmentation (flip 0.5, pad 10 and random crop, random erasing 0.5 of an area of 0.02 to 0.4).
+
+    Random numbers come from torch's generator, which the Trainer seeds, in data loader workers too.
+    """
+
+    valid_kwargs = CADAImageProcessorKwargs
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"height": 224, "width": 224}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_augment = False
+    flip_probability = 0.5
+    crop_padding = 10
+    erase_probability = 0.5
+    erase_area = (0.02, 0.4)
+
+    def __init__(self, **kwargs: Unpack[CADAImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    def _preprocess(
+        self,
+        images: list[np.ndarray],
+        do_resize: bool,
+        size,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        do_augment: bool,
+        flip_probability: float,
+        crop_padding: int,
+        erase_probability: float,
+        erase_area: tuple[float, float],
+        return_tensors,
+        **kwargs,
+    ) -> BatchFeature:
+        processed = []
+        for image in images:  # (channels, height, width), 0..255
+            if do_resize and image.shape[1:] != (size.height, size.width):
+                image = self.resize(image=image, size=size, resample=resample)
+            if do_augment:
+                image = _flip_and_crop(image, flip_probability, crop_padding)
+            if do_rescale:
+                image = image.astype(np.float32) * np.float32(rescale_factor)
+            if do_normalize:
+                mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (image_mean, image_std))
+                image = (image - mean) / std
+            if do_augment:
+                # Zero is the mean colour after normalisation.
+                image = _erase(image, erase_probability, erase_area)
+            processed.append(image)
+        if len({image.shape for image in processed}) == 1:
+            processed = np.stack(processed)
+        return BatchFeature(data={"pixel_values": processed}, tensor_type=return_tensors)
+
+
+def _flip_and_crop(image: np.ndarray, flip_probability: float, padding: int) -> np.ndarray:
+    if torch.rand(()) < flip_probability:
+        image = image[:, :, ::-1]
+    if padding:
+        height, width = image.shape[1:]
+        top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
+        image = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
+        image = image[:, top : top + height, left : left + width]
+    return np.ascontiguousarray(image)
+
+
+def _erase(image: np.ndarray, probability: float, area: tuple[float, float]) -> np.ndarray:
+    """Random erasing (Zhong et al., AAAI 2020): a rectangle of side ratio 0.3 to 3.3; ten tries to make it fit."""
+    if torch.rand(()) >= probability:
+        return image
+    height, width = image.shape[1:]
+    for _ in range(10):
+        share = float(torch.empty(()).uniform_(*area))
+        ratio = float(torch.empty(()).uniform_(np.log(0.3), np.log(3.3)).exp())
+        rows, columns = round((share * height * width * ratio) ** 0.5), round((share * height * width / ratio) ** 0.5)
+        if 0 < rows < height and 0 < columns < width:
+            top = int(torch.randint(0, height - rows + 1, ()))
+            left = int(torch.randint(0, width - columns + 1, ()))
+            image[:, top : top + rows, left : left + columns] = 0
+            break
+    return image
+
+
+class AttributeMasker:
+    """
+    Finds attribute phrases in captions and masks them (ARA, section III-C of the paper).
+
+    Args:
+        unit: `"phrase"` masks whole phrases of adjectives and nouns ("long black hair"), as in the paper; `"word"`
+            masks single adjectives and nouns, as in the authors' code.
+        rate: share of units that is masked.
+    """
+
+    def __init__(self, unit: str = "phrase", rate: float = 0.8):
+        if unit not in ("phrase", "word"):
+            raise ValueError(f"`mask_unit` is {unit!r}. Choose 'phrase' or 'word'.")
+        if not 0 <= rate <= 1:
+            raise ValueError(f"`mask_rate` is {rate}. Give a share between 0 and 1.")
+        self.unit, self.rate = unit, rate
+
+    def find_spans(self, caption: str) -> list[list[int]]:
+        """[start, end) of every unit in the cleaned `caption`, in characters, by NLTK's part-of-speech tags."""
+        caption = clean_caption(caption)
+        words = list(_WORD.finditer(caption))
+        tags = [tag for _, tag in _tagger().tag([word.group() for word in words])]
+        if self.unit == "word":
+            return [list(word.span()) for word, tag in zip(words, tags) if tag in _ADJECTIVES | _NOUNS]
+        spans, position = [], 0
+        while position < len(tags):
+            noun = position
+            while noun < len(tags) and tags[noun] in _ADJECTIVES:
+                noun += 1
+            end = noun
+            while end < len(tags) and tags[end] in _NOUNS:
+                end += 1
+            if position < noun < end:
+                spans.append([words[position].start(), words[end - 1].end()])
+            position = max(end, position + 1)
+        return spans
+
+    def mask(
+        self, input_ids: torch.Tensor, offsets: torch.Tensor, spans: list[list[list[int]]], mask_token_id: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Mask a random share `rate` of the units; all word pieces of a unit together.
+
+        Args:
+            input_ids: `(texts, length)`.
+            offsets: `(texts, length, 2)`, start and end of every word piece in its caption; both 0 for special tokens.
+            spans: the units of every text.
+            mask_token_id: id of `[MASK]`.
+
+        Returns:
+            Masked ids `(texts, length)`, and labels of the same shape: the masked ids, -100 elsewhere.
+        """
+        chosen = torch.zeros_like(input_ids, dtype=torch.bool)
+        for row, row_spans in enumerate(spans):
+            for (start, end), draw in zip(row_spans, torch.rand(len(row_spans)).tolist()):
+                if draw < self.rate:
+                    chosen[row] |= (offsets[row, :, 0] < end) & (offsets[row, :, 1] > start)
+        masked = input_ids.masked_fill(chosen, mask_token_id)
+        return masked, input_ids.masked_fill(~chosen, -100)
+
+
+_TAGGER_CACHE: list = []
+
+
+def _tagger():
+    """NLTK's English perceptron tagger, loaded once; its data are downloaded where they are missing."""
+    if not _TAGGER_CACHE:
+        if nltk is None:
+            raise ImportError("Attribute phrases need NLTK. Run: pip install nltk")
+        try:
+            nltk.data.find(f"taggers/{TAGGER}")
+        except LookupError:
+            logger.warning(f"NLTK's tagger data are missing, downloading {TAGGER}.")
+            nltk.download(TAGGER, quiet=True)
+        try:
+            _TAGGER_CACHE.append(nltk.PerceptronTagger())
+        except LookupError as error:
+            raise LookupError(
+                "NLTK's tagger data are missing and could not be downloaded. On a machine with internet access run "
+                f"`python -m nltk.downloader {TAGGER}`, copy the folder nltk_data, and set NLTK_DATA to its path."
+            ) from error
+    return _TAGGER_CACHE[0]
+
+
+class CADAProcessor(ProcessorMixin):
+    r"""
+    Image processor, tokenizer and attribute masker in one.
+
+    Args:
+        image_processor ([`CADAImageProcessor`]):
+            The image transforms.
+        tokenizer (`PreTrainedTokenizerFast`):
+            A BERT tokenizer. `[DEC]` and `[ENC]` are added where it lacks them, in BLIP's order.
+        mask_unit (`str`, *optional*, defaults to `"phrase"`):
+            What the masker masks: `"phrase"` or `"word"`.
+        mask_rate (`float`, *optional*, defaults to 0.8):
+            Share of the units that is masked.
+
+    ```python
+    >>> inputs = processor(images=images, text=captions, return_tensors="pt")
+    >>> scores = model(**inputs).logits_per_text
+    ```
+    """
+
+    text_kwargs = {"padding": True, "truncation": True, "return_token_type_ids": False}
+
+    def __init__(self, image_processor=None, tokenizer=None, mask_unit: str = "phrase", mask_rate: float = 0.8):
+        for name, token in (("bos_token", DEC_TOKEN), ("extra_special_tokens", [ENC_TOKEN])):
+            if tokenizer.convert_tokens_to_ids(token if isinstance(token, str) else token[0]) in (
+                None,
+                tokenizer.unk_token_id,
+            ):
+                tokenizer.add_special_tokens({name: token})
+        self.attribute_masker = AttributeMasker(mask_unit, mask_rate)
+        self.mask_unit, self.mask_rate = mask_unit, mask_rate
+        super().__init__(image_processor, tokenizer)
+
+    @property
+    def enc_token_id(self) -> int:
+        """Id of `[ENC]`, for `CADATextConfig.enc_token_id`."""
+        return self.tokenizer.convert_tokens_to_ids(ENC_TOKEN)
+
+    def __call__(self, images=None, text=None, attribute_spans=None, **kwargs) -> BatchFeature:
+        r"""
+        Args:
+            images (image or list of images, *optional*):
+                PIL images, arrays or tensors.
+            text (`str` or `list[str]`, *optional*):
+                Captions. They are cleaned, and cut at the tokenizer's `model_max_length`.
+            attribute_spans (`list[list[list[int]]]`, *optional*):
+                Attribute units of every caption as [start, end) in the cleaned caption, see
+                [`AttributeMasker.find_spans`]. With them some units are masked for ARA.
+            kwargs:
+                Options of image processor (`do_augment=True` for training) and tokenizer (`return_tensors="pt"`).
+
+        Returns:
+            [`BatchFeature`] with `pixel_values` for images; `input_ids`, `attention_mask` for text; `masked_input_ids`
+            and `labels` with `attribute_spans`.
+        """
+        if text is not None:
+            text = clean_caption(text) if isinstance(text, str) else [clean_caption(caption) for caption in text]
+            # Said outright, since some tokenizers come with a `max_length` of their own.
+            kwargs.setdefault("max_length", self.tokenizer.model_max_length)
+        if attribute_spans is None:
+            return super().__call__(images=images, text=text, **kwargs)
+        if text is None or isinstance(text, str) or len(text) != len(attribute_spans):
+            raise ValueError("`attribute_spans` needs `text`, a list of equally many captions.")
+        if kwargs.get("return_tensors") != "pt":
+            raise ValueError('Masking works on tensors: pass `return_tensors="pt"` with `attribute_spans`.')
+        outputs = super().__call__(images=images, text=text, return_offsets_mapping=True, **kwargs)
+        outputs["masked_input_ids"], outputs["labels"] = self.attribute_masker.mask(
+            outputs["input_ids"], outputs.pop("offset_mapping"), attribute_spans, self.tokenizer.mask_token_id
+        )
+        return outputs
+
+
+CADAImageProcessor.register_for_auto_class("AutoImageProcessor")
+CADAProcessor.register_for_auto_class()
+
+__all__ = ["AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption"]
