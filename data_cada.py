@@ -277,7 +277,9 @@ def load_pairs_dataset(
     """
     if dataset in PEDES_SETS:
         if data_dir is None:
-            raise DataError(f"{PEDES_SETS[dataset].title} needs --data_dir, the folder with its annotations and imgs/.")
+            raise DataError(
+                f"{PEDES_SETS[dataset].title} needs --data_dir, the folder with its annotations and imgs/."
+            )
         loaded = _load_pedes(dataset, data_dir, skip_unreadable)
     elif dataset == "demo":
         loaded = load_drawn(seed=seed)
@@ -299,15 +301,20 @@ def _first_captions(row: dict, count: int) -> dict:
 
 
 def _load_other(dataset: str, data_dir: str | os.PathLike | None) -> DatasetDict:
+    known = (
+        f"Known: {', '.join(PEDES_SETS)}, demo, a folder written by `save_to_disk`, or a name that "
+        "`datasets.load_dataset` takes."
+    )
     if (Path(dataset) / "dataset_dict.json").is_file():
         loaded = load_from_disk(dataset)
+    elif "/" not in dataset and data_dir is None and not Path(dataset).exists():
+        raise DataError(f"Unknown data set {dataset!r}. {known}")  # a typing error; do not search the Hub for it
     else:
         try:
             loaded = load_dataset(dataset, data_dir=data_dir)
         except Exception as error:  # the library raises many kinds
             raise DataError(
-                f"Unknown data set {dataset!r}. Known: {', '.join(PEDES_SETS)}, demo, a folder written by "
-                f"`save_to_disk`, or a name that `datasets.load_dataset` takes ({type(error).__name__}: {error})."
+                f"Cannot load the data set {dataset!r} ({type(error).__name__}: {error}). {known}"
             ) from error
     if not isinstance(loaded, DatasetDict):
         raise DataError(f"{dataset} has no splits. Save a DatasetDict with train, val and test.")
@@ -464,7 +471,10 @@ def check(dataset: str, data_dir: str | os.PathLike, quick: bool = False) -> boo
         bad += find_bad_images(records, decode=not quick, description=f"{split}: image files")
     for record, problem in bad:
         print(f"{record['path']} (row {record['row']}) {problem}")
-    print(f"\n{len(bad)} bad image file(s).", "Numbers are official." if complete else "Numbers differ from the official ones.")
+    print(
+        f"\n{len(bad)} bad image file(s).",
+        "Numbers are official." if complete else "Numbers differ from the official ones.",
+    )
     return complete and not bad
 
 

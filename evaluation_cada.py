@@ -71,8 +71,7 @@ def _metric_sums(similarity, query_ids, gallery_ids, first_row: int = 0) -> torc
     average_precision = (precision * hits).sum(dim=1) / counts
     last = (hits * ranks).amax(dim=1)
     return torch.stack(
-        [hits[:, :k].any(dim=1).double().sum() for k in (1, 5, 10)]
-        + [average_precision.sum(), (counts / last).sum()]
+        [hits[:, :k].any(dim=1).double().sum() for k in (1, 5, 10)] + [average_precision.sum(), (counts / last).sum()]
     )
 
 
@@ -225,7 +224,9 @@ def evaluate_retrieval(
         stages = ("global", "local") if model.config.use_atp else ("global",)
         sums = {stage: torch.zeros(len(METRICS), dtype=torch.float64) for stage in stages}
         total = len(captions) * min(rerank_k, len(gallery_ids))
-        with tqdm(total=total, desc="Re-ranking", unit="pair", disable=not progress or len(stages) < 2, leave=False) as bar:
+        with tqdm(
+            total=total, desc="Re-ranking", unit="pair", disable=not progress or len(stages) < 2, leave=False
+        ) as bar:
             for start in range(0, len(captions), _ROWS_AT_ONCE):
                 rows = slice(start, start + _ROWS_AT_ONCE)
                 similarity = queries.embeds[rows] @ gallery.embeds.t()

@@ -582,7 +582,10 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         if config.use_atp:
             self.match_head = nn.Linear(hidden_size, 2)
             self.group_match_head = nn.Linear(hidden_size, 2)
-        self.vocabulary_head = CADAVocabularyHead(config.text_config) if config.use_ara else None
+        if config.use_ara:
+            self.vocabulary_head = CADAVocabularyHead(config.text_config)
+        else:
+            self._tied_weights_keys = {}
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

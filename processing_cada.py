@@ -179,7 +179,8 @@ class AttributeMasker:
             end = noun
             while end < len(tags) and tags[end] in _NOUNS:
                 end += 1
-            if position < noun < end:
+            # Two words at least. Colours are often tagged as nouns ("grey jacket"), so adjectives may be missing.
+            if noun < end and end - position > 1:
                 spans.append([words[position].start(), words[end - 1].end()])
             position = max(end, position + 1)
         return spans
@@ -254,12 +255,9 @@ class CADAProcessor(ProcessorMixin):
     text_kwargs = {"padding": True, "truncation": True, "return_token_type_ids": False}
 
     def __init__(self, image_processor=None, tokenizer=None, mask_unit: str = "phrase", mask_rate: float = 0.8):
-        for name, token in (("bos_token", DEC_TOKEN), ("extra_special_tokens", [ENC_TOKEN])):
-            if tokenizer.convert_tokens_to_ids(token if isinstance(token, str) else token[0]) in (
-                None,
-                tokenizer.unk_token_id,
-            ):
-                tokenizer.add_special_tokens({name: token})
+        missing = [token for token in (DEC_TOKEN, ENC_TOKEN) if token not in tokenizer.get_vocab()]
+        if missing:
+            tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
         self.attribute_masker = AttributeMasker(mask_unit, mask_rate)
         self.mask_unit, self.mask_rate = mask_unit, mask_rate
         super().__init__(image_processor, tokenizer)

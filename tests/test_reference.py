@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import reference_config
+
 from convert_cada import convert_state_dict
 from losses_cada import draw_negatives, group_states, positive_pairs
 from modeling_cada import CADAForTextToImageRetrieval
@@ -60,9 +60,7 @@ def test_match_logits_of_all_pairs(reference_model, reference):
     text_index, image_index = torch.cartesian_prod(torch.arange(6), torch.arange(6)).unbind(1)
     with torch.no_grad():
         states = reference_model.encode_images(inputs["pixel_values"])
-        logits = reference_model.match(
-            inputs["input_ids"], inputs["attention_mask"], states, text_index, image_index
-        )
+        logits = reference_model.match(inputs["input_ids"], inputs["attention_mask"], states, text_index, image_index)
     assert_agrees(logits.view(6, 6, 2), expected["match_logits"])
 
 

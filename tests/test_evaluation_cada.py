@@ -1,0 +1,266 @@
+"""Metrics by hand, ties, and the two-stage evaluation against a plain one."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from evaluation_cada import (
+    METRICS,
+    Gallery,
+    Queries,
+    RetrievalMetric,
+    evaluate_retrieval,
+    match_candidates,
+    rerank_scores,
+    retrieval_metrics,
+    top_candidates,
+)
+from modeling_cada import CADAForTextToImageRetrieval
+
+
+def test_metrics_by_hand():
+    """
+    Query 0 (person 7) ranks 7, 8, 7, 9: R1 yes; AP = (1/1 + 2/3) / 2 = 5/6; mINP = 2/3.
+    Query 1 (person 8) ranks 7, 9, 8, 7: R1 no, R5 yes; AP = 1/3; mINP = 1/3.
+    """
+    gallery = [7, 8, 7, 9]
+    similarity = [[0.9, 0.8, 0.7, 0.1], [0.9, 0.3, 0.2, 0.8]]
+    metrics = retrieval_metrics(similarity, [7, 8], gallery)
+    assert metrics == {
+        "R1": 50.0,
+        "R5": 100.0,
+        "R10": 100.0,
+        "mAP": pytest.approx(100 * (5 / 6 + 1 / 3) / 2),
+        "mINP": pytest.approx(100 * (2 / 3 + 1 / 3) / 2),
+    }
+
+
+@pytest.mark.parametrize(("rank", "r1", "r5", "r10"), [(1, 100, 100, 100), (2, 0, 100, 100), (6, 0, 0, 100)])
+def test_rank_of_a_person_with_one_image(rank, r1, r5, r10):
+    """With one right image at rank r, AP = INP = 1/r."""
+    similarity = -np.arange(12.0)[None]
+    gallery = np.zeros(12, dtype=int)
+    gallery[rank - 1] = 1
+    metrics = retrieval_metrics(similarity, [1], gallery)
+    assert [metrics[name] for name in METRICS] == pytest.approx([r1, r5, r10, 100 / rank, 100 / rank])
+
+
+def test_equal_scores_count_against_the_model():
+    """All four scores equal, two of them right: the wrong ones come first, so ranks 3 and 4."""
+    metrics = retrieval_metrics([[0.5] * 4], [1], [1, 2, 1, 3])
+    assert metrics["R1"] == 0
+    assert metrics["mAP"] == pytest.approx(100 * (1 / 3 + 2 / 4) / 2)
+    assert metrics["mINP"] == pytest.approx(100 * 2 / 4)
+
+
+def naive_metrics(similarity, query_ids, gallery_ids):
+    """The definitions, one query and one image at a time."""
+    rows = []
+    for scores, person in zip(similarity, query_ids):
+        order = sorted(range(len(scores)), key=lambda image: (-scores[image], gallery_ids[image] == person))
+        ranks = [rank for rank, image in enumerate(order, start=1) if gallery_ids[image] == person]
+        precision = [count / rank for count, rank in enumerate(ranks, start=1)]
+        rows.append([float(ranks[0] <= k) for k in (1, 5, 10)] + [sum(precision) / len(ranks), len(ranks) / ranks[-1]])
+    return dict(zip(METRICS, 100 * np.mean(rows, axis=0)))
+
+
+@st.composite
+def searches(draw):
+    """Few different scores and persons, so that ties and persons of one image are common."""
+    gallery = draw(st.lists(st.integers(0, 4), min_size=1, max_size=15))
+    queries = draw(st.lists(st.sampled_from(gallery), min_size=1, max_size=6))
+    scores = draw(
+        st.lists(
+            st.lists(st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]), min_size=len(gallery), max_size=len(gallery)),
+            min_size=len(queries),
+            max_size=len(queries),
+        )
+    )
+    return scores, queries, gallery
+
+
+@given(searches())
+@settings(deadline=None, max_examples=150)
+def test_metrics_equal_their_definition(search):
+    assert retrieval_metrics(*search) == pytest.approx(naive_metrics(*search))
+
+
+@given(searches(), st.randoms())
+@settings(deadline=None, max_examples=50)
+def test_metrics_do_not_depend_on_the_order_of_the_gallery(search, random):
+    scores, queries, gallery = search
+    order = list(range(len(gallery)))
+    random.shuffle(order)
+    shuffled = retrieval_metrics(np.array(scores)[:, order], queries, [gallery[image] for image in order])
+    assert shuffled == pytest.approx(retrieval_metrics(scores, queries, gallery))
+
+
+def test_many_queries_are_summed_in_parts():
+    rng = np.random.default_rng(0)
+    gallery = rng.integers(0, 20, 40)
+    queries = rng.choice(gallery, 1200)
+    scores = rng.random((1200, 40))
+    assert retrieval_metrics(scores, queries, gallery) == pytest.approx(naive_metrics(scores, queries, gallery))
+
+
+@pytest.mark.parametrize(
+    ("scores", "queries", "gallery", "message"),
+    [
+        ([[0.1, 0.2]], [1], [1, 2, 3], "shape"),
+        ([[0.1, float("nan")]], [1], [1, 2], "NaN in row 0"),
+        ([[0.1, 0.2], [0.3, 0.4]], [1, 5], [1, 2], "Query 1 shows person 5"),
+        (np.zeros((0, 2)), [], [1, 2], "no queries"),
+    ],
+)
+def test_bad_input_is_named(scores, queries, gallery, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_metrics(scores, queries, gallery)
+
+
+def test_candidates_are_the_highest_scores_and_ties_keep_the_order_of_the_gallery():
+    similarity = torch.tensor([[0.5, 0.9, 0.5, 0.1], [0.1, 0.1, 0.1, 0.1]])
+    assert top_candidates(similarity, 3).tolist() == [[1, 0, 2], [0, 1, 2]]
+    assert top_candidates(similarity, 9).shape == (2, 4)
+
+
+def test_reranking_by_hand():
+    """Candidates 1 and 0 score 0.9 + 0.0 and 0.8 + 0.5; the others stay behind in their own order."""
+    similarity = torch.tensor([[0.8, 0.9, 0.1, 0.7]])
+    scores = rerank_scores(similarity, torch.tensor([[1, 0]]), torch.tensor([[0.0, 0.5]]))
+    assert scores[0, [0, 1]].tolist() == pytest.approx([1.3, 0.9])
+    assert scores[0].argsort(descending=True).tolist() == [0, 1, 3, 2]
+
+
+@given(
+    st.lists(st.floats(-1, 1, width=16), min_size=8, max_size=8),
+    st.lists(st.floats(-30, 30, width=32), min_size=3, max_size=3),
+)
+@settings(deadline=None)
+def test_others_rank_behind_every_candidate_in_global_order(similarity, local):
+    similarity = torch.tensor([similarity])
+    candidates = top_candidates(similarity, 3)
+    scores = rerank_scores(similarity, candidates, torch.tensor([local]))[0]
+    others = torch.ones(8, dtype=torch.bool)
+    others[candidates[0]] = False
+    assert scores[others].max() < scores[candidates[0]].min()
+    assert torch.equal(scores[others].argsort(stable=True), similarity[0][others].argsort(stable=True))
+
+
+def test_reranked_order_of_the_reference(reference_model, reference):
+    """Candidates have the authors' scores; the others follow in the authors' order."""
+    inputs, expected = reference["inputs"], reference["outputs"]["reranked_scores"]
+    k = reference["config"]["rerank_k"]
+    with torch.no_grad():
+        out = reference_model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
+        states = reference_model.encode_images(inputs["pixel_values"])
+    similarity = out.text_embeds @ out.image_embeds.t()
+    candidates = top_candidates(similarity, k)
+    queries = Queries(out.text_embeds, inputs["input_ids"], inputs["attention_mask"])
+    local = match_candidates(reference_model, queries, Gallery(out.image_embeds, states), candidates)
+    scores = rerank_scores(similarity, candidates, local)
+    torch.testing.assert_close(
+        scores.gather(1, candidates).float(), expected.gather(1, candidates), rtol=1e-4, atol=1e-4
+    )
+    assert torch.equal(scores.argsort(dim=1, descending=True), expected.argsort(dim=1, descending=True))
+
+
+def small_set() -> Dataset:
+    """Six images of four persons, one to three captions each."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)) for _ in range(6)]
+    captions = [
+        ["a man in red"],
+        ["a woman", "a tall woman in blue"],
+        ["a man"],
+        ["one", "two", "three"],
+        ["x y"],
+        ["z"],
+    ]
+    return Dataset.from_dict({"image": images, "captions": captions, "person_id": [1, 1, 2, 3, 3, 4]})
+
+
+@pytest.fixture
+def small_model() -> CADAForTextToImageRetrieval:
+    torch.manual_seed(0)
+    vocabulary = {"vocab_size": 30524, "enc_token_id": 30523}
+    config = tiny_config(
+        text_config={**vocabulary, "initializer_range": 0.5}, vision_config={"initializer_range": 0.5}
+    )
+    return CADAForTextToImageRetrieval(config)
+
+
+def test_two_stages_equal_the_plain_computation(small_model, processor):
+    """Every query against every image, each pair on its own, without any sharing."""
+    dataset = small_set()
+    metrics = evaluate_retrieval(small_model, processor, dataset, rerank_k=3, batch_size=4, progress=False)
+    captions = [caption for row in dataset["captions"] for caption in row]
+    query_ids = [1, 1, 1, 2, 3, 3, 3, 3, 4]
+    small_model.eval()
+    similarity, local = torch.zeros(9, 6), torch.zeros(9, 6)
+    with torch.no_grad():
+        for query, caption in enumerate(captions):
+            for index, image in enumerate(dataset["image"]):
+                inputs = processor(images=image, text=[caption], return_tensors="pt")
+                out = small_model(**inputs)
+                similarity[query, index] = (out.text_embeds * out.image_embeds).sum()
+                states = small_model.encode_images(inputs["pixel_values"])
+                logits = small_model.match(inputs["input_ids"], inputs["attention_mask"], states)
+                local[query, index] = logits.softmax(dim=-1)[0, 1]
+    expected = naive_metrics(similarity.tolist(), query_ids, dataset["person_id"])
+    assert {name: metrics[f"global_{name}"] for name in METRICS} == pytest.approx(expected, abs=1e-3)
+    total = similarity - 100
+    for query in range(9):
+        best = similarity[query].topk(3).indices
+        total[query, best] = similarity[query, best] + local[query, best]
+    expected = naive_metrics(total.tolist(), query_ids, dataset["person_id"])
+    assert {name: metrics[f"local_{name}"] for name in METRICS} == pytest.approx(expected, abs=1e-3)
+    assert (metrics["queries"], metrics["gallery"], metrics["rerank_k"]) == (9, 6, 3)
+
+
+def test_evaluation_does_not_depend_on_batches_and_restores_the_mode(small_model, processor):
+    dataset = small_set()
+    small_model.train()
+    first = evaluate_retrieval(small_model, processor, dataset, batch_size=1, progress=False)
+    second = evaluate_retrieval(small_model, processor, dataset, batch_size=6, progress=False)
+    assert first == pytest.approx(second)
+    assert small_model.training
+
+
+def test_match_candidates_does_not_depend_on_its_batches(small_model):
+    small_model.eval()
+    torch.manual_seed(0)
+    gallery = Gallery(torch.randn(5, 8), torch.randn(5, 9, 16))
+    mask = (torch.arange(9)[None] < torch.tensor([9, 4, 6])[:, None]).long()
+    queries = Queries(torch.randn(3, 8), torch.randint(5, 1000, (3, 9)) * mask, mask)
+    candidates = torch.tensor([[4, 1, 0], [1, 2, 3], [4, 3, 1]])
+    whole = match_candidates(small_model, queries, gallery, candidates)
+    parts = match_candidates(small_model, queries, gallery, candidates, pairs_per_batch=2)
+    torch.testing.assert_close(whole, parts)
+
+
+def test_model_without_match_heads_is_evaluated_globally(processor):
+    config = tiny_config(text_config={"vocab_size": 30524, "enc_token_id": 30523}, use_atp=False, use_ara=False)
+    metrics = evaluate_retrieval(CADAForTextToImageRetrieval(config), processor, small_set(), progress=False)
+    assert {name.split("_")[0] for name in metrics} == {"global", "queries", "gallery", "rerank"}
+
+
+def test_rerank_k_has_to_be_positive(small_model, processor):
+    with pytest.raises(ValueError, match="rerank_k"):
+        evaluate_retrieval(small_model, processor, small_set(), rerank_k=0)
+
+
+def test_evaluate_metric_gives_the_same_numbers():
+    similarity = [[0.9, 0.8, 0.7, 0.1], [0.9, 0.3, 0.2, 0.8]]
+    expected = retrieval_metrics(similarity, [7, 8], [7, 8, 7, 9])
+    metric = RetrievalMetric()
+    assert metric.compute(predictions=similarity, references=[7, 8], gallery_ids=[7, 8, 7, 9]) == pytest.approx(
+        expected
+    )
+    metric.add_batch(predictions=similarity[:1], references=[7])
+    metric.add_batch(predictions=similarity[1:], references=[8])
+    assert metric.compute(gallery_ids=gallery_ids) == pytest.approx(expected)

@@ -1,0 +1,351 @@
+"""
+Train and evaluate CADA on a PEDES set, on the drawn set, or on any data set with the same columns.
+
+    python train_cada.py --dataset cuhk_pedes --data_dir /data/CUHK-PEDES --model_name_or_path my-start \\
+        --output_dir runs/cuhk --do_train --do_predict
+
+The defaults are the paper's recipe. Several processes: `accelerate launch train_cada.py ...` with the same arguments;
+the batch size is then per process, and the paper's 96 is the product of both.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import DatasetDict
+from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint, speed_metrics
+from transformers.utils import logging
+
+import register_cada  # noqa: F401  # checkpoints load with the code beside this file
+from configuration_cada import CADAConfig
+from data_cada import DataError, PairCollator, PairDataset, add_attribute_spans, hold_out_persons, load_pairs_dataset
+from evaluation_cada import evaluate_retrieval
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAImageProcessor, CADAProcessor
+
+
+logger = logging.get_logger(__name__)
+
+LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained or evaluated."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of a CADA checkpoint to start from. Without it: random weights."},
+    )
+    tokenizer_name: str = field(
+        default="bert-base-uncased",
+        metadata={"help": "Tokenizer of a model with random weights: folder or Hub name."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of CADAConfig as JSON, or a JSON file: "
+            '\'{"contrastive_loss": "cmpm", "vision_config": {"image_size": [384, 128]}}\'.'
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """The data set."""
+
+    dataset: str = field(
+        metadata={
+            "help": "cuhk_pedes, icfg_pedes, rstp_reid, demo (drawn), a folder written by `save_to_disk`, or a name "
+            "that `datasets.load_dataset` takes, with the columns image, captions, person_id."
+        }
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with the authors' annotations and imgs/."})
+    captions_per_image: int | None = field(
+        default=None,
+        metadata={"help": "Use the first n captions of each image. The paper uses 2 on CUHK-PEDES; default: all."},
+    )
+    holdout_persons: int = field(
+        default=200,
+        metadata={
+            "help": "For a set without validation split (ICFG-PEDES): persons taken from train to choose the "
+            "checkpoint. 0 trains on all and keeps the last checkpoint. The test split never chooses."
+        },
+    )
+    skip_unreadable: bool = field(
+        default=False,
+        metadata={"help": "Decode every image first, leave out what cannot be read, count it and list it."},
+    )
+
+
+@dataclass
+class CADATrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the paper's recipe as defaults, and the negatives of ATP."""
+
+    num_train_epochs: float = field(default=40.0, metadata={"help": "Number of epochs."})
+    per_device_train_batch_size: int = field(default=96, metadata={"help": "Batch size per process."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images encoded at once."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Leave out the last batch of an epoch where it is smaller than the others."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate on validation."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the best and the last."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best checkpoint on validation."})
+    metric_for_best_model: str | None = field(
+        default="local_R1", metadata={"help": "Validation score that chooses the checkpoint."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    negative_sampling: str = field(
+        default="hardest",
+        metadata={
+            "help": "Negatives of ATP: 'hardest' (the paper), or 'annealed', drawn with probability softmax(S / T), "
+            "for training from random weights, where the hardest alone teach nothing.",
+            "choices": ["hardest", "annealed"],
+        },
+    )
+    negative_temperature_start: float = field(default=10.0, metadata={"help": "T at the first step of 'annealed'."})
+    negative_temperature_end: float = field(default=0.01, metadata={"help": "T at the last step of 'annealed'."})
+
+    def __post_init__(self):
+        if not self.do_train:  # nothing is chosen, and `do_eval` stays as asked
+            self.eval_strategy, self.load_best_model_at_end = "no", False
+        super().__post_init__()
+        if self.negative_sampling not in ("hardest", "annealed"):
+            raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
+        if not self.negative_temperature_start >= self.negative_temperature_end > 0:
+            raise ValueError(
+                f"`negative_temperature_start` ({self.negative_temperature_start}) has to be at least "
+                f"`negative_temperature_end` ({self.negative_temperature_end}), and both above 0."
+            )
+
+
+class CADATrainer(Trainer):
+    """
+    `Trainer` for CADA: logs every loss part, anneals the negatives of ATP, and evaluates by retrieval.
+
+    Args:
+        args ([`CADATrainingArguments`]): training arguments.
+        train_dataset ([`PairDataset`]): pairs of image and caption.
+        eval_dataset: rows with `image`, `captions`, `person_id`; all captions search all images.
+        processing_class ([`CADAProcessor`]): the processor, saved with every checkpoint.
+    """
+
+    # The loss is a mean over the batch; the Trainer divides it by the number of accumulated batches.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
+        self._part_count = 0
+
+    def negative_temperature(self) -> float | None:
+        """T of this step: falls geometrically over the run; `None` for the hardest negatives."""
+        if self.args.negative_sampling == "hardest":
+            return None
+        start, end = self.args.negative_temperature_start, self.args.negative_temperature_end
+        progress = self.state.global_step / max(1, self.state.max_steps - 1)
+        return start * (end / start) ** min(1.0, progress)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Equation (8). `num_items_in_batch` counts tokens of language models, and is not used."""
+        outputs = model(**inputs, return_loss=True, negative_temperature=self.negative_temperature())
+        self._part_count += 1
+        for name in LOSS_PARTS:
+            part = outputs.get(name)
+            if part is not None:
+                self._part_sums[name] = self._part_sums[name] + part.detach()
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of each loss part since the last line, over all processes."""
+        if "loss" in logs and self._part_count:
+            for name, value in self._part_sums.items():
+                if isinstance(value, torch.Tensor):
+                    logs[name] = self.accelerator.reduce(value / self._part_count, reduction="mean").item()
+            temperature = self.negative_temperature()
+            if temperature is not None:
+                logs["negative_temperature"] = temperature
+            self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
+            self._part_count = 0
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
+        started = time.time()
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        metrics = evaluate_retrieval(
+            self.accelerator.unwrap_model(self.model),
+            self.processing_class,
+            dataset,
+            batch_size=self.args.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+        )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics.update(speed_metrics(metric_key_prefix, started, num_samples=metrics[f"{metric_key_prefix}_queries"]))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def read_overrides(text: str | None) -> dict:
+    """Fields of the configuration from a JSON string or the name of a JSON file."""
+    if not text:
+        return {}
+    is_file = not text.lstrip().startswith("{")
+    if is_file and not Path(text).is_file():
+        raise ValueError(f"--config_overrides {text!r} is neither a JSON object nor a file.")
+    try:
+        overrides = json.loads(Path(text).read_text(encoding="utf-8") if is_file else text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config_overrides {text!r} is not JSON: {error}.") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(f"--config_overrides {text!r} should be a JSON object with fields of CADAConfig.")
+    known = set(CADAConfig.__dataclass_fields__)
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(f"--config_overrides: CADAConfig has no field {', '.join(unknown)}.")
+    return overrides
+
+
+def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
+    """The model and its processor, from a checkpoint or with random weights."""
+    overrides = read_overrides(arguments.config_overrides)
+    if arguments.model_name_or_path is not None:
+        config = CADAConfig.from_pretrained(arguments.model_name_or_path)
+        fields = config.to_dict()
+        for name, value in overrides.items():
+            fields[name] = {**fields[name], **value} if isinstance(value, dict) else value
+        config = CADAConfig.from_dict(fields)
+        model = CADAForTextToImageRetrieval.from_pretrained(arguments.model_name_or_path, config=config)
+        saved = CADAProcessor.from_pretrained(arguments.model_name_or_path)
+        image_processor, tokenizer = saved.image_processor, saved.tokenizer
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
+        tokenizer = CADAProcessor(CADAImageProcessor(), tokenizer).tokenizer
+        text_fields = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "enc_token_id": tokenizer.convert_tokens_to_ids("[ENC]"),
+        }
+        config = CADAConfig(**{**overrides, "text_config": {**text_fields, **overrides.get("text_config", {})}})
+        logger.warning("The model has random weights: no --model_name_or_path was given.")
+        model = CADAForTextToImageRetrieval(config)
+        image_processor = CADAImageProcessor()
+    # What both sides have to agree on follows the model.
+    height, width = model.config.vision_config.image_height_width
+    image_processor.size = {"height": height, "width": width}
+    tokenizer.model_max_length = model.config.max_text_length
+    return model, CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
+
+
+def count_long_captions(dataset, processor: CADAProcessor) -> int:
+    """Captions with more tokens than the model reads; they are cut."""
+    limit = processor.tokenizer.model_max_length
+    captions = [caption for row in dataset["captions"] for caption in row]
+    lengths = processor(text=captions, truncation=False, padding=False, verbose=False)["input_ids"]
+    return sum(len(ids) > limit for ids in lengths)
+
+
+def prepare_data(data: DataArguments, args: CADATrainingArguments, processor: CADAProcessor) -> DatasetDict:
+    """Load the splits that the run needs; hold persons out for validation where the set has none; tag captions."""
+    with args.main_process_first(desc="loading the data set"):
+        splits = load_pairs_dataset(data.dataset, data.data_dir, data.captions_per_image, data.skip_unreadable)
+        if (args.do_train or args.do_eval) and "val" not in splits and data.holdout_persons > 0:
+            # The same persons whatever the seed of the run, so that runs can be compared.
+            splits = DatasetDict({**splits, **hold_out_persons(splits["train"], data.holdout_persons)})
+            logger.warning(
+                f"{data.dataset} has no validation split: {data.holdout_persons} persons of train choose the "
+                "checkpoint (--holdout_persons)."
+            )
+        needed = {"train": args.do_train, "val": args.do_eval and not args.do_train, "test": args.do_predict}
+        for split, is_needed in needed.items():
+            if is_needed and split not in splits:
+                raise DataError(f"{data.dataset} has no split {split!r}; it has {', '.join(splits)}.")
+        if args.do_train:
+            splits["train"] = add_attribute_spans(splits["train"], processor.attribute_masker)
+    for split, rows in splits.items():
+        long = count_long_captions(rows, processor)
+        if long:
+            logger.warning(
+                f"{split}: {long} captions are longer than {processor.tokenizer.model_max_length} tokens and are cut."
+            )
+    return splits
+
+
+def run(model_arguments: ModelArguments, data: DataArguments, args: CADATrainingArguments) -> dict[str, float]:
+    """Train, evaluate on validation, test: what `args` asks for. Returns all metrics."""
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
+    set_seed(args.seed)
+    model, processor = load_model_and_processor(model_arguments)
+    splits = prepare_data(data, args, processor)
+    if args.do_train and "val" not in splits:
+        # Nothing to choose by. The test split must not choose.
+        logger.warning("No validation split: the last checkpoint is kept, whatever its score.")
+        args.eval_strategy, args.load_best_model_at_end, args.do_eval = "no", False, False
+    if not model.config.use_atp and args.metric_for_best_model == "local_R1":
+        args.metric_for_best_model = "global_R1"  # without match heads there is no local matching
+    train_pairs = PairDataset(splits["train"]) if args.do_train else None
+    batch = args.train_batch_size * args.world_size
+    if args.do_train and args.dataloader_drop_last and len(train_pairs) < batch:
+        raise ValueError(
+            f"The training set has {len(train_pairs)} pairs, less than one batch of {batch}. Lower "
+            "--per_device_train_batch_size."
+        )
+    trainer = CADATrainer(
+        model=model,
+        args=args,
+        data_collator=PairCollator(processor),
+        train_dataset=train_pairs,
+        eval_dataset=splits.get("val"),
+        processing_class=processor,
+    )
+    if args.do_train:
+        checkpoint = args.resume_from_checkpoint
+        if checkpoint == "last":
+            checkpoint = get_last_checkpoint(args.output_dir)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+    metrics: dict[str, float] = {}
+    for wanted, split, prefix in ((args.do_eval, "val", "eval"), (args.do_predict, "test", "test")):
+        if wanted:
+            scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
+            trainer.log_metrics(prefix, scores)
+            trainer.save_metrics(prefix, scores)
+            metrics.update(scores)
+    return metrics
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Parse the command line (or one JSON file of arguments) and run."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, CADATrainingArguments), description=__doc__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        parsed = parser.parse_json_file(os.path.abspath(arguments[0]))
+    else:
+        parsed = parser.parse_args_into_dataclasses(arguments)
+    logging.set_verbosity(parsed[2].get_process_log_level())
+    transformers.logging.enable_explicit_format()
+    return run(*parsed)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as problem:
+        sys.exit(f"error: {problem}")
