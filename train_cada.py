@@ -105,6 +105,9 @@ class CADATrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default="local_R1", metadata={"help": "Validation score that chooses the checkpoint."}
     )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Pinned memory for copies to an accelerator."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
     negative_sampling: str = field(
         default="hardest",
@@ -179,6 +182,12 @@ class CADATrainer(Trainer):
             self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
             self._part_count = 0
         super().log(logs, start_time)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Tied weights are saved once. Their second name is not missing, so it is no reason for a warning."""
+        tied = self.model.all_tied_weights_keys
+        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
@@ -318,7 +327,6 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             checkpoint = get_last_checkpoint(args.output_dir)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
-        trainer.save_state()
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
     metrics: dict[str, float] = {}
@@ -328,6 +336,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             trainer.log_metrics(prefix, scores)
             trainer.save_metrics(prefix, scores)
             metrics.update(scores)
+    if args.do_train:
+        trainer.save_state()  # after the last line of the log
     return metrics
 
 

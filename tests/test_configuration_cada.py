@@ -265,7 +265,10 @@ def test_cross_attention_follows_the_losses(tmp_path, use_atp, use_ara, cross):
 
 def test_encoder_width_follows_the_vision_tower():
     assert CADAConfig(vision_config={"hidden_size": 48}).text_config.encoder_hidden_size == 48
-    config = CADAConfig(CADAVisionConfig(hidden_size=96), CADATextConfig(encoder_hidden_size=5, hidden_size=120))
+    config = CADAConfig(
+        vision_config=CADAVisionConfig(hidden_size=96),
+        text_config=CADATextConfig(encoder_hidden_size=5, hidden_size=120),
+    )
     assert config.text_config.encoder_hidden_size == 96
     assert config.text_config.hidden_size == 120
 

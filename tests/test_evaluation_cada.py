@@ -255,12 +255,10 @@ def test_rerank_k_has_to_be_positive(small_model, processor):
 
 
 def test_evaluate_metric_gives_the_same_numbers():
-    similarity = [[0.9, 0.8, 0.7, 0.1], [0.9, 0.3, 0.2, 0.8]]
-    expected = retrieval_metrics(similarity, [7, 8], [7, 8, 7, 9])
+    similarity, persons, gallery_ids = [[0.9, 0.8, 0.7, 0.1], [0.9, 0.3, 0.2, 0.8]], [7, 8], [7, 8, 7, 9]
+    expected = pytest.approx(retrieval_metrics(similarity, persons, gallery_ids))
     metric = RetrievalMetric()
-    assert metric.compute(predictions=similarity, references=[7, 8], gallery_ids=[7, 8, 7, 9]) == pytest.approx(
-        expected
-    )
-    metric.add_batch(predictions=similarity[:1], references=[7])
-    metric.add_batch(predictions=similarity[1:], references=[8])
-    assert metric.compute(gallery_ids=gallery_ids) == pytest.approx(expected)
+    assert metric.compute(predictions=similarity, references=persons, gallery_ids=gallery_ids) == expected
+    metric.add_batch(predictions=similarity[:1], references=persons[:1])
+    metric.add_batch(predictions=similarity[1:], references=persons[1:])
+    assert metric.compute(gallery_ids=gallery_ids) == expected

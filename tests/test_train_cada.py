@@ -1,0 +1,253 @@
+"""Training through the command a researcher types, on the three sets in their authors' layout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from pedes_layout import LAYOUTS
+
+import train_cada
+from data_cada import DataError
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAProcessor
+from train_cada import CADATrainer, CADATrainingArguments, ModelArguments, load_model_and_processor, read_overrides
+
+
+ROOT = Path(train_cada.__file__).parent
+
+
+@pytest.fixture
+def start(tmp_path, processor) -> Path:
+    """A saved checkpoint with random weights, the vocabulary of BERT, for images of 32×16."""
+    torch.manual_seed(0)
+    config = tiny_config(text_config={"vocab_size": 30524, "enc_token_id": processor.enc_token_id})
+    CADAForTextToImageRetrieval(config).save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    return tmp_path / "start"
+
+
+def command(start: Path, output: Path, dataset: str, data_dir: Path, *more: str) -> list[str]:
+    return [
+        *("--model_name_or_path", str(start), "--output_dir", str(output)),
+        *("--dataset", dataset, "--data_dir", str(data_dir)),
+        *("--num_train_epochs", "2", "--per_device_train_batch_size", "6", "--logging_steps", "2"),
+        *("--learning_rate", "1e-3", "--disable_tqdm", "true", *more),
+    ]
+
+
+def test_defaults_are_the_recipe_of_the_paper(tmp_path):
+    args = CADATrainingArguments(output_dir=str(tmp_path), do_train=True)
+    assert (args.learning_rate, args.weight_decay, args.num_train_epochs) == (1e-5, 0.05, 40)
+    assert args.per_device_train_batch_size == 96
+    assert args.lr_scheduler_type == "cosine"
+    assert args.optim in ("adamw_torch", "adamw_torch_fused")
+    assert args.negative_sampling == "hardest"
+    assert args.load_best_model_at_end and args.metric_for_best_model == "local_R1" and args.greater_is_better
+
+
+@pytest.mark.parametrize("dataset", list(LAYOUTS))
+def test_each_set_trains_and_evaluates(dataset, start, tmp_path):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    LAYOUTS[dataset](data_dir)
+    output = tmp_path / "run"
+    arguments = command(start, output, dataset, data_dir, "--do_train", "--do_eval", "--do_predict")
+    metrics = train_cada.main([*arguments, "--holdout_persons", "2"])
+
+    queries = {"cuhk_pedes": (12, 16), "icfg_pedes": (6, 9), "rstp_reid": (12, 12)}[dataset]
+    assert (metrics["eval_queries"], metrics["test_queries"]) == queries
+    names = [f"{stage}_{name}" for stage in ("global", "local") for name in ("R1", "R5", "R10", "mAP", "mINP")]
+    assert all(0 <= metrics[f"test_{name}"] <= 100 for name in names)
+
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    assert steps
+    for entry in steps:
+        total = entry["loss_ndf"] + entry["loss_atp"] + 0.1 * entry["loss_ara"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-3)
+        assert entry["learning_rate"] > 0 or entry is steps[-1]
+    assert [entry["epoch"] for entry in history if "eval_local_R1" in entry] == [1, 2, 2]
+    # Test is reported once, and nothing was chosen by it.
+    assert sum("test_local_R1" in entry for entry in history) == 1
+    assert json.loads((output / "test_results.json").read_text())["test_local_R1"] == metrics["test_local_R1"]
+
+    # What was saved is the checkpoint that was evaluated.
+    best = max(entry["eval_local_R1"] for entry in history if "eval_local_R1" in entry)
+    assert metrics["eval_local_R1"] == best
+    again = [*("--model_name_or_path", str(output), "--output_dir", str(tmp_path / "again"), "--do_predict")]
+    repeated = train_cada.main([*again, "--dataset", dataset, "--data_dir", str(data_dir), "--disable_tqdm", "true"])
+    assert {name: repeated[f"test_{name}"] for name in names} == {name: metrics[f"test_{name}"] for name in names}
+
+
+def test_without_validation_the_last_checkpoint_is_kept(start, tmp_path, caplog):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    LAYOUTS["icfg_pedes"](data_dir)
+    metrics = train_cada.main(
+        command(
+            start, tmp_path / "run", "icfg_pedes", data_dir, "--do_train", "--do_predict", "--holdout_persons", "0"
+        )
+    )
+    assert "eval_local_R1" not in metrics
+    assert metrics["test_queries"] == 9
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert not any("eval_local_R1" in entry for entry in history)
+
+
+def test_accelerate_launch_runs_the_same_script(start, tmp_path):
+    """Two processes: the test scores are those of one process that loads what they saved."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    LAYOUTS["rstp_reid"](data_dir)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0", str(ROOT / "train_cada.py")]
+    arguments = command(start, tmp_path / "run", "rstp_reid", data_dir, "--do_train", "--do_predict")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*launch, *arguments, "--use_cpu", "--ddp_backend", "gloo"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    scores = json.loads((tmp_path / "run" / "test_results.json").read_text())
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 * (36 // 12)  # 36 pairs, 6 per process and step, two epochs
+    again = [*("--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "again"))]
+    repeated = train_cada.main([*again, "--do_predict", "--dataset", "rstp_reid", "--data_dir", str(data_dir)])
+    assert repeated["test_local_mAP"] == pytest.approx(scores["test_local_mAP"])
+
+
+def test_annealed_temperature_falls_from_start_to_end(tmp_path):
+    args = CADATrainingArguments(
+        output_dir=str(tmp_path),
+        negative_sampling="annealed",
+        negative_temperature_start=10.0,
+        negative_temperature_end=0.1,
+    )
+    trainer = CADATrainer(model=CADAForTextToImageRetrieval(tiny_config()), args=args)
+    trainer.state.max_steps = 101
+    temperatures = []
+    for step in (0, 50, 100):
+        trainer.state.global_step = step
+        temperatures.append(trainer.negative_temperature())
+    assert temperatures == pytest.approx([10.0, 1.0, 0.1])
+    args.negative_sampling = "hardest"
+    assert trainer.negative_temperature() is None
+
+
+def test_training_learns(start, tmp_path):
+    """Eight epochs on 36 drawn pairs: the contrastive loss falls by a quarter and more."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    LAYOUTS["rstp_reid"](data_dir)
+    arguments = command(start, tmp_path / "run", "rstp_reid", data_dir, "--do_train", "--eval_strategy", "no")
+    arguments += ["--load_best_model_at_end", "false", "--save_strategy", "no", "--num_train_epochs", "25"]
+    train_cada.main([*arguments, "--learning_rate", "5e-3", "--negative_sampling", "annealed"])
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss_ndf"] for entry in history if "loss_ndf" in entry]
+    assert losses[-1] < 0.75 * losses[0]
+    temperatures = [entry["negative_temperature"] for entry in history if "loss_ndf" in entry]
+    assert temperatures == sorted(temperatures, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"negative_sampling": "soft"}, "negative_sampling"),
+        ({"negative_temperature_start": 0.1, "negative_temperature_end": 1.0}, "negative_temperature_start"),
+        ({"negative_temperature_end": 0.0}, "negative_temperature_end"),
+    ],
+)
+def test_training_arguments_are_checked(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        CADATrainingArguments(output_dir=str(tmp_path), **fields)
+
+
+def test_overrides_from_text_or_file(tmp_path):
+    assert read_overrides('{"mask_rate": 0.4}') == {"mask_rate": 0.4}
+    (tmp_path / "fields.json").write_text('{"mask_rate": 0.3}')
+    assert read_overrides(str(tmp_path / "fields.json")) == {"mask_rate": 0.3}
+    assert read_overrides(None) == {}
+    for text, message in (
+        ("nowhere.json", "neither a JSON object nor a file"),
+        ("{a", "is not JSON"),
+        ('{"mask_rte": 1}', "no field mask_rte"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_overrides(text)
+
+
+def test_overrides_reach_model_and_processor(start):
+    overrides = (
+        '{"mask_unit": "word", "mask_rate": 0.4, "text_config": {"hidden_dropout_prob": 0.3}, "use_ara": false}'
+    )
+    model, processor = load_model_and_processor(ModelArguments(str(start), config_overrides=overrides))
+    assert model.config.text_config.hidden_dropout_prob == 0.3
+    assert model.config.text_config.vocab_size == 30524
+    assert not hasattr(model, "vocabulary_head")
+    assert (processor.attribute_masker.unit, processor.attribute_masker.rate) == ("word", 0.4)
+
+
+def test_new_model_agrees_with_its_tokenizer(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    overrides = json.dumps({"vision_config": {**tower, "image_size": [64, 32]}, "text_config": tower})
+    model, processor = load_model_and_processor(
+        ModelArguments(tokenizer_name=str(tmp_path), config_overrides=overrides)
+    )
+    assert model.config.text_config.vocab_size == len(processor.tokenizer) == 30524
+    assert model.config.text_config.enc_token_id == processor.enc_token_id == 30523
+    assert processor.image_processor.size == {"height": 64, "width": 32}
+    assert processor.tokenizer.model_max_length == 73
+
+
+def test_nothing_to_do_says_so(start, tmp_path):
+    with pytest.raises(ValueError, match="--do_train, --do_eval or --do_predict"):
+        train_cada.main(command(start, tmp_path / "run", "rstp_reid", tmp_path))
+
+
+def test_batch_larger_than_the_set(start, tmp_path):
+    LAYOUTS["rstp_reid"](tmp_path)
+    arguments = command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train")
+    with pytest.raises(ValueError, match="36 pairs, less than one batch of 37"):
+        train_cada.main([*arguments, "--per_device_train_batch_size", "37"])
+
+
+def test_damaged_data_end_the_command_with_one_line(start, tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train_cada.py")]
+        + command(start, tmp_path / "run", "cuhk_pedes", tmp_path / "nowhere", "--do_train"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: The data folder {tmp_path / 'nowhere'} does not exist")
+    assert "Traceback" not in result.stderr
+
+
+def test_image_that_breaks_during_training_is_named(start, tmp_path):
+    LAYOUTS["rstp_reid"](tmp_path)
+    name = json.loads((tmp_path / "data_captions.json").read_text())[3]["img_path"]
+    content = (tmp_path / "imgs" / name).read_bytes()
+    (tmp_path / "imgs" / name).write_bytes(content[: len(content) // 2])
+    arguments = command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train")
+    with pytest.raises(DataError, match=f"image '{name}' in row 3 cannot be decoded"):
+        train_cada.main(arguments)
+    metrics = train_cada.main([*arguments, "--skip_unreadable", "--do_predict"])
+    assert metrics["test_queries"] == 12
+
+
+def test_long_captions_are_counted(processor):
+    """13 tokens fit: [CLS], eleven words, [SEP]."""
+    rows = [["a man", "red " * 12], ["red " * 11], ["red " * 30]]
+    assert train_cada.count_long_captions({"captions": rows}, processor) == 2
+
+
+def test_processor_is_saved_with_every_checkpoint(start, tmp_path):
+    LAYOUTS["rstp_reid"](tmp_path)
+    train_cada.main(command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"))
+    for folder in (tmp_path / "run", *(tmp_path / "run").glob("checkpoint-*")):
+        assert CADAProcessor.from_pretrained(folder).enc_token_id == 30523
+        assert (folder / "model.safetensors").is_file()
