@@ -183,6 +183,21 @@ def match_candidates(
     return scores.view_as(candidates)
 
 
+def score_gallery(
+    model, queries: Queries, gallery: Gallery, rerank_k: int, progress=None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Scores `(queries, gallery)` of global matching, and of local matching of the top K; `None` for the latter where
+    the model has no match heads.
+    """
+    similarity = queries.embeds @ gallery.embeds.t()
+    if not model.config.use_atp:
+        return similarity, None
+    candidates = top_candidates(similarity, rerank_k)
+    local_scores = match_candidates(model, queries, gallery, candidates, progress=progress)
+    return similarity, rerank_scores(similarity, candidates, local_scores)
+
+
 def evaluate_retrieval(
     model,
     processor,
@@ -229,14 +244,9 @@ def evaluate_retrieval(
         ) as bar:
             for start in range(0, len(captions), _ROWS_AT_ONCE):
                 rows = slice(start, start + _ROWS_AT_ONCE)
-                similarity = queries.embeds[rows] @ gallery.embeds.t()
-                sums["global"] += _metric_sums(similarity, query_ids[rows], gallery_ids, start)
-                if "local" in stages:
-                    candidates = top_candidates(similarity, rerank_k)
-                    part = Queries(queries.embeds[rows], queries.input_ids[rows], queries.attention_mask[rows])
-                    local = match_candidates(model, part, gallery, candidates, progress=bar)
-                    scores = rerank_scores(similarity, candidates, local)
-                    sums["local"] += _metric_sums(scores, query_ids[rows], gallery_ids, start)
+                part = Queries(queries.embeds[rows], queries.input_ids[rows], queries.attention_mask[rows])
+                for stage, scores in zip(stages, score_gallery(model, part, gallery, rerank_k, progress=bar)):
+                    sums[stage] += _metric_sums(scores, query_ids[rows], gallery_ids, start)
     finally:
         model.train(was_training)
     metrics = {

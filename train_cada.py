@@ -176,9 +176,8 @@ class CADATrainer(Trainer):
             for name, value in self._part_sums.items():
                 if isinstance(value, torch.Tensor):
                     logs[name] = self.accelerator.reduce(value / self._part_count, reduction="mean").item()
-            temperature = self.negative_temperature()
-            if temperature is not None:
-                logs["negative_temperature"] = temperature
+            if "loss_atp" in logs and self.args.negative_sampling == "annealed":
+                logs["negative_temperature"] = self.negative_temperature()
             self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
             self._part_count = 0
         super().log(logs, start_time)

@@ -1,0 +1,85 @@
+"""The demo, whole and small."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+import demo_cada
+from demo_cada import SENTENCES, build_start, compare, draw_results
+from drawn_cada import ATTRIBUTES, IMAGE_SIZE, load_drawn
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAProcessor
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_drawn(train_persons=30, val_persons=2, test_persons=10, images_per_person=2, seed=5)
+
+
+def test_sentences_name_attributes_of_the_drawn_set():
+    for sentence, named in SENTENCES.items():
+        for name, value in named.items():
+            assert value in ATTRIBUTES[name]
+            if value not in ("short", "man", "woman"):
+                assert value in sentence
+
+
+def test_start_is_a_complete_checkpoint(splits, tmp_path):
+    build_start(splits, tmp_path, seed=0)
+    processor = CADAProcessor.from_pretrained(tmp_path)
+    model = CADAForTextToImageRetrieval.from_pretrained(tmp_path)
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert model.config.text_config.enc_token_id == processor.enc_token_id
+    out = model(**processor(images=splits["test"][0]["image"], text=["a man"], return_tensors="pt"))
+    assert out.logits_per_text.shape == (1, 1)
+    longest = max(len(processor(text=c)["input_ids"]) for row in splits["train"]["captions"] for c in row)
+    assert longest <= model.config.max_text_length
+
+
+def test_table_stands_between_chance_and_ceiling():
+    """Four images of two persons; every caption names the sex, which tells them apart: ceiling 100. By chance half."""
+    base = dict.fromkeys(ATTRIBUTES, "none")
+    rows = Dataset.from_list(
+        [
+            {
+                "image": "",
+                "captions": ["x"] * 50,
+                "person_id": person,
+                "attributes": {**base, "sex": ("man", "woman")[person]},
+                "named_attributes": [["sex"]] * 50,
+            }
+            for person in (0, 0, 1, 1)
+        ]
+    )
+    names = ("R1", "R5", "R10", "mAP", "mINP")
+    scores = {f"test_{stage}_{name}": 12.3 for stage in ("global", "local") for name in names}
+    table = compare(rows, {**scores, "test_rerank_k": 32}).splitlines()
+    values = {line.split("|")[1].strip(): [float(cell) for cell in line.split("|")[2:7]] for line in table[2:]}
+    assert values["ceiling"] == [100.0] * 5
+    assert 45 < values["chance"][0] < 55
+    assert values["local matching (K = 32)"] == [12.3] * 5
+
+
+def test_picture_shows_ranked_images_of_every_sentence(splits, tmp_path):
+    build_start(splits, tmp_path / "model", seed=0)
+    draw_results(splits["test"], tmp_path / "model", tmp_path / "results.png")
+    with Image.open(tmp_path / "results.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.shape[1] > demo_cada.TOP * 2 * IMAGE_SIZE[1]
+    # Each sentence has its row of images, and none of them is blank.
+    rows = np.array_split(pixels, len(SENTENCES))
+    assert all(row.std() > 30 for row in rows)
+
+
+@pytest.mark.slow
+def test_demo_learns_and_local_beats_global(tmp_path, capsys):
+    demo_cada.main(["--output_dir", str(tmp_path / "demo")])
+    printed = capsys.readouterr().out
+    table = (tmp_path / "demo" / "table.md").read_text()
+    assert table.strip() in printed
+    rank1 = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in table.splitlines()[2:]}
+    local = rank1["local matching (K = 32)"]
+    assert rank1["chance"] < 2 < rank1["global matching"] < local
+    assert local >= 0.7 * rank1["ceiling"]
+    assert (tmp_path / "demo" / "results.png").is_file()
