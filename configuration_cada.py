@@ -250,7 +250,7 @@ class CADAConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     projection_dim: int = 256
-    temperature: float = 0.02
+    temperature: float | int = 0.02
     max_text_length: int = 73
     group_size: int = 36
     group_stride: int = 36
@@ -259,10 +259,10 @@ class CADAConfig(PreTrainedConfig):
     hard_negative_similarity: str = "cosine"
     match_score: str = "probability"
     mask_unit: str = "phrase"
-    mask_rate: float = 0.8
+    mask_rate: float | int = 0.8
     use_atp: bool = True
     use_ara: bool = True
-    ara_weight: float = 0.1
+    ara_weight: float | int = 0.1
     ara_causal: bool = False
     rerank_k: int = 32
     tie_word_embeddings: bool = True
@@ -273,6 +273,16 @@ class CADAConfig(PreTrainedConfig):
         # The decoder reads the patch states, so these two fields follow from the rest.
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
         self.text_config.add_cross_attention = self.use_atp or self.use_ara
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in every configuration, but fields in `kwargs` are checked, and fields that follow from them, follow."""
+        config_dict = dict(config_dict)
+        for name in set(kwargs) & set(cls.__annotations__):
+            value = kwargs.pop(name)
+            is_part = isinstance(value, dict) and isinstance(config_dict.get(name), dict)
+            config_dict[name] = {**config_dict[name], **value} if is_part else value
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_groups(self) -> int:

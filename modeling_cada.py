@@ -106,7 +106,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.contiguous()
+        grad = grad.clone()  # autograd may hand the same tensor to others
         dist.all_reduce(grad)
         start = ctx.rows * dist.get_rank()
         return grad[start : start + ctx.rows]
@@ -439,6 +439,9 @@ class CADATextModel(CADAPreTrainedModel):
             `last_hidden_state` `(texts, num_queries or length, hidden)`; `pooler_output` `(texts, hidden)`, the first
             state.
         """
+        if is_causal and num_queries is not None:  # later positions are read by nobody
+            input_ids, num_queries = input_ids[:, :num_queries], None
+            attention_mask = None if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
             raise ValueError("This text stack has no cross-attention. Set `use_atp` or `use_ara` in CADAConfig.")
         hidden_states = self.embeddings(input_ids)
@@ -600,6 +603,15 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.vocabulary_head.decoder = new_embeddings
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in every model; the bias of the vocabulary head grows along."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.use_ara:
+            bias = self.vocabulary_head.bias
+            missing = embeddings.num_embeddings - len(bias)  # negative where the vocabulary shrinks
+            self.vocabulary_head.bias = nn.Parameter(F.pad(bias.data, (0, missing)))
+        return embeddings
+
     def get_text_features(self, *args, **kwargs):
         """As [`CADAModel.get_text_features`]."""
         return self.cada.get_text_features(*args, **kwargs)
@@ -653,6 +665,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             raise ValueError("Give both `text_index` and `image_index`, or neither.")
         if text_index is not None:
             input_ids, attention_mask = input_ids[text_index], attention_mask[text_index]
+        if len(input_ids) == 0:
+            return image_states.new_zeros(0, 2)
         length = int(attention_mask.sum(dim=1).max())
         states = self._decode(
             input_ids[:, :length], attention_mask[:, :length], image_states, image_index, num_queries=1
@@ -719,22 +733,24 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
 
+        if input_ids.shape[1] > self.config.max_text_length:
+            raise ValueError(
+                f"The texts have {input_ids.shape[1]} tokens, above `max_text_length` "
+                f"({self.config.max_text_length}). Truncate them in the processor, or raise `max_text_length`."
+            )
+
         image_features = gather_batch(self.cada.visual_projection(outputs.vision_model_output.pooler_output))
         text_features = gather_batch(self.cada.text_projection(outputs.text_model_output.pooler_output))
         all_ids = gather_batch(person_ids)
-        outputs.loss_ndf = self._contrastive_loss(image_features, text_features, all_ids)
-        outputs.loss = outputs.loss_ndf
         image_states = outputs.vision_model_output.last_hidden_state
+        loss = loss_ndf = self._contrastive_loss(image_features, text_features, all_ids)
+        loss_atp = loss_ara = None
         if self.config.use_atp:
-            outputs.loss_atp = self._atp(
-                input_ids,
-                attention_mask,
-                person_ids,
-                image_states,
-                (image_features, text_features, all_ids),
-                negative_temperature,
+            global_batch = (image_features, text_features, all_ids)
+            loss_atp = self._atp(
+                input_ids, attention_mask, person_ids, image_states, global_batch, negative_temperature
             )
-            outputs.loss = outputs.loss + outputs.loss_atp
+            loss = loss + loss_atp
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
             states = self.cada.text_model(
                 masked_input_ids,
@@ -745,9 +761,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 **kwargs,
             ).last_hidden_state
             masked = labels != -100
-            outputs.loss_ara = ara_loss(self.vocabulary_head(states[masked]), labels[masked])
-            outputs.loss = outputs.loss + self.config.ara_weight * outputs.loss_ara
-        return outputs
+            loss_ara = ara_loss(self.vocabulary_head(states[masked]), labels[masked])
+            loss = loss + self.config.ara_weight * loss_ara
+        return CADAOutput(
+            **{**outputs, "loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
+        )
 
     def _contrastive_loss(self, image_features, text_features, person_ids) -> torch.Tensor:
         positives = positive_pairs(person_ids, person_ids)
@@ -803,11 +821,6 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     def _pad_text(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts padded to `max_text_length`."""
         missing = self.config.max_text_length - input_ids.shape[1]
-        if missing < 0:
-            raise ValueError(
-                f"The texts have {input_ids.shape[1]} tokens, above `max_text_length` "
-                f"({self.config.max_text_length}). Truncate them in the processor, or raise `max_text_length`."
-            )
         pad_token_id = self.config.text_config.pad_token_id or 0
         return F.pad(input_ids, (0, missing), value=pad_token_id), F.pad(attention_mask, (0, missing))
 

@@ -231,11 +231,7 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
     """The model and its processor, from a checkpoint or with random weights."""
     overrides = read_overrides(arguments.config_overrides)
     if arguments.model_name_or_path is not None:
-        config = CADAConfig.from_pretrained(arguments.model_name_or_path)
-        fields = config.to_dict()
-        for name, value in overrides.items():
-            fields[name] = {**fields[name], **value} if isinstance(value, dict) else value
-        config = CADAConfig.from_dict(fields)
+        config = CADAConfig.from_pretrained(arguments.model_name_or_path, **overrides)
         model = CADAForTextToImageRetrieval.from_pretrained(arguments.model_name_or_path, config=config)
         saved = CADAProcessor.from_pretrained(arguments.model_name_or_path)
         image_processor, tokenizer = saved.image_processor, saved.tokenizer
