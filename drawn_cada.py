@@ -441,7 +441,11 @@ def _rows(split: str, persons: int, images_per_person: int, first_id: int, seed:
 
 
 def load_drawn(
-    train_persons: int = 800, val_persons: int = 50, test_persons: int = 150, images_per_person: int = 4, seed: int = 0
+    train_persons: int = 4000,
+    val_persons: int = 50,
+    test_persons: int = 150,
+    images_per_person: int = 4,
+    seed: int = 0,
 ) -> DatasetDict:
     """
     The drawn set as `DatasetDict` of `train`, `val` and `test`; no person is in two splits. Drawn once and kept in the
@@ -450,6 +454,11 @@ def load_drawn(
     Besides the columns of every set (`image`, `captions`, `person_id`, `file_name`) it has `attribute_spans` (start
     and end of every attribute phrase in the cleaned captions), `attributes` (of the person), and `named_attributes`
     (what each caption names).
+
+    Args:
+        train_persons, val_persons, test_persons: persons of each split.
+        images_per_person: images of each person of `val` and `test`; `train` has half as many, of more persons.
+        seed: decides persons, images and captions.
     """
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     splits, first_id = {}, 0
@@ -460,7 +469,7 @@ def load_drawn(
             gen_kwargs={
                 "split": split,
                 "persons": persons,
-                "images_per_person": images_per_person,
+                "images_per_person": (images_per_person + 1) // 2 if split == "train" else images_per_person,
                 "first_id": first_id,
                 "seed": seed,
                 "version": version,

@@ -204,6 +204,8 @@ class CADATextCrossAttention(CADAAttention):
 
 
 class CADAMLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
     def __init__(self, config: CADAVisionConfig | CADATextConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)

@@ -307,6 +307,18 @@ def test_round_trip_keeps_sub_configs(tmp_path):
     assert CADAVisionConfig.from_pretrained(tmp_path).patch_size == 8
 
 
+def test_changes_while_loading(tmp_path):
+    """Fields given to `from_pretrained` are checked as in the constructor, and leave the other fields as stored."""
+    tiny_config(temperature=0.5).save_pretrained(tmp_path)
+    loaded = CADAConfig.from_pretrained(tmp_path, group_stride=3, vision_config={"hidden_size": 24})
+    assert loaded.num_groups == 3  # of 12 states, groups of 6 begin at 0, 3, 6
+    assert loaded.temperature == 0.5
+    assert loaded.vision_config.image_height_width == (32, 16)
+    assert loaded.vision_config.hidden_size == loaded.text_config.encoder_hidden_size == 24
+    with pytest.raises(StrictDataclassClassValidationError, match="group_stride"):
+        CADAConfig.from_pretrained(tmp_path, group_stride=5)
+
+
 def test_file_says_what_differs(tmp_path):
     tiny_config(temperature=0.5).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())

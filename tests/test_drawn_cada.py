@@ -95,7 +95,7 @@ def test_captions_name_what_they_say(seed):
 
 
 def test_splits_share_no_person_and_hold_all_columns(drawn):
-    assert {split: len(rows) for split, rows in drawn.items()} == {"train": 36, "val": 12, "test": 15}
+    assert {split: len(rows) for split, rows in drawn.items()} == {"train": 24, "val": 12, "test": 15}
     ids = [set(rows["person_id"]) for rows in drawn.values()]
     assert len(set.union(*ids)) == 12 + 4 + 5
     row = drawn["test"][0]

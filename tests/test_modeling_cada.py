@@ -597,9 +597,9 @@ def test_losses_do_not_depend_on_padding(pool_padding):
         assert losses(model, {**batch, **padded}) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("pool_padding", [True, False])
-def test_too_long_texts(pool_padding):
-    model = tiny_model(pool_padding=pool_padding)
+@pytest.mark.parametrize("changes", [{}, {"pool_padding": False}, {"use_atp": False}], ids=str)
+def test_too_long_texts(changes):
+    model = tiny_model(**changes)
     with pytest.raises(ValueError, match="14 tokens.*`max_text_length`"):
         model(**tiny_batch(length=14))
     with pytest.raises(ValueError, match="25 tokens.*`max_position_embeddings`"):
@@ -633,6 +633,23 @@ def test_annealed_negatives():
     drawn = [losses(model, batch, negative_temperature=100.0) for _ in range(8)]
     assert len({round(out["loss_atp"], 4) for out in drawn}) > 4
     assert {round(out["loss_ndf"], 4) for out in drawn} == {round(hardest["loss_ndf"], 4)}
+
+
+def test_annealed_negatives_in_both_directions():
+    """Per pair a drawn text for the image, then a drawn image for the text: both vary from call to call."""
+    model, batch = tiny_model(), tiny_batch(batch=4)
+    indices = []
+    model.cada.text_model.register_forward_pre_hook(lambda _, args: indices.append(args[3]) if len(args) > 3 else None)
+    words = []
+    model.cada.text_model.register_forward_pre_hook(lambda _, args: words.append(args[0]) if len(args) > 3 else None)
+    torch.manual_seed(0)
+    for _ in range(8):
+        losses(model, batch, negative_temperature=100.0)
+    own = torch.arange(4).tolist()
+    assert all(index[:8].tolist() == own + own for index in indices)
+    assert len({tuple(index[8:].tolist()) for index in indices}) > 1  # images of the texts
+    assert all(torch.equal(text[:4], text[8:]) for text in words)
+    assert len({tuple(text[4:8].flatten().tolist()) for text in words}) > 1  # texts of the images
 
 
 def test_ara_by_hand():
@@ -828,33 +845,26 @@ def one_process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(one_process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@pytest.mark.parametrize("index", range(len(SETTINGS)), ids=[str(changes) for changes in SETTINGS])
-def test_two_processes_equal_one(processes, index):
-    model = tiny_model(**SETTINGS[index])
-    expected = losses(model, joint_batch())
-    (first, grads), (second, other_grads) = (results[index] for results, *_ in processes)
-    assert first.keys() == second.keys() == expected.keys()
-    assert {name: (first[name] + second[name]) / 2 for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert first["loss_ndf"] == pytest.approx(second["loss_ndf"])  # both see the global batch
-    for name, gradient in gradients(model, joint_batch()).items():
-        scale = 1 + gradient.abs().max()
-        assert torch.equal(grads[name], other_grads[name])
-        assert_close(grads[name] / scale, gradient / scale, 1e-5)
-
-
-def test_gathering_two_tensors_into_one_sum(processes):
+def test_two_processes_equal_one(tmp_path):
     """
-    x = (1, 2) and y = (10, 20) over both processes: x + y = (11, 22). The weights (1, 2) and (2, 4) of the processes
-    add up to (3, 6): 3 for both tensors of the first process, 6 for those of the second.
+    DDP's gradients and the mean of the losses are those of one process with the joint batch.
+
+    The gathered sum: x = (1, 2) and y = (10, 20) over both processes, x + y = (11, 22). The weights (1, 2) and (2, 4)
+    of the processes add up to (3, 6): 3 for both tensors of the first process, 6 for those of the second.
     """
-    for rank, (_, total, x_grad, y_grad) in enumerate(processes):
+    mp.spawn(one_process, args=(str(tmp_path),), nprocs=2)
+    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for changes, (first, grads), (second, other_grads) in zip(SETTINGS, saved[0][0], saved[1][0]):
+        model = tiny_model(**changes)
+        expected = losses(model, joint_batch())
+        assert first.keys() == second.keys() == expected.keys()
+        mean = {name: (first[name] + second[name]) / 2 for name in expected}
+        assert mean == pytest.approx(expected, rel=1e-5), changes
+        assert first["loss_ndf"] == pytest.approx(second["loss_ndf"]), changes  # both see the global batch
+        for name, gradient in gradients(model, joint_batch()).items():
+            scale = 1 + gradient.abs().max()
+            assert torch.equal(grads[name], other_grads[name]), (changes, name)
+            assert_close(grads[name] / scale, gradient / scale, 1e-5)
+    for rank, (_, total, x_grad, y_grad) in enumerate(saved):
         assert total.tolist() == [11, 22]
-        assert x_grad.tolist() == [[3.0], [6.0]][rank]
-        assert y_grad.tolist() == [[3.0], [6.0]][rank]
+        assert x_grad.tolist() == y_grad.tolist() == [[3.0], [6.0]][rank]

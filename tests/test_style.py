@@ -1,0 +1,74 @@
+"""Rules of the house that a machine can check."""
+
+import ast
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(ROOT.glob("*.py"))
+HUB_MODULES = [ROOT / f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "processing")]
+
+
+@pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids="-".join)
+def test_ruff_finds_nothing(command):
+    result = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_no_file_is_too_long():
+    files = [*MODULES, *ROOT.glob("benchmarks/*.py")]
+    assert [path.name for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 900] == []
+
+
+def test_setup_lists_every_module():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert sorted(setup["options"]["py_modules"].split()) == [path.stem for path in MODULES]
+
+
+def test_modules_import_only_what_stands_above_them():
+    """The data flow goes forward only: the order of py_modules is the order of the imports."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    order = setup["options"]["py_modules"].split()
+    for position, name in enumerate(order):
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for other in set(imported) & set(order):
+                assert order.index(other) < position, f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("path", HUB_MODULES, ids=lambda path: path.stem)
+def test_what_travels_with_a_checkpoint_needs_base_packages_only(path):
+    """transformers reads the imports outside `try` and refuses to load where one of them is not installed."""
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"from __future__|isinstance\([^)]*config, *CADA|Auto\w+\.register\(", text)
+    needed = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import):
+            needed |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            needed.add(node.module.split(".")[0])
+    assert needed <= {"collections", "dataclasses", "difflib", "re", "typing"} | {
+        "huggingface_hub",
+        "numpy",
+        "torch",
+        "transformers",
+    }
+
+
+def test_public_names_are_documented():
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path.name
+        for node in tree.body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
