@@ -19,8 +19,16 @@ def _reject_typing_errors(config: PreTrainedConfig, unknown: dict) -> None:
 
 def _require_positive(config: PreTrainedConfig, *names: str) -> None:
     for name in names:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:  # also where it is NaN
             raise ValueError(f"{type(config).__name__}: `{name}` is {getattr(config, name)}. Give a number above 0.")
+
+
+def _require_probability(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(
+                f"{type(config).__name__}: `{name}` is {getattr(config, name)}. Give a share from 0 to 1."
+            )
 
 
 def _require_heads(config: PreTrainedConfig) -> None:
@@ -101,7 +109,9 @@ class CADAVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
-        _require_positive(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+        _require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _require_positive(self, "num_channels", "patch_size")
+        _require_probability(self, "attention_dropout")
         _require_heads(self)
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise ValueError(
@@ -178,7 +188,9 @@ class CADATextConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
-        _require_positive(self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        _require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _require_positive(self, "vocab_size", "max_position_embeddings")
+        _require_probability(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
         _require_heads(self)
         for name in ("enc_token_id", "pad_token_id"):
             token_id = getattr(self, name)
@@ -301,9 +313,8 @@ class CADAConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"CADAConfig: `{name}` is {getattr(self, name)!r}. Choose one of {allowed}.")
         _require_positive(self, "projection_dim", "temperature", "group_size", "group_stride", "rerank_k")
-        if not 0 <= self.mask_rate <= 1:
-            raise ValueError(f"CADAConfig: `mask_rate` is {self.mask_rate}. Give a share between 0 and 1.")
-        if self.ara_weight < 0:
+        _require_probability(self, "mask_rate")
+        if not self.ara_weight >= 0:
             raise ValueError(f"CADAConfig: `ara_weight` is {self.ara_weight}. Give 0 or more.")
         states = self.max_text_length - 1
         if self.group_size > states or (states - self.group_size) % self.group_stride:

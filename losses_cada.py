@@ -94,6 +94,8 @@ def draw_negatives(
     exists = ~positives.all(dim=1)
     if temperature is None:
         return scores.argmax(dim=1), exists
+    if not temperature > 0:
+        raise ValueError(f"The temperature of the negatives is {temperature}. Give a number above 0, or None.")
     # The Gumbel maximum draws from softmax(scores / T) and is safe for rows of -inf alone.
     noise = -torch.log(-torch.log(torch.rand_like(scores).clamp(min=1e-20, max=1 - 1e-7)))
     return (scores / temperature + noise).argmax(dim=1), exists

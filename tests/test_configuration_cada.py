@@ -326,3 +326,21 @@ def test_file_says_what_differs(tmp_path):
     assert stored["temperature"] == 0.5
     assert stored["vision_config"]["model_type"] == "cada_vision_model"
     assert stored["text_config"]["model_type"] == "cada_text_model"
+
+
+@pytest.mark.parametrize(
+    "build, name",
+    [
+        (lambda: CADAVisionConfig(num_channels=0), "num_channels"),
+        (lambda: CADAVisionConfig(intermediate_size=-1), "intermediate_size"),
+        (lambda: CADAVisionConfig(attention_dropout=1.5), "attention_dropout"),
+        (lambda: CADATextConfig(hidden_dropout_prob=2), "hidden_dropout_prob"),
+        (lambda: CADATextConfig(attention_probs_dropout_prob=-0.1), "attention_probs_dropout_prob"),
+        (lambda: CADATextConfig(max_position_embeddings=0), "max_position_embeddings"),
+        (lambda: CADAConfig(temperature=float("nan")), "temperature"),
+        (lambda: CADAConfig(ara_weight=float("nan")), "ara_weight"),
+    ],
+)
+def test_impossible_numbers(build, name):
+    with pytest.raises(StrictDataclassClassValidationError, match=name):
+        build()

@@ -337,3 +337,9 @@ def test_half_precision_logits(dtype):
     expected = (log(1 + exp(0.25)) + log(1 + exp(1))) / 2
     assert ara.item() == pytest.approx(expected)
     assert atp.item() == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperature_of_negatives_has_to_be_positive(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        draw_negatives(torch.zeros(1, 2), torch.tensor([[True, False]]), temperature)
