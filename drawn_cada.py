@@ -179,8 +179,10 @@ def draw_image(person: dict[str, str], rng: random.Random) -> PILImage.Image:
     lower = _shade(COLOURS[person["lower_colour"]], rng)
     shoes = _shade(COLOURS[person["shoes_colour"]], rng)
     bag = None if person["bag_type"] == "none" else _shade(COLOURS[person["bag_colour"]], rng)
-    shoulder, waist, hip = (19, 14, 20) if woman else (25, 20, 19)
-    stride = rng.uniform(2, 16)
+    # What a caption names has to be visible, the ceiling counts on it: men and women differ in their outline, a coat
+    # ends above the hem of shorts and skirts, the legs of shorts stand apart, a skirt is wide.
+    shoulder, waist, hip = (18, 12, 20) if woman else (26, 21, 19)
+    stride = rng.uniform(6, 16)
     swing = rng.uniform(-10, 14)
     lean = rng.uniform(-3, 3)
 
@@ -197,7 +199,7 @@ def draw_image(person: dict[str, str], rng: random.Random) -> PILImage.Image:
         limb(start, end, 13, skin)
         if person["lower_type"] != "skirt":
             stop = end if person["lower_type"] == "trousers" else middle
-            half = 9 if person["lower_type"] == "trousers" else 11
+            half = 9 if person["lower_type"] == "trousers" else 10
             leg = [
                 at(start[0] - half, 104),
                 at(start[0] + half, 104),
@@ -207,13 +209,13 @@ def draw_image(person: dict[str, str], rng: random.Random) -> PILImage.Image:
             _draw_cloth(canvas, leg, lower, person["lower_pattern"])
         draw.ellipse(box(end[0] + 4, ankle_y + 5, 11, 6), fill=shoes)
     if person["lower_type"] == "skirt":
-        skirt = [at(-hip + 3, 100), at(hip - 3, 100), at(hip + 8, 147), at(-hip - 8, 147)]
+        skirt = [at(-hip + 3, 100), at(hip - 3, 100), at(hip + 12, 148), at(-hip - 12, 148)]
         _draw_cloth(canvas, skirt, lower, person["lower_pattern"])
     else:
         _draw_cloth(canvas, [at(-hip, 98), at(hip, 98), at(hip, 116), at(-hip, 116)], lower, person["lower_pattern"])
 
     # Upper garment: its length and its sleeves tell the type.
-    bottom = {"t-shirt": 104, "sweater": 107, "jacket": 108, "coat": 138}[person["upper_type"]]
+    bottom = {"t-shirt": 104, "sweater": 107, "jacket": 108, "coat": 126}[person["upper_type"]]
     for side in (-1, 1):
         elbow = (side * (shoulder + 4) + lean, 80)
         hand = (side * (shoulder + 5) + side * swing * 0.4, 108)
