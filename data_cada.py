@@ -284,7 +284,7 @@ def load_pairs_dataset(
     elif dataset == "demo":
         loaded = load_drawn(seed=seed)
     else:
-        loaded = _load_other(dataset, data_dir)
+        loaded = _load_other(dataset, data_dir, skip_unreadable)
     if captions_per_image is not None:
         if captions_per_image < 1:
             raise DataError(f"`captions_per_image` is {captions_per_image}. Give 1 or more.")
@@ -300,7 +300,7 @@ def _first_captions(row: dict, count: int) -> dict:
     return {name: row[name][:count] for name in ("captions", "attribute_spans") if name in row}
 
 
-def _load_other(dataset: str, data_dir: str | os.PathLike | None) -> DatasetDict:
+def _load_other(dataset: str, data_dir: str | os.PathLike | None, skip_unreadable: bool) -> DatasetDict:
     known = (
         f"Known: {', '.join(PEDES_SETS)}, demo, a folder written by `save_to_disk`, or a name that "
         "`datasets.load_dataset` takes."
@@ -329,7 +329,27 @@ def _load_other(dataset: str, data_dir: str | os.PathLike | None) -> DatasetDict
         for row, (captions, person_id) in enumerate(zip(rows["captions"], rows["person_id"])):
             _check_captions(captions, f"{dataset}, split {split!r}, row {row}")
             _check_person(person_id, f"{dataset}, split {split!r}, row {row}")
+        if not isinstance(rows.features["image"], Image):  # file names or bytes
+            loaded[split] = rows = rows.cast_column("image", Image())
+        if skip_unreadable:
+            loaded[split] = _leave_out_unreadable(split, rows)
     return loaded
+
+
+def _leave_out_unreadable(split: str, rows: Dataset) -> Dataset:
+    """The rows whose image can be decoded; the others are counted and listed."""
+    good, problems = [], []
+    for row in tqdm(range(len(rows)), desc=f"{split}: images", unit="image", disable=len(rows) < 1000):
+        try:
+            read_row(rows, row)
+            good.append(row)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        logger.warning(f"{split}: left out {len(problems)} of {len(rows)} images that cannot be read:")
+        for problem in problems:
+            logger.warning(f"  {problem}")
+    return rows.select(good)
 
 
 def hold_out_persons(train: Dataset, persons: int, seed: int = 0) -> DatasetDict:

@@ -262,8 +262,10 @@ def count_long_captions(dataset, processor: CADAProcessor) -> int:
     return sum(len(ids) > limit for ids in lengths)
 
 
-def prepare_data(data: DataArguments, args: CADATrainingArguments, processor: CADAProcessor) -> DatasetDict:
-    """Load the splits that the run needs; hold persons out for validation where the set has none; tag captions."""
+def prepare_data(
+    data: DataArguments, args: CADATrainingArguments, processor: CADAProcessor, find_attributes: bool
+) -> DatasetDict:
+    """Load the splits; hold persons out for validation where the set has none; find the attributes that ARA masks."""
     with args.main_process_first(desc="loading the data set"):
         splits = load_pairs_dataset(data.dataset, data.data_dir, data.captions_per_image, data.skip_unreadable)
         if (args.do_train or args.do_eval) and "val" not in splits and data.holdout_persons > 0:
@@ -277,7 +279,7 @@ def prepare_data(data: DataArguments, args: CADATrainingArguments, processor: CA
         for split, is_needed in needed.items():
             if is_needed and split not in splits:
                 raise DataError(f"{data.dataset} has no split {split!r}; it has {', '.join(splits)}.")
-        if args.do_train:
+        if args.do_train and find_attributes:
             splits["train"] = add_attribute_spans(splits["train"], processor.attribute_masker)
     for split, rows in splits.items():
         long = count_long_captions(rows, processor)
@@ -294,7 +296,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
     set_seed(args.seed)
     model, processor = load_model_and_processor(model_arguments)
-    splits = prepare_data(data, args, processor)
+    splits = prepare_data(data, args, processor, find_attributes=model.config.use_ara)
     if args.do_train and "val" not in splits:
         # Nothing to choose by. The test split must not choose.
         logger.warning("No validation split: the last checkpoint is kept, whatever its score.")

@@ -220,11 +220,9 @@ def test_truncated_image_is_an_error_where_it_is_read(cuhk):
         read_row(rows, 4)
 
 
-def test_skip_unreadable_leaves_out_counts_and_lists(cuhk, caplog):
+def test_skip_unreadable_leaves_out_counts_and_lists(cuhk, caplog, monkeypatch):
     problems = damage(cuhk)
-    data_cada.logger.propagate = True
-    logging_root = data_cada.logger.parent
-    logging_root.propagate = True
+    monkeypatch.setattr(data_cada.logger.parent, "propagate", True)  # else the messages stop there
     rows = load_pairs_dataset("cuhk_pedes", cuhk, skip_unreadable=True)["train"]
     assert len(rows) == 15
     assert "left out 3 of 18 images" in caplog.text
@@ -252,6 +250,24 @@ def test_own_data_from_disk(tmp_path):
     splits = load_pairs_dataset(str(tmp_path / "own"))
     assert set(splits) == {"train", "val"}
     assert read_row(splits["val"], 1)["captions"] == ["a woman"]
+
+
+def test_own_data_with_file_names_of_images(laid_out, tmp_path, caplog, monkeypatch):
+    """Column `image` holds paths; one of them is damaged."""
+    files = [str(path) for path in sorted((laid_out["rstp_reid"] / "imgs").iterdir())[:3]]
+    damaged = tmp_path / "damaged.jpg"
+    damaged.write_bytes(Path(files[0]).read_bytes()[:500])
+    rows = Dataset.from_dict({"image": [*files, str(damaged)], "captions": [["a man"]] * 4, "person_id": [0, 0, 0, 1]})
+    DatasetDict(train=rows).save_to_disk(tmp_path / "own")
+    rows = load_pairs_dataset(str(tmp_path / "own"))["train"]
+    assert isinstance(read_row(rows, 0)["image"], Image.Image)
+    with pytest.raises(DataError, match="row 3 cannot be decoded"):
+        read_row(rows, 3)
+    monkeypatch.setattr(data_cada.logger.parent, "propagate", True)  # else the messages stop there
+    rows = load_pairs_dataset(str(tmp_path / "own"), skip_unreadable=True)["train"]
+    assert list(rows["person_id"]) == [0, 0, 0]
+    assert "left out 1 of 4 images" in caplog.text
+    assert "row 3 cannot be decoded" in caplog.text
 
 
 def test_own_data_without_a_column(tmp_path):

@@ -1,0 +1,121 @@
+"""A checkpoint is used by somebody who has nothing but transformers: another process, folder, no package of ours."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAProcessor
+
+
+READER = """
+import json, sys, warnings
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+
+results = []
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    image = Image.radial_gradient("L").convert("RGB")
+    inputs = processor(images=image, text=["a woman in a red coat"], return_tensors="pt")
+    with torch.no_grad():
+        out = model(**inputs)
+        states = model.encode_images(inputs["pixel_values"])
+        match = model.match(inputs["input_ids"], inputs["attention_mask"], states)
+    results.append(
+        {
+            "class": type(model).__name__,
+            "module": type(model).__module__,
+            "logit": out.logits_per_text.item(),
+            "match": match[0].tolist(),
+        }
+    )
+assert not [name for name in sys.modules if name.endswith("_cada") and "." not in name]
+with open("results.json", "w") as file:
+    json.dump(results, file)
+"""
+
+
+def save(folder, processor, seed):
+    torch.manual_seed(seed)
+    vocabulary = {"vocab_size": 30524, "enc_token_id": 30523}
+    spread = {"initializer_range": 0.5}
+    config = tiny_config(text_config={**vocabulary, **spread}, vision_config=spread)
+    model = CADAForTextToImageRetrieval(config).eval()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
+
+
+def expected_of(model, processor):
+    image = Image.radial_gradient("L").convert("RGB")
+    inputs = processor(images=image, text=["a woman in a red coat"], return_tensors="pt")
+    with torch.no_grad():
+        states = model.encode_images(inputs["pixel_values"])
+        match = model.match(inputs["input_ids"], inputs["attention_mask"], states)
+        return [model(**inputs).logits_per_text.item(), *match[0].tolist()]
+
+
+def read_elsewhere(tmp_path, *folders):
+    """Run `READER` in an empty folder, without PYTHONPATH, with an empty cache of modules."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "reader.py").write_text(READER)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment.update(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")
+    result = subprocess.run(
+        [sys.executable, "-P", "reader.py", *map(str, folders)],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((elsewhere / "results.json").read_text()), result.stdout
+
+
+def test_two_checkpoints_load_side_by_side_in_a_fresh_process(processor, tmp_path):
+    models = [save(tmp_path / name, processor, seed) for seed, name in enumerate(("first", "second"))]
+    results, printed = read_elsewhere(tmp_path, tmp_path / "first", tmp_path / "second")
+    assert printed == ""
+    for model, result in zip(models, results):
+        assert result["class"] == "CADAForTextToImageRetrieval"
+        assert result["module"].startswith("transformers_modules.")
+        assert [result["logit"], *result["match"]] == pytest.approx(expected_of(model, processor), rel=1e-5)
+    assert results[0]["logit"] != results[1]["logit"]
+
+
+def test_saved_files_are_these(processor, tmp_path):
+    save(tmp_path / "model", processor, 0)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "configuration_cada.py",
+        "losses_cada.py",
+        "model.safetensors",
+        "modeling_cada.py",
+        "processing_cada.py",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_registered_classes_load_without_trusting_code(processor, tmp_path):
+    """`import register_cada` once (the tests' conftest does); the class is then the one beside this file."""
+    from transformers import AutoModel, AutoProcessor
+
+    model = save(tmp_path / "model", processor, 0)
+    loaded = AutoModel.from_pretrained(tmp_path / "model")
+    assert type(loaded) is CADAForTextToImageRetrieval
+    assert type(AutoProcessor.from_pretrained(tmp_path / "model")) is CADAProcessor
+    assert expected_of(loaded.eval(), processor) == pytest.approx(expected_of(model, processor), rel=1e-5)
