@@ -3,16 +3,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# The common tests of transformers, which every model of that library has to pass. Only its source distribution has them.
+COMMON_TESTS := .venv/transformers-tests
 
 .PHONY: demo test test-slow style clean
 
 demo: $(STAMP)
 	$(BIN)/python demo_cada.py
 
-test: $(STAMP)
+test: $(COMMON_TESTS)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(STAMP)
+test-slow: $(COMMON_TESTS)
 	$(BIN)/python -m pytest -m slow
 
 style: $(STAMP)
@@ -21,8 +23,14 @@ style: $(STAMP)
 $(STAMP): constraints.txt setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[onnx,test]"
 	touch $(STAMP)
+
+$(COMMON_TESTS): $(STAMP)
+	rm -rf $@ $@.tmp && mkdir -p $@.tmp
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary transformers --dest $@.tmp \
+		"$$(grep '^transformers==' constraints.txt)"
+	tar -xzf $@.tmp/transformers-*.tar.gz -C $@.tmp --strip-components 1 && rm $@.tmp/*.tar.gz && mv $@.tmp $@
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,10 @@ import difflib
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def _reject_typing_errors(config: PreTrainedConfig, unknown: dict) -> None:
@@ -13,8 +17,13 @@ def _reject_typing_errors(config: PreTrainedConfig, unknown: dict) -> None:
         if key.startswith("_") or hasattr(type(config), key):
             continue
         close = difflib.get_close_matches(key, fields, n=1, cutoff=0.8)
-        if close:
-            raise ValueError(f"{type(config).__name__} has no field `{key}`. Did you mean `{close[0]}`?")
+        if not close:
+            continue
+        message = f"{type(config).__name__} has no field `{key}`. Did you mean `{close[0]}`?"
+        # A saved configuration names its `model_type`. It holds whatever somebody once set on it, and has to load.
+        if "model_type" not in unknown:
+            raise ValueError(message)
+        logger.warning(message)
 
 
 def _require_positive(config: PreTrainedConfig, *names: str) -> None:

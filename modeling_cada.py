@@ -312,6 +312,7 @@ class CADATextLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_index: torch.Tensor | None = None,
+        text_index: torch.Tensor | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -320,6 +321,8 @@ class CADATextLayer(GradientCheckpointingLayer):
         queries = hidden_states[:, :num_queries]
         output, _ = self.self_attn(queries, attention_mask, hidden_states, is_causal=is_causal, **kwargs)
         hidden_states = self.self_attn_layer_norm(self.dropout(output) + queries)
+        if text_index is not None:  # the image comes in only now: until here a text is computed once for all its pairs
+            hidden_states = hidden_states.index_select(0, text_index)
         if encoder_hidden_states is not None:
             output, _ = self.cross_attn(hidden_states, None, encoder_hidden_states, encoder_index, **kwargs)
             hidden_states = self.cross_attn_layer_norm(self.dropout(output) + hidden_states)
@@ -410,6 +413,19 @@ class CADATextModel(CADAPreTrainedModel):
         self.layers = nn.ModuleList([CADATextLayer(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
+    def _attention_mask(self, hidden_states, attention_mask, num_queries, is_causal):
+        """The mask of self-attention, in the form that the attention implementation takes."""
+        if is_causal:
+            return create_causal_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
+            )
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states[:, :num_queries],
+            attention_mask=attention_mask,
+            encoder_hidden_states=hidden_states,
+        )
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -418,6 +434,7 @@ class CADATextModel(CADAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_index: torch.LongTensor | None = None,
+        text_index: torch.LongTensor | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -430,16 +447,17 @@ class CADATextModel(CADAPreTrainedModel):
                 1 for real tokens, 0 for padding.
             encoder_hidden_states (`torch.FloatTensor` of shape `(images, 1 + patches, vision hidden)`, *optional*):
                 Patch states that the tokens read. With them the stack is the decoder.
-            encoder_index (`torch.LongTensor` of shape `(texts,)`, *optional*):
-                The image that each text reads; by default text i reads image i.
+            encoder_index, text_index (`torch.LongTensor` of shape `(pairs,)`, *optional*):
+                The pairs that the decoder computes: text `text_index[p]` reads image `encoder_index[p]`. By default
+                text i reads image i.
             num_queries (`int`, *optional*):
                 How many first positions the last layer computes. By default all.
             is_causal (`bool`, *optional*, defaults to `False`):
                 Whether a token reads itself and earlier tokens only.
 
         Returns:
-            `last_hidden_state` `(texts, num_queries or length, hidden)`; `pooler_output` `(texts, hidden)`, the first
-            state.
+            `last_hidden_state` `(texts or pairs, num_queries or length, hidden)`; `pooler_output`
+            `(texts or pairs, hidden)`, the first state.
         """
         if is_causal and num_queries is not None:  # later positions are read by nobody
             input_ids, num_queries = input_ids[:, :num_queries], None
@@ -447,28 +465,23 @@ class CADATextModel(CADAPreTrainedModel):
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
             raise ValueError("This text stack has no cross-attention. Set `use_atp` or `use_ara` in CADAConfig.")
         hidden_states = self.embeddings(input_ids)
-        if is_causal:
-            mask = create_causal_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, past_key_values=None
-            )
-        else:
-            mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-            )
-        for layer in self.layers[:-1]:
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            queries = num_queries if number == last else None
+            if number == 0 or (number == 1 and text_index is not None) or queries is not None:
+                mask = self._attention_mask(hidden_states, attention_mask, queries, is_causal)
             hidden_states = layer(
-                hidden_states, mask, encoder_hidden_states, encoder_index, is_causal=is_causal, **kwargs
+                hidden_states,
+                mask,
+                encoder_hidden_states,
+                encoder_index,
+                text_index if number == 0 else None,
+                queries,
+                is_causal=is_causal,
+                **kwargs,
             )
-        if num_queries is not None:
-            mask = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=hidden_states[:, :num_queries],
-                attention_mask=attention_mask,
-                encoder_hidden_states=hidden_states,
-            )
-        hidden_states = self.layers[-1](
-            hidden_states, mask, encoder_hidden_states, encoder_index, num_queries, is_causal=is_causal, **kwargs
-        )
+            if number == 0 and text_index is not None and attention_mask is not None:
+                attention_mask = attention_mask.index_select(0, text_index)  # pairs from here on
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
         )
@@ -626,13 +639,15 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         """Patch states `(images, 1 + patches, hidden)` of `pixel_values`, the input of [`match`]."""
         return self.cada.vision_model(pixel_values, return_dict=True, **kwargs).last_hidden_state
 
-    def _decode(self, input_ids, attention_mask, image_states, image_index, num_queries=None, **kwargs):
-        """Decoder states of the matching task, whose input begins with [ENC] in place of [CLS]."""
+    def _decode(
+        self, input_ids, attention_mask, image_states, image_index, text_index, num_queries=None, **kwargs
+    ) -> torch.Tensor:
+        """Decoder states of pairs in the matching task, whose input begins with [ENC] in place of [CLS]."""
         input_ids = torch.cat(
             [input_ids.new_full((len(input_ids), 1), self.config.text_config.enc_token_id), input_ids[:, 1:]], dim=1
         )
         outputs = self.cada.text_model(
-            input_ids, attention_mask, image_states, image_index, num_queries, return_dict=True, **kwargs
+            input_ids, attention_mask, image_states, image_index, text_index, num_queries, return_dict=True, **kwargs
         )
         return outputs.last_hidden_state
 
@@ -646,7 +661,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     ) -> torch.FloatTensor:
         r"""
         Local matching of the listed pairs, equation (4) with e_cls. Keys and values are computed once per image of
-        `image_states`, texts are cut to the longest of the listed ones, the last layer computes e_cls only.
+        `image_states`, texts are cut to the longest of the listed ones, the first self-attention is computed once per
+        text of `input_ids`, the last layer computes e_cls only.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(texts, length)`):
@@ -665,13 +681,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             raise ValueError("This model has no match head (`use_atp=False`): it ranks by global matching only.")
         if (text_index is None) != (image_index is None):
             raise ValueError("Give both `text_index` and `image_index`, or neither.")
-        if text_index is not None:
-            input_ids, attention_mask = input_ids[text_index], attention_mask[text_index]
-        if len(input_ids) == 0:
+        if len(input_ids if text_index is None else text_index) == 0:
             return image_states.new_zeros(0, 2)
-        length = int(attention_mask.sum(dim=1).max())
+        length = int((attention_mask if text_index is None else attention_mask[text_index]).sum(dim=1).max())
         states = self._decode(
-            input_ids[:, :length], attention_mask[:, :length], image_states, image_index, num_queries=1
+            input_ids[:, :length], attention_mask[:, :length], image_states, image_index, text_index, num_queries=1
         )
         return self.match_head(states[:, 0])
 
@@ -809,7 +823,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         own = torch.arange(start, start + batch, device=person_ids.device)
         text_index = torch.cat([own, text_of_image[has_text], own[has_image]])
         image_index = torch.cat([own, own[has_text], image_of_text[has_image]])
-        states = self._decode(input_ids[text_index], attention_mask[text_index], image_states, image_index)
+        states = self._decode(input_ids, attention_mask, image_states, image_index, text_index)
         groups, group_mask = group_states(
             *self._pad_states(states, attention_mask[text_index]),
             config.group_size,

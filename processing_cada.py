@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
-from transformers.processing_utils import ImagesKwargs, ProcessorMixin, Unpack
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, PILImageResampling
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import logging
 
 
@@ -252,7 +252,7 @@ class CADAProcessor(ProcessorMixin):
     ```
     """
 
-    text_kwargs = {"padding": True, "truncation": True, "return_token_type_ids": False}
+    text_kwargs = {"padding": True, "truncation": True}
 
     def __init__(self, image_processor=None, tokenizer=None, mask_unit: str = "phrase", mask_rate: float = 0.8):
         missing = [token for token in (DEC_TOKEN, ENC_TOKEN) if token not in tokenizer.get_vocab()]
@@ -267,7 +267,18 @@ class CADAProcessor(ProcessorMixin):
         """Id of `[ENC]`, for `CADATextConfig.enc_token_id`."""
         return self.tokenizer.convert_tokens_to_ids(ENC_TOKEN)
 
-    def __call__(self, images=None, text=None, attribute_spans=None, **kwargs) -> BatchFeature:
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What a BERT tokenizer gives besides, and no CADA model takes."""
+        return ["token_type_ids"]
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        attribute_spans: list[list[list[int]]] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         r"""
         Args:
             images (image or list of images, *optional*):
@@ -286,8 +297,10 @@ class CADAProcessor(ProcessorMixin):
         """
         if text is not None:
             text = clean_caption(text) if isinstance(text, str) else [clean_caption(caption) for caption in text]
-            # Said outright, since some tokenizers come with a `max_length` of their own.
-            kwargs.setdefault("max_length", self.tokenizer.model_max_length)
+            # Some tokenizers come with a `max_length` of their own, which may be longer than the model can read.
+            own = self.tokenizer.init_kwargs.get("max_length")
+            if own is not None and "max_length" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
+                kwargs["max_length"] = min(own, self.tokenizer.model_max_length)
         if attribute_spans is None:
             return super().__call__(images=images, text=text, **kwargs)
         if text is None or isinstance(text, str) or len(text) != len(attribute_spans):

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, speed_metrics
 from transformers.utils import logging
 
@@ -28,6 +29,7 @@ from data_cada import DataError, PairCollator, PairDataset, add_attribute_spans,
 from evaluation_cada import evaluate_retrieval
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
+from publish_cada import PublishError, environment, open_repository, publish, read_run, write_run
 
 
 logger = logging.get_logger(__name__)
@@ -109,6 +111,13 @@ class CADATrainingArguments(TrainingArguments):
         default_factory=torch.cuda.is_available, metadata={"help": "Pinned memory for copies to an accelerator."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "With --push_to_hub: push once, after the evaluation, with the model card."}
+    )
+    hub_tag: str | None = field(
+        default=None,
+        metadata={"help": "With --push_to_hub: name of this state, such as v1.0. The card pins it, else the commit."},
+    )
     negative_sampling: str = field(
         default="hardest",
         metadata={
@@ -181,6 +190,27 @@ class CADATrainer(Trainer):
             self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
             self._part_count = 0
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in `Trainer`, without its pickle of the arguments: nothing of a release is unpickled."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def push_to_hub(self, commit_message=None, blocking=True, token=None, revision=None, private=None, **kwargs):
+        """Model, processor, record of the run and model card, by [`publish`]. Always waits for the end."""
+        self.save_model(_internal_call=True)
+        self._finish_current_push()
+        if self.is_world_process_zero():
+            pinned = publish(
+                self.args.output_dir,
+                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                tag=self.args.hub_tag,
+                private=self.args.hub_private_repo if private is None else private,
+                overwrite=True,  # `run` has told what is overwritten
+                token=token or self.args.hub_token,
+            )
+            logger.warning(f"Published {self.hub_model_id}, revision {pinned}.")
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Tied weights are saved once. Their second name is not missing, so it is no reason for a warning."""
@@ -290,6 +320,57 @@ def prepare_data(
     return splits
 
 
+def _set_name(data: DataArguments) -> str:
+    """The set's name, without the folders of this machine."""
+    return Path(data.dataset).name if Path(data.dataset).exists() else data.dataset
+
+
+def describe_training(
+    model: ModelArguments, data: DataArguments, args: CADATrainingArguments, rows: Dataset, pairs: int, minutes: float
+) -> dict:
+    """What a reader of the model card needs to repeat the training. Folders of this machine are named, not located."""
+    start = model.model_name_or_path
+    recipe = {
+        "epochs": args.num_train_epochs,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "processes": args.world_size,
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "learning_rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "negative_sampling": args.negative_sampling,
+    }
+    return {
+        "dataset": _set_name(data),
+        "captions_per_image": data.captions_per_image,
+        "data": {"persons": len(set(rows["person_id"])), "images": len(rows), "pairs": pairs},
+        "start": Path(start).name if start and Path(start).exists() else start,
+        "recipe": recipe,
+        "selected_by": f"{args.metric_for_best_model} on validation" if args.load_best_model_at_end else None,
+        "seed": args.seed,
+        "minutes": minutes,
+        **environment(),
+    }
+
+
+def describe_evaluation(data: DataArguments, split: str, scores: dict[str, float], prefix: str) -> dict:
+    """The scores of a split with what is needed to compare them."""
+    names = ("queries", "gallery", "rerank_k")
+    metrics = {name.removeprefix(f"{prefix}_"): value for name, value in scores.items()}
+    metrics = {
+        name: value for name, value in metrics.items() if name in names or name.startswith(("global_", "local_"))
+    }
+    return {
+        "dataset": _set_name(data),
+        "split": split,
+        "captions_per_image": data.captions_per_image,
+        "metrics": metrics,
+        **environment(),
+    }
+
+
 def run(model_arguments: ModelArguments, data: DataArguments, args: CADATrainingArguments) -> dict[str, float]:
     """Train, evaluate on validation, test: what `args` asks for. Returns all metrics."""
     if not (args.do_train or args.do_eval or args.do_predict):
@@ -303,6 +384,12 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         args.eval_strategy, args.load_best_model_at_end, args.do_eval = "no", False, False
     if not model.config.use_atp and args.metric_for_best_model == "local_R1":
         args.metric_for_best_model = "global_R1"  # without match heads there is no local matching
+    if args.push_to_hub and args.process_index == 0:
+        repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        repo_id, present = open_repository(repo_id, args.hub_tag, args.hub_private_repo, args.hub_token)
+        weights = [name for name in present if name.endswith(".safetensors")]
+        if weights:
+            logger.warning(f"--push_to_hub will overwrite {', '.join(weights)} in {repo_id}; the history keeps them.")
     train_pairs = PairDataset(splits["train"]) if args.do_train else None
     batch = args.train_batch_size * args.world_size
     if args.do_train and args.dataloader_drop_last and len(train_pairs) < batch:
@@ -323,9 +410,14 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         if checkpoint == "last":
             checkpoint = get_last_checkpoint(args.output_dir)
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # the push waits for the evaluation
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
+        minutes = result.metrics["train_runtime"] / 60
+        training = describe_training(model_arguments, data, args, splits["train"], len(train_pairs), minutes)
+    else:
+        training = read_run(model_arguments.model_name_or_path or args.output_dir)["training"]
+    evaluations = [] if args.do_train else read_run(args.output_dir)["evaluations"]
     metrics: dict[str, float] = {}
     for wanted, split, prefix in ((args.do_eval, "val", "eval"), (args.do_predict, "test", "test")):
         if wanted:
@@ -333,8 +425,14 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             trainer.log_metrics(prefix, scores)
             trainer.save_metrics(prefix, scores)
             metrics.update(scores)
+            evaluations.append(describe_evaluation(data, split, scores, prefix))
     if args.do_train:
         trainer.save_state()  # after the last line of the log
+    if trainer.is_world_process_zero():
+        write_run(args.output_dir, training, evaluations)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
     return metrics
 
 
@@ -354,5 +452,5 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main()
-    except DataError as problem:
+    except (DataError, PublishError) as problem:
         sys.exit(f"error: {problem}")

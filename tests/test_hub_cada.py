@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +95,27 @@ def test_two_checkpoints_load_side_by_side_in_a_fresh_process(processor, tmp_pat
         assert result["module"].startswith("transformers_modules.")
         assert [result["logit"], *result["match"]] == pytest.approx(expected_of(model, processor), rel=1e-5)
     assert results[0]["logit"] != results[1]["logit"]
+
+
+def test_code_of_the_readme_runs(processor, tmp_path):
+    """ "Use a published model", with a folder in place of the Hub: three images, global and then local matching."""
+    save(tmp_path / "model", processor, 0)
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Use a published model")[1].split("\n## ")[0]
+    use, local, registered = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    for name, colour in zip(("first", "second", "third"), ("red", "blue", "green")):
+        Image.new("RGB", (20, 40), colour).save(tmp_path / f"{name}.jpg")
+    code = f"{use}\n{local}\nprint(scores.argsort(descending=True).tolist())\n{registered}"
+    assert code.count('"org/cada-cuhk"') == 2
+    result = subprocess.run(
+        [sys.executable, "-c", code.replace('"org/cada-cuhk"', repr(str(tmp_path / "model")))],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},  # as if installed, for the last lines
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [sorted(json.loads(line)) for line in result.stdout.splitlines()] == [[0, 1, 2]] * 2
 
 
 def test_saved_files_are_these(processor, tmp_path):

@@ -638,22 +638,40 @@ def test_annealed_negatives():
 def test_annealed_negatives_in_both_directions():
     """Per pair a drawn text for the image, then a drawn image for the text: both vary from call to call."""
     model, batch = tiny_model(), tiny_batch(batch=4)
-    pairs = []  # of the decoder: its token ids and the index of the image that each row reads
+    pairs = []  # of the decoder: the text and the image of each
 
     def record(_, args):
         if len(args) > 3:
-            pairs.append((args[0], args[3].tolist()))
+            pairs.append((args[4].tolist(), args[3].tolist()))
 
     model.cada.text_model.register_forward_pre_hook(record)
     torch.manual_seed(0)
     for _ in range(8):
         losses(model, batch, negative_temperature=100.0)
     assert len(pairs) == 8
-    for words, images in pairs:
+    for texts, images in pairs:
         assert images[:8] == [0, 1, 2, 3] * 2
-        assert torch.equal(words[:4], words[8:])
+        assert texts[:4] == texts[8:] == [0, 1, 2, 3]
     assert len({tuple(images[8:]) for _, images in pairs}) > 1  # images of the texts
-    assert len({tuple(words[4:8].flatten().tolist()) for words, _ in pairs}) > 1  # texts of the images
+    assert len({tuple(texts[4:8]) for texts, _ in pairs}) > 1  # texts of the images
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("num_queries", [None, 1])
+def test_texts_are_read_once_for_all_their_pairs(layers, num_queries):
+    """The first self-attention comes before the image, so pairs of one text share it: same states, same gradients."""
+    model, batch = tiny_model(text_config={"num_hidden_layers": layers}), tiny_batch()
+    text_index, image_index = torch.tensor([2, 0, 2, 1, 2]), torch.tensor([0, 0, 3, 1, 2])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    image_states = model.encode_images(batch["pixel_values"]).detach()
+    results = []
+    for texts, masks, index in ((ids, mask, text_index), (ids[text_index], mask[text_index], None)):
+        model.zero_grad()
+        states = model.cada.text_model(texts, masks, image_states, image_index, index, num_queries).last_hidden_state
+        states.square().sum().backward()
+        results.append((states, model.cada.text_model.layers[0].self_attn.k_proj.weight.grad.clone()))
+    torch.testing.assert_close(*(states for states, _ in results))
+    torch.testing.assert_close(*(gradient for _, gradient in results))
 
 
 def test_ara_by_hand():

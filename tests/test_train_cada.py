@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import tiny_config
+from conftest import save_tiny_start, tiny_config
 from pedes_layout import LAYOUTS
 
 import train_cada
@@ -22,13 +21,9 @@ ROOT = Path(train_cada.__file__).parent
 
 
 @pytest.fixture
-def start(tmp_path, processor) -> Path:
+def start(tmp_path) -> Path:
     """A saved checkpoint with random weights, the vocabulary of BERT, for images of 32×16."""
-    torch.manual_seed(0)
-    config = tiny_config(text_config={"vocab_size": 30524, "enc_token_id": processor.enc_token_id})
-    CADAForTextToImageRetrieval(config).save_pretrained(tmp_path / "start")
-    processor.save_pretrained(tmp_path / "start")
-    return tmp_path / "start"
+    return save_tiny_start(tmp_path / "start")
 
 
 def command(start: Path, output: Path, dataset: str, data_dir: Path, *more: str) -> list[str]:

@@ -1,0 +1,378 @@
+"""
+Publish a trained model: check the folder, write the model card from the run, push both to the Hub.
+
+    python publish_cada.py --checkpoint runs/cuhk --repo_id org/cada-cuhk --tag v1.0
+
+`train_cada.py` leaves a record of every run, `cada_run.json`, beside the weights. The card is written from it alone,
+so it cannot say what was not measured. Only the files that loading needs are published: no pickles, no optimizer
+states.
+"""
+
+import argparse
+import datetime
+import fnmatch
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import HfHubHTTPError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
+
+from configuration_cada import CADAConfig
+from data_cada import PEDES_SETS
+from evaluation_cada import METRICS
+
+
+RUN_FILE = "cada_run.json"
+CARDS = Path(__file__).resolve().parent / "model_cards"
+TEMPLATES = {"cuhk_pedes": "cada-cuhk.md", "icfg_pedes": "cada-icfg.md", "rstp_reid": "cada-rstp.md"}
+TEMPLATES |= {"demo": "cada-demo.md", "drawn": "cada-demo.md"}
+TITLES = {name: pedes.title for name, pedes in PEDES_SETS.items()}
+TITLES |= {"demo": "the drawn set", "drawn": "the drawn set"}
+RELEASED = (
+    *("README.md", RUN_FILE, "config.json", "*_cada.py", "*.safetensors", "model.safetensors.index.json"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
+)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+REPORTED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "pillow", "nltk")
+METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
+
+
+class PublishError(ValueError):
+    """Something keeps a model from being published. The message names it and the remedy."""
+
+
+def environment() -> dict:
+    """Where and when something is measured: `{"date", "hardware", "versions": {package: version}}`."""
+    if torch.cuda.is_available():
+        hardware = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    else:
+        try:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        hardware = f"{os.cpu_count()} CPU cores ({names[0] if names else platform.machine()}), no GPU"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in REPORTED_PACKAGES}},
+    }
+
+
+def read_run(folder: str | os.PathLike) -> dict:
+    """
+    The record of a run, `cada_run.json` in `folder`:
+
+    - `training`: what the model was trained on and how, or `None`; see `train_cada.describe_training`.
+    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "metrics"}`, with [`environment`].
+
+    Without a record both are empty.
+
+    Raises:
+        PublishError: where the file is damaged.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        return {"training": None, "evaluations": []}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return {"training": run["training"], "evaluations": list(run["evaluations"])}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise PublishError(f"{path} is damaged ({type(error).__name__}: {error}). Delete it, or run again.") from error
+
+
+def write_run(folder: str | os.PathLike, training: dict | None, evaluations: list[dict]) -> None:
+    """Write the record of a run; an evaluation takes the place of an older one on the same set and split."""
+    newest = {(row["dataset"], row["split"]): row for row in evaluations}
+    run = {"training": training, "evaluations": list(newest.values())}
+    path = Path(folder) / RUN_FILE
+    path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def set_title(dataset: str) -> str:
+    """The name of a set as a reader knows it."""
+    return TITLES.get(dataset, dataset)
+
+
+def release_files(folder: str | os.PathLike) -> list[str]:
+    """
+    Names of the files of `folder` that a release consists of.
+
+    Raises:
+        PublishError: where something is missing or damaged that loading the model needs.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PublishError(f"The folder {folder} does not exist. Give the --output_dir of a training run.")
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    for needed in ("config.json", "processor_config.json", "tokenizer.json"):
+        if needed not in names:
+            raise PublishError(
+                f"{folder} holds no {needed}. Save model and processor there: model.save_pretrained, "
+                "processor.save_pretrained."
+            )
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not weights:
+        raise PublishError(f"{folder} holds no weights in safetensors form. Load the model and save it again.")
+    for name in weights:
+        try:
+            with safe_open(folder / name, "pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise PublishError(f"{folder / name} is damaged ({error}). Save the model again.") from error
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    code = {f"{reference.split('.')[0]}.py" for reference in config.get("auto_map", {}).values()}
+    for name in sorted(code & set(names)):
+        code |= {f"{module}.py" for module in get_relative_imports(folder / name)}
+    missing = sorted(code - set(names)) if code else ["auto_map in config.json"]
+    if missing:
+        raise PublishError(
+            f"{folder} lacks {', '.join(missing)}, so nobody can load the model without this package. Save it again "
+            "with model.save_pretrained and processor.save_pretrained."
+        )
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in RELEASED)]
+
+
+def _captions(row: dict) -> str:
+    count = row["captions_per_image"]
+    return "all captions of an image" if count is None else f"the first {count} captions of an image"
+
+
+def _protocol(evaluations: list[dict], training: dict | None) -> list[str]:
+    """What a reader has to know to compare the figures."""
+    notes = ["Every caption of the split searches all images of the split; its own image is among them."]
+    notes += [f"{set_title(row['dataset'])}, {row['split']}: {_captions(row)}." for row in evaluations]
+    notes.append("Global matching ranks by S_G; local matching ranks the best K of these again by S_G + S_L.")
+    if training and training["selected_by"]:
+        notes.append(f"The checkpoint was chosen by {training['selected_by']}. The test split chose nothing.")
+    elif training:
+        notes.append("The last checkpoint was taken; nothing was chosen.")
+    for where in dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations):
+        notes.append(f"Evaluated on {where}.")
+    return notes
+
+
+def _recipe(training: dict) -> list[tuple[str, str]]:
+    """Rows of the card's table of the training."""
+    data = training["data"]
+    rows = [
+        (
+            "data",
+            f"{training['title']}: {data['persons']:,} persons, {data['images']:,} images, {data['pairs']:,} pairs",
+        ),
+        ("captions", _captions(training)),
+        ("start", training["start"] or "random weights"),
+    ]
+    rows += [(key.replace("_", " "), value) for key, value in training["recipe"].items()]
+    rows += [("seed", training["seed"]), ("time", f"{training['minutes']:.0f} minutes")]
+    rows += [("hardware", training["hardware"]), ("date", training["date"])]
+    rows.append(("versions", ", ".join(f"{name} {number}" for name, number in training["versions"].items())))
+    return [(key, str(value)) for key, value in rows]
+
+
+def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluations: list[dict] = ()) -> ModelCard:
+    """
+    The model card of a checkpoint, from the record of its run and its configuration.
+
+    Args:
+        folder: the checkpoint.
+        repo_id: the repository it will be in; the usage snippet loads it from there.
+        revision: what the snippet pins: a tag, a commit, or a branch.
+        evaluations: further ones, from the records of other runs.
+    """
+    run, config = read_run(folder), CADAConfig.from_pretrained(folder)
+    training = run["training"]
+    evaluations = [*run["evaluations"], *evaluations]
+    if training:
+        training = {**training, "title": set_title(training["dataset"])}
+    name = repo_id.split("/")[-1]
+    table, results = [], []
+    for row in evaluations:
+        metrics = row["metrics"]
+        for matching in ("global", "local"):
+            if f"{matching}_R1" not in metrics:
+                continue
+            k = metrics["rerank_k"] if matching == "local" else "–"
+            cells = [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
+            sizes = [f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
+            table.append([set_title(row["dataset"]), row["split"], matching, str(k), *sizes, *cells])
+            results += [
+                EvalResult(
+                    task_type="text-to-image-retrieval",
+                    task_name="Text-to-image person retrieval",
+                    dataset_type=row["dataset"],
+                    dataset_name=set_title(row["dataset"]),
+                    dataset_split=row["split"],
+                    metric_type=f"{matching}_{metric}",
+                    metric_name=f"{METRIC_TITLES[metric]} ({matching} matching)",
+                    metric_value=round(metrics[f"{matching}_{metric}"], 2),
+                )
+                for metric in METRICS
+            ]
+    dataset = training["dataset"] if training else None
+    open_licence = dataset in ("demo", "drawn")
+    restricted = dataset in PEDES_SETS
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0" if open_licence else "other",
+        license_name="research-only" if restricted else None,
+        license_link="README.md" if restricted else None,
+        library_name="transformers",
+        tags=["cada", "text-to-image-retrieval", "person-retrieval", "person-re-identification"],
+        model_name=name,
+        eval_results=results or None,
+    )
+    cards = Environment(
+        loader=FileSystemLoader(CARDS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    body = cards.get_template(TEMPLATES.get(dataset, "base.md")).render(
+        name=name,
+        repo_id=repo_id,
+        revision=revision,
+        training=training,
+        recipe=_recipe(training) if training else [],
+        start=(training and training["start"]) or "random weights",
+        evaluations=evaluations,
+        table=table,
+        protocol=_protocol(evaluations, training),
+        has_local=config.use_atp,
+        max_text_length=config.max_text_length,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n")
+
+
+def open_repository(
+    repo_id: str, tag: str | None = None, private: bool | None = None, token: str | None = None
+) -> tuple[str, list[str]]:
+    """
+    Create the repository where it does not exist. Returns its full name and the files that it holds.
+
+    Raises:
+        PublishError: where it cannot be written to, or has the tag already.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        present = api.list_repo_files(repo_id)
+        tags = {reference.name for reference in api.list_repo_refs(repo_id).tags}
+    except HfHubHTTPError as error:
+        raise PublishError(
+            f"Cannot open {repo_id} on the Hub: {error}. Run `hf auth login` with a token that may write there."
+        ) from error
+    if tag in tags:
+        raise PublishError(
+            f"{repo_id} has the tag {tag} already. Choose another; a published state should not change."
+        )
+    return repo_id, present
+
+
+def publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    tag: str | None = None,
+    private: bool | None = None,
+    overwrite: bool = False,
+    token: str | None = None,
+    evaluations: list[dict] = (),
+) -> str:
+    """
+    Push a checkpoint with its card. The card's snippet pins the tag, or the commit that holds the weights.
+
+    Args:
+        folder: the checkpoint, with the record of its run; its README.md is written anew.
+        repo_id: `org/name`.
+        tag: a name for this state, such as `"v1.0"`.
+        private: whether a new repository is private.
+        overwrite: whether weights that are in the repository already may be replaced.
+        token: of the Hub; by default the one of `hf auth login`.
+        evaluations: further rows of the card's table, from the records of other runs.
+
+    Returns:
+        The revision that the card pins.
+
+    Raises:
+        PublishError: where the folder is not complete, the tag exists, or the push would overwrite.
+    """
+    folder, api = Path(folder), HfApi(token=token)
+    release_files(folder)
+    repo_id, present = open_repository(repo_id, tag, private, token)
+    weights = [name for name in present if name.endswith(".safetensors")]
+    if weights and not overwrite:
+        raise PublishError(
+            f"{repo_id} holds {', '.join(weights)} already, and this push would overwrite it. Pass --overwrite, or "
+            "choose another --repo_id. Old states stay in the history and under their tags."
+        )
+    commit = None
+    if tag is None:  # the card names the commit that holds the weights, so they go first
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[name for name in release_files(folder) if name != "README.md"],
+            commit_message="Model and processor",
+        ).oid
+    revision = tag or commit
+    model_card(folder, repo_id, revision, evaluations).save(folder / "README.md")
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        allow_patterns=release_files(folder),
+        # Pickles that got there by other ways, such as arguments and optimizer states.
+        delete_patterns=[name for name in present if name.endswith(PICKLES)],
+        commit_message=f"Release {tag}" if tag else "Model card",
+    )
+    if tag is not None:
+        api.create_tag(repo_id, tag=tag)
+    return revision
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="--output_dir of a training run")
+    parser.add_argument("--repo_id", required=True, help="org/name on the Hub")
+    parser.add_argument("--tag", help="name of this state, such as v1.0; by default the card pins the commit")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--overwrite", action="store_true", help="replace weights that are there already")
+    parser.add_argument(
+        "--evaluations", nargs="*", default=[], help="folders of further --do_predict runs, for the card's table"
+    )
+    parser.add_argument("--card_only", action="store_true", help="write README.md into the folder, push nothing")
+    options = parser.parse_args(arguments)
+    try:
+        further = []
+        for folder in options.evaluations:
+            rows = read_run(folder)["evaluations"]
+            if not rows:
+                raise PublishError(f"{folder} holds no {RUN_FILE} with an evaluation. Run --do_predict there.")
+            further += rows
+        if options.card_only:
+            names = release_files(options.checkpoint)
+            card = model_card(options.checkpoint, options.repo_id, options.tag or "main", further)
+            card.save(Path(options.checkpoint) / "README.md")
+            print(f"Wrote {Path(options.checkpoint) / 'README.md'}. A push would publish: {', '.join(names)}")
+            return 0
+        revision = publish(
+            options.checkpoint,
+            options.repo_id,
+            tag=options.tag,
+            private=options.private,
+            overwrite=options.overwrite,
+            evaluations=further,
+        )
+    except PublishError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"Published {options.repo_id}, revision {revision}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

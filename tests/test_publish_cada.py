@@ -1,0 +1,287 @@
+"""Model cards from the record of a real run, release files, and publishing to a stand-in of the Hub."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny_start
+from hub_stand_in import HubStandIn
+from huggingface_hub import ModelCard
+from pedes_layout import LAYOUTS
+from PIL import Image
+
+import publish_cada
+import train_cada
+from evaluation_cada import METRICS
+from modeling_cada import CADAForTextToImageRetrieval
+from publish_cada import CARDS, RUN_FILE, PublishError, model_card, read_run, release_files, write_run
+
+
+ROOT = Path(publish_cada.__file__).parent
+PAPER = {
+    "cada-cuhk": "73.48 89.57 94.10 65.82 78.37 91.57 94.58 68.87",
+    "cada-icfg": "62.54 79.46 85.14 37.07 67.81 82.34 87.14 39.85",
+    "cada-rstp": "61.50 82.60 89.15 47.28 69.60 86.75 92.40 52.74",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The output folder of a training run on a small RSTPReid, through the command."""
+    folder = tmp_path_factory.mktemp("trained")
+    save_tiny_start(folder / "start")
+    LAYOUTS["rstp_reid"](folder)
+    train_cada.main(
+        [
+            *("--model_name_or_path", str(folder / "start"), "--output_dir", str(folder / "run")),
+            *("--dataset", "rstp_reid", "--data_dir", str(folder), "--captions_per_image", "2"),
+            *("--num_train_epochs", "1", "--per_device_train_batch_size", "6", "--learning_rate", "1e-3"),
+            *("--do_train", "--do_predict", "--disable_tqdm", "true", "--seed", "7"),
+        ]
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def rename(folder: Path, dataset: str) -> dict:
+    """Let the record say that the run was on another set."""
+    record = read_run(folder)
+    for part in (record["training"], *record["evaluations"]):
+        part["dataset"] = dataset
+    write_run(folder, record["training"], record["evaluations"])
+    return record
+
+
+def test_record_says_what_was_run_and_measured(trained):
+    record = read_run(trained)
+    training = record["training"]
+    assert training["dataset"] == "rstp_reid"
+    assert training["start"] == "start"  # the name, not the folder of this machine
+    assert training["data"] == {"persons": 6, "images": 18, "pairs": 36}
+    assert (training["seed"], training["captions_per_image"]) == (7, 2)
+    assert training["recipe"]["learning_rate"] == 1e-3 and training["recipe"]["batch_size"] == 6
+    assert training["selected_by"] == "local_R1 on validation"
+    assert training["versions"]["torch"] == version("torch")
+    measured = json.loads((trained / "test_results.json").read_text())
+    rows = {row["split"]: row["metrics"] for row in record["evaluations"]}
+    assert set(rows) == {"val", "test"}
+    assert rows["test"] == {
+        name.removeprefix("test_"): value
+        for name, value in measured.items()
+        if re.search("global_|local_|queries|gallery|rerank_k", name)
+    }
+
+
+def test_evaluation_of_a_checkpoint_keeps_how_it_was_trained(trained, tmp_path):
+    data = trained.parent
+    train_cada.main(
+        [
+            *("--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "again")),
+            *("--dataset", "rstp_reid", "--data_dir", str(data), "--do_predict", "--disable_tqdm", "true"),
+        ]
+    )
+    record = read_run(tmp_path / "again")
+    assert record["training"] == read_run(trained)["training"]
+    assert [(row["split"], row["captions_per_image"]) for row in record["evaluations"]] == [("test", None)]
+
+
+@pytest.mark.parametrize("dataset", ["cuhk_pedes", "icfg_pedes", "rstp_reid", "demo", "my_set"])
+def test_card_tells_what_was_measured(dataset, run):
+    record = rename(run, dataset)
+    card = model_card(run, "org/cada-x", "v1.0")
+    loaded = ModelCard(card.content)
+    assert loaded.data.library_name == "transformers"
+    assert loaded.data.license == ("apache-2.0" if dataset == "demo" else "other")
+    # model-index: five metrics of two matchings on two splits, the measured values.
+    values = {(result.dataset_split, result.metric_type): result.metric_value for result in loaded.data.eval_results}
+    assert values == {
+        (row["split"], f"{matching}_{name}"): round(row["metrics"][f"{matching}_{name}"], 2)
+        for row in record["evaluations"]
+        for matching in ("global", "local")
+        for name in METRICS
+    }
+    test = next(row["metrics"] for row in record["evaluations"] if row["split"] == "test")
+    cells = " | ".join(f"{test[f'local_{name}']:.2f}" for name in METRICS)
+    assert f"| test | local | 3 | 12 | 6 | {cells} |" in card.content
+    for text in (
+        "the first 2 captions of an image",
+        'revision = "org/cada-x", "v1.0"',
+        "chosen by local_R1 on validation",
+        "seed | 7",
+        "legal basis",
+        "6 persons, 18 images, 36 pairs",
+    ):
+        assert text in card.content, text
+    assert str(run.parent) not in card.content and "{{" not in card.content and "{%" not in card.content
+
+
+@pytest.mark.parametrize("template", PAPER)
+def test_figures_of_the_paper_are_marked_as_the_papers(template, run):
+    """They stand in the section that says so, and nowhere in what was measured."""
+    rename(run, {"cada-cuhk": "cuhk_pedes", "cada-icfg": "icfg_pedes", "cada-rstp": "rstp_reid"}[template])
+    content = model_card(run, "org/name", "main").content
+    before, after = content.split("### The paper's figures")
+    section, rest = after.split("\n## ", 1)
+    assert "**not measured with this model**" in section
+    for figure in PAPER[template].split():
+        assert figure in section
+        assert figure not in before and figure not in rest
+
+
+def test_every_template_is_used():
+    used = {"base.md", *publish_cada.TEMPLATES.values()}
+    assert {path.name for path in CARDS.glob("*.md")} == used
+
+
+def test_card_of_a_model_without_record_claims_nothing(run):
+    (run / RUN_FILE).unlink()
+    content = model_card(run, "org/name", "main").content
+    assert "No evaluation was recorded with this model." in content
+    assert "No record of the training is kept with this model." in content
+    assert ModelCard(content).data.eval_results is None
+
+
+def test_snippet_of_the_card_runs(run, tmp_path):
+    """As a reader would: the card's code in a fresh process, with three images beside it."""
+    content = model_card(run, str(run), "v1.0").content
+    (code,) = re.findall(r"```python\n(.*?)```", content, flags=re.DOTALL)
+    for name, colour in zip(("first", "second", "third"), ("red", "blue", "green")):
+        Image.new("RGB", (20, 40), colour).save(tmp_path / f"{name}.jpg")
+    result = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert sorted(json.loads(result.stdout)) == [0, 1, 2]
+
+
+def test_release_holds_what_loading_needs_and_no_pickle(run):
+    (run / "optimizer.pt").write_bytes(b"x")
+    (run / "training_args.bin").write_bytes(b"x")
+    assert release_files(run) == [
+        "cada_run.json",
+        "config.json",
+        "configuration_cada.py",
+        "losses_cada.py",
+        "model.safetensors",
+        "modeling_cada.py",
+        "processing_cada.py",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_training_writes_no_pickled_arguments(trained):
+    assert not list(trained.rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("processor_config.json", None, "holds no processor_config.json. Save model and processor"),
+        ("model.safetensors", None, "holds no weights in safetensors form"),
+        ("model.safetensors", b"PK\x03\x04", "model.safetensors is damaged"),
+        ("losses_cada.py", None, "lacks losses_cada.py, so nobody can load"),
+        ("modeling_cada.py", None, "lacks modeling_cada.py, so nobody can load"),
+        (RUN_FILE, b"{", "cada_run.json is damaged"),
+    ],
+)
+def test_incomplete_folders_are_named(name, content, message, run):
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_bytes(content)
+    with pytest.raises(PublishError, match=message):
+        release_files(run)
+        model_card(run, "org/name", "main")
+
+
+def test_folder_that_does_not_exist(tmp_path, capsys):
+    assert publish_cada.main(["--checkpoint", str(tmp_path / "no"), "--repo_id", "a/b", "--card_only"]) == 1
+    assert "does not exist. Give the --output_dir of a training run" in capsys.readouterr().err
+
+
+def test_card_only_writes_the_card_and_pushes_nothing(run, capsys):
+    assert publish_cada.main(["--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    assert "# name" in (run / "README.md").read_text(encoding="utf-8")
+
+
+def test_further_evaluations_join_the_table(run, trained, tmp_path):
+    """A cross-domain result, from the folder of its own run."""
+    row = {**read_run(trained)["evaluations"][-1], "dataset": "icfg_pedes"}
+    (tmp_path / "cross").mkdir()
+    write_run(tmp_path / "cross", None, [row])
+    arguments = ["--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]
+    assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "cross")]) == 0
+    assert "| ICFG-PEDES | test | local |" in (run / "README.md").read_text(encoding="utf-8")
+    assert publish_cada.main([*arguments, "--evaluations", str(tmp_path)]) == 1
+
+
+def command(hub: HubStandIn, home: Path, run: Path, *more: str) -> subprocess.CompletedProcess:
+    """`publish_cada.py` as a user types it, with the stand-in as the Hub."""
+    arguments = ["--checkpoint", str(run), "--repo_id", "tester/cada", *more]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "publish_cada.py"), *arguments],
+        env=hub.environment(home),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_path):
+    with HubStandIn() as hub:
+        first = command(hub, tmp_path / "home", run, "--tag", "v1.0")
+        assert first.returncode == 0, first.stderr[-2000:]
+        assert "Published tester/cada, revision v1.0." in first.stdout
+        released = hub.files("tester/cada", revision="v1.0")
+        assert set(release_files(run)) | {".gitattributes"} == set(released)
+        assert released["model.safetensors"] == (run / "model.safetensors").read_bytes()
+        assert b'revision = "tester/cada", "v1.0"' in released["README.md"]
+
+        again = command(hub, tmp_path / "home", run)
+        assert again.returncode == 1
+        assert "holds model.safetensors already, and this push would overwrite it. Pass --overwrite" in again.stderr
+        same_tag = command(hub, tmp_path / "home", run, "--tag", "v1.0", "--overwrite")
+        assert same_tag.returncode == 1
+        assert "has the tag v1.0 already" in same_tag.stderr
+        assert hub.files("tester/cada") == released
+
+        # Other weights, no tag: the card pins the commit that holds them.
+        model = CADAForTextToImageRetrieval.from_pretrained(run)
+        with torch.no_grad():
+            model.match_head.bias.fill_(3.0)
+        model.save_pretrained(run)
+        third = command(hub, tmp_path / "home", run, "--overwrite")
+        assert third.returncode == 0, third.stderr[-2000:]
+        commit = re.search(r"revision ([0-9a-f]{40})\.", third.stdout).group(1)
+        newest = hub.files("tester/cada")
+        assert f'revision = "tester/cada", "{commit}"'.encode() in newest["README.md"]
+        pinned = hub.files("tester/cada", revision=commit)
+        assert pinned["model.safetensors"] == newest["model.safetensors"] != released["model.safetensors"]
+        assert hub.files("tester/cada", revision="v1.0") == released
+        assert hub.unknown == []
+
+
+def test_wrong_token_is_one_line(run, tmp_path):
+    with HubStandIn() as hub:
+        environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": "hf_wrong"}
+        arguments = ["--checkpoint", str(run), "--repo_id", "tester/cada"]
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "publish_cada.py"), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 1
+    assert "error: Cannot open tester/cada on the Hub" in result.stderr and "hf auth login" in result.stderr
+    assert "Traceback" not in result.stderr
