@@ -1,12 +1,48 @@
-"""Checkpoints of the authors' code, renamed to this format."""
+"""
+Starting points: BLIP, and checkpoints of the authors' CADA code, converted to this format.
 
+    python convert_cada.py --source blip --checkpoint Salesforce/blip-itm-base-coco \\
+        --vocabulary_head Salesforce/blip-image-captioning-base --output_dir start
+    python convert_cada.py --source blip_original --checkpoint model_base.pth --output_dir start
+    python convert_cada.py --source cada_original --checkpoint cuhk.pth --output_dir cuhk
+
+Every key of a checkpoint is converted or left out for a stated reason; an unknown or missing key is an error. Pickled
+files are read with `weights_only=True`.
+"""
+
+import argparse
+import os
+import pickle
 import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
+from configuration_cada import CADAConfig
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAImageProcessor, CADAProcessor
+
+
+SOURCES = ("blip", "blip_original", "cada_original")
+VOCABULARY_SIZE = 30524  # bert-base-uncased with [DEC] and [ENC]
+ENC_TOKEN_ID = 30523
 
 # Order matters: the first pattern that matches renames the key. Both text attentions share their inner names.
-_CADA_ORIGINAL = [
+_VISION_OF_BLIP = [
+    (r"^vision_model\.embeddings\.", "cada.vision_model.embeddings."),
+    (
+        r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.",
+        r"cada.vision_model.layers.\1.self_attn.out_proj.",
+    ),
+    (r"^vision_model\.encoder\.layers\.", "cada.vision_model.layers."),
+    (r"^vision_model\.post_layernorm\.", "cada.vision_model.post_layernorm."),
+]
+_VISION_OF_ORIGINAL = [
     (r"^visual_encoder\.cls_token$", "cada.vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "cada.vision_model.embeddings.position_embedding"),
     (r"^visual_encoder\.patch_embed\.proj\.", "cada.vision_model.embeddings.patch_embedding."),
@@ -15,6 +51,8 @@ _CADA_ORIGINAL = [
     (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"cada.vision_model.layers.\1.self_attn.out_proj."),
     (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"cada.vision_model.layers.\1.mlp."),
     (r"^visual_encoder\.norm\.", "cada.vision_model.post_layernorm."),
+]
+_TEXT_AND_HEADS = [
     (r"^text_encoder\.embeddings\.LayerNorm\.", "cada.text_model.embeddings.layer_norm."),
     (r"^text_encoder\.embeddings\.", "cada.text_model.embeddings."),
     (r"^text_encoder\.encoder\.layer\.(\d+)\.attention\.", r"cada.text_model.layers.\1.self_attn."),
@@ -28,9 +66,13 @@ _CADA_ORIGINAL = [
     (r"^itm_local_head\.", "group_match_head."),
     (r"^text_decoder\.cls\.predictions\.transform\.dense\.", "vocabulary_head.dense."),
     (r"^text_decoder\.cls\.predictions\.transform\.LayerNorm\.", "vocabulary_head.layer_norm."),
-    (r"^text_decoder\.cls\.predictions\.decoder\.weight$", "vocabulary_head.decoder.weight"),
     (r"^text_decoder\.cls\.predictions\.bias$", "vocabulary_head.bias"),
 ]
+_RULES = {
+    "blip": _VISION_OF_BLIP + _TEXT_AND_HEADS,
+    "blip_original": _VISION_OF_ORIGINAL + _TEXT_AND_HEADS,
+    "cada_original": _VISION_OF_ORIGINAL + _TEXT_AND_HEADS,
+}
 _ATTENTION = [
     (r"\.self\.query\.", ".q_proj."),
     (r"\.self\.key\.", ".k_proj."),
@@ -38,39 +80,340 @@ _ATTENTION = [
     (r"_attn\.output\.dense\.", "_attn.out_proj."),
     (r"_attn\.output\.LayerNorm\.", "_attn_layer_norm."),
 ]
-# The decoder's bias is stored twice in BERT's head; `predictions.bias` is the one that counts.
-_LEFT_OUT = re.compile(r"^text_decoder\.cls\.predictions\.decoder\.bias$|\.position_ids$|^text_decoder\.bert\.")
+_LEFT_OUT = [
+    (r"\.position_ids$", "a constant, not a weight"),
+    (r"^text_decoder\.cls\.predictions\.decoder\.weight$", "tied to the word embeddings of the text stack"),
+    (r"^text_decoder\.cls\.predictions\.decoder\.bias$", "stored twice; `predictions.bias` counts"),
+    (
+        r"^text_decoder\.bert\.",
+        "a separate decoder; here the text stack is the decoder, and retrieval never uses this one",
+    ),
+    (r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", "momentum copy, for BLIP's pre-training only"),
+    (r"^(image_queue|text_queue|idx_queue|queue_ptr|ptr_queue)$", "queue, for BLIP's pre-training only"),
+    (r"^(temp|logit_scale)$", "temperature, a fixed value in CADA"),
+]
 
 
-def convert_state_dict(state_dict: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+class ConversionError(ValueError):
+    """A checkpoint does not fit. The message names the key or file and the remedy."""
+
+
+@dataclass
+class ConversionReport:
+    """What became of every key: `converted` old name -> new names; `left_out` old name -> reason; `new` names that the
+    checkpoint has not, with random weights."""
+
+    converted: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.converted)} tensors converted."]
+        for reason in dict.fromkeys(self.left_out.values()):
+            keys = [key for key, why in self.left_out.items() if why == reason]
+            lines.append(f"{len(keys)} left out ({reason}): {keys[0]}{' ...' if len(keys) > 1 else ''}")
+        if self.new:
+            lines.append(f"{len(self.new)} newly initialised: {', '.join(self.new)}")
+        return "\n".join([*lines, *self.notes])
+
+
+def convert_state_dict(
+    state_dict: dict[str, torch.Tensor], source: str, report: ConversionReport | None = None
+) -> dict[str, torch.Tensor]:
     """
     Rename the tensors of a checkpoint to those of [`CADAForTextToImageRetrieval`].
 
     Args:
         state_dict: the checkpoint's tensors.
-        source: `"cada_original"`, the authors' CADA code. Their separate ARA stack (`text_decoder.bert.*`) is left
-            out: retrieval never uses it.
+        source: `"blip"` (`BlipForImageTextRetrieval` of transformers), `"blip_original"` or `"cada_original"` (BLIP's
+            and the authors' own files).
+        report: filled with what became of every key.
 
     Raises:
-        ValueError: for an unknown source, or a key that no rule knows.
+        ConversionError: for an unknown source, or a key that no rule knows.
     """
-    if source != "cada_original":
-        raise ValueError(f"Unknown source {source!r}. Known: 'cada_original'.")
+    if source not in SOURCES:
+        raise ConversionError(f"Unknown source {source!r}. Known: {', '.join(SOURCES)}.")
+    report = ConversionReport() if report is None else report
     converted = {}
     for key, tensor in state_dict.items():
-        if _LEFT_OUT.search(key):
+        reason = next((reason for pattern, reason in _LEFT_OUT if re.search(pattern, key)), None)
+        if reason:
+            report.left_out[key] = reason
             continue
-        for pattern, replacement in _CADA_ORIGINAL:
-            name, hits = re.subn(pattern, replacement, key)
-            if hits:
-                break
-        else:
-            raise ValueError(f"No rule for the key {key!r} of a {source!r} checkpoint.")
+        name = next((re.sub(*rule, key) for rule in _RULES[source] if re.search(rule[0], key)), None)
+        if name is None:
+            raise ConversionError(f"No rule for the key {key!r}. Is this a checkpoint of the kind {source!r}?")
         for pattern, replacement in _ATTENTION:
             name = re.sub(pattern, replacement, name)
-        if ".qkv." in name:  # timm's ViT keeps query, key and value in one matrix
-            for part, chunk in zip("qkv", tensor.chunk(3)):
-                converted[name.replace(".qkv.", f".{part}_proj.")] = chunk.clone()
-        else:
-            converted[name] = tensor
+        names = [name.replace(".qkv.", f".{part}_proj.") for part in "qkv"] if ".qkv." in name else [name]
+        for part, chunk in zip(names, tensor.chunk(len(names))):  # ViTs of BLIP keep q, k and v in one matrix
+            converted[part] = chunk.clone() if len(names) > 1 else chunk
+        report.converted[key] = names
     return converted
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a `.pth` or `.safetensors` file; the weights may stand under `model` or `state_dict`, and the names
+    may begin with `module.`, as `DistributedDataParallel` writes them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConversionError(f"The checkpoint {path} does not exist.")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConversionError(
+            f"{path} cannot be read with weights_only=True ({str(error).splitlines()[0]}). It is damaged, or holds "
+            "more than tensors; ask for a file of tensors only."
+        ) from error
+    for name in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise ConversionError(f"{path} holds no dictionary of tensors. Is this a checkpoint?")
+    return {key.removeprefix("module."): value for key, value in loaded.items()}
+
+
+def infer_sizes(
+    weights: dict[str, torch.Tensor], num_attention_heads: int | None = None, image_size: tuple[int, int] | None = None
+) -> dict:
+    """
+    Fields of [`CADAConfig`] from the shapes of converted `weights`. Heads are 64 wide and images are square, as in
+    BLIP, unless the arguments say otherwise.
+    """
+    embeddings, text = "cada.vision_model.embeddings.", "cada.text_model."
+    hidden, channels, patch_size, _ = weights[f"{embeddings}patch_embedding.weight"].shape
+    patches = weights[f"{embeddings}position_embedding"].shape[1] - 1
+    if image_size is None:
+        side = round(patches**0.5)
+        if side * side != patches:
+            raise ConversionError(
+                f"The checkpoint has {patches} patches, no square number. Pass --checkpoint_image_size HEIGHT WIDTH."
+            )
+        image_size = (side * patch_size, side * patch_size)
+
+    def layers(prefix: str) -> int:
+        return 1 + max(int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix))
+
+    vocabulary, text_hidden = weights[f"{text}embeddings.word_embeddings.weight"].shape
+    return {
+        "vision_config": {
+            "hidden_size": hidden,
+            "intermediate_size": len(weights["cada.vision_model.layers.0.mlp.fc1.bias"]),
+            "num_hidden_layers": layers("cada.vision_model.layers."),
+            "num_attention_heads": num_attention_heads or hidden // 64,
+            "num_channels": channels,
+            "patch_size": patch_size,
+            "image_size": tuple(image_size),
+        },
+        "text_config": {
+            "hidden_size": text_hidden,
+            "intermediate_size": len(weights[f"{text}layers.0.mlp.fc1.bias"]),
+            "num_hidden_layers": layers(f"{text}layers."),
+            "num_attention_heads": num_attention_heads or text_hidden // 64,
+            "max_position_embeddings": len(weights[f"{text}embeddings.position_embeddings.weight"]),
+            "vocab_size": vocabulary,
+        },
+        "projection_dim": len(weights["cada.visual_projection.bias"]),
+    }
+
+
+def resize_positions(positions: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """
+    Position embeddings `(1, 1 + rows * columns, hidden)` for another grid of patches, by bicubic interpolation; the
+    first, of the class token, stays.
+    """
+    if old_grid == new_grid:
+        return positions
+    grid = positions[:, 1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", align_corners=False).to(positions.dtype)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def grow_vocabulary(weights: dict[str, torch.Tensor], size: int, std: float) -> int:
+    """Append rows for new words, random with standard deviation `std`; their bias is 0. Returns how many."""
+    name = "cada.text_model.embeddings.word_embeddings.weight"
+    words = weights[name]
+    missing = size - len(words)
+    if missing > 0:
+        weights[name] = torch.cat([words, std * torch.randn(missing, words.shape[1]).to(words.dtype)])
+        if "vocabulary_head.bias" in weights:
+            weights["vocabulary_head.bias"] = F.pad(weights["vocabulary_head.bias"], (0, missing))
+    return max(missing, 0)
+
+
+def settings_of(source: str) -> dict:
+    """Fields of [`CADAConfig`] that the code behind a source fixes, besides the sizes."""
+    if source == "blip":  # BLIP in transformers; its configuration names the rest
+        return {}
+    shared = {"vision_config": {"layer_norm_eps": 1e-6}, "text_config": {"layer_norm_eps": 1e-12}}
+    if source == "blip_original":
+        return shared
+    return {
+        **shared,
+        "contrastive_loss": "ndf_reference",
+        "hard_negative_similarity": "dot",
+        "match_score": "logit",
+        "mask_unit": "word",
+        "mask_rate": 0.4,
+        "ara_causal": True,
+    }
+
+
+def _join(*parts: dict) -> dict:
+    """Fields of the configuration; later parts win, field by field also inside the towers."""
+    joined: dict = {}
+    for part in parts:
+        for name, value in part.items():
+            joined[name] = {**joined.get(name, {}), **value} if isinstance(value, dict) else value
+    return joined
+
+
+def _read_blip(checkpoint: str, vocabulary_head: str | None) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors, and the fields of its configuration that shapes do not tell, of BLIP in transformers."""
+    state_dict = BlipForImageTextRetrieval.from_pretrained(checkpoint).state_dict()
+    if vocabulary_head is not None:
+        captioner = BlipForConditionalGeneration.from_pretrained(vocabulary_head).state_dict()
+        state_dict |= {key: value for key, value in captioner.items() if key.startswith("text_decoder.cls.")}
+    config = AutoConfig.from_pretrained(checkpoint)
+    fields = {}
+    for tower, names in (
+        ("vision_config", ("num_attention_heads", "hidden_act", "layer_norm_eps")),
+        ("text_config", ("num_attention_heads", "hidden_act", "layer_norm_eps", "pad_token_id")),
+    ):
+        fields[tower] = {name: getattr(getattr(config, tower), name) for name in names}
+    return state_dict, fields
+
+
+def convert(
+    source: str,
+    checkpoint: str | os.PathLike,
+    vocabulary_head: str | os.PathLike | None = None,
+    image_size: tuple[int, int] | None = None,
+    checkpoint_image_size: tuple[int, int] | None = None,
+    num_attention_heads: int | None = None,
+    config_overrides: dict | None = None,
+) -> tuple[CADAForTextToImageRetrieval, ConversionReport]:
+    """
+    A model with the weights of a checkpoint, whole or not at all.
+
+    Args:
+        source: `"blip"`, `"blip_original"` or `"cada_original"`.
+        checkpoint: a folder or Hub name for `"blip"`, else a `.pth` or `.safetensors` file.
+        vocabulary_head: for `"blip"`, a `BlipForConditionalGeneration` whose vocabulary head ARA starts from.
+        image_size: (height, width) in pixels; position embeddings are interpolated to it.
+        checkpoint_image_size: the size the checkpoint was trained with, where it is not square.
+        num_attention_heads: of both towers, for files that do not tell; by default the width divided by 64.
+        config_overrides: further fields of [`CADAConfig`].
+
+    Raises:
+        ConversionError: for a checkpoint that does not fit; the message names the key.
+    """
+    report = ConversionReport()
+    told: dict = {}
+    if source == "blip":
+        state_dict, told = _read_blip(str(checkpoint), None if vocabulary_head is None else str(vocabulary_head))
+    elif vocabulary_head is not None:
+        raise ConversionError("--vocabulary_head goes with --source blip; the other files hold their own.")
+    else:
+        state_dict = read_checkpoint(checkpoint)
+    weights = convert_state_dict(state_dict, source, report)
+    try:
+        fields = _join(infer_sizes(weights, num_attention_heads, checkpoint_image_size), told, settings_of(source))
+    except KeyError as error:
+        raise ConversionError(f"{checkpoint} lacks {error.args[0]!r}. Is this a checkpoint of {source!r}?") from error
+
+    added = grow_vocabulary(weights, VOCABULARY_SIZE, std=0.02)
+    if added:
+        report.notes.append(f"The vocabulary grew by {added} word(s) to {VOCABULARY_SIZE}.")
+    vocabulary = len(weights["cada.text_model.embeddings.word_embeddings.weight"])
+    fields = _join(fields, {"text_config": {"vocab_size": vocabulary, "enc_token_id": ENC_TOKEN_ID}})
+    if image_size is not None:
+        old = CADAConfig(**fields).vision_config.grid_size
+        fields = _join(fields, {"vision_config": {"image_size": tuple(image_size)}})
+        new = CADAConfig(**fields).vision_config.grid_size
+        name = "cada.vision_model.embeddings.position_embedding"
+        weights[name] = resize_positions(weights[name], old, new)
+        if old != new:
+            report.notes.append(f"Position embeddings were interpolated from {old} to {new} patches.")
+    model = CADAForTextToImageRetrieval(CADAConfig(**_join(fields, config_overrides or {})))
+    _load(model, weights, source, report)
+    return model, report
+
+
+def _load(model: CADAForTextToImageRetrieval, weights: dict, source: str, report: ConversionReport) -> None:
+    """Fill the model; what the source cannot have is new, everything else has to be there."""
+    unused = [name for name in weights if name not in model.state_dict()]
+    if unused:  # a switched-off loss has no head
+        for name in unused:
+            del weights[name]
+        report.notes.append(f"The configuration has no use for {', '.join(unused)}.")
+    try:
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+    except RuntimeError as error:
+        raise ConversionError(f"The sizes do not fit: {error}") from error
+    tied = set(model.all_tied_weights_keys)
+    may_be_new = ("group_match_head.", "vocabulary_head.") if source != "cada_original" else ()
+    report.new = [name for name in missing if name not in tied]
+    wrong = [name for name in report.new if not name.startswith(may_be_new)] if may_be_new else report.new
+    if wrong:
+        raise ConversionError(
+            f"The checkpoint has no tensor for {', '.join(wrong)}. Is it complete, and of {source!r}?"
+        )
+    model.tie_weights()
+    model.eval()
+
+
+def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -> CADAProcessor:
+    """The processor of a converted model: CLIP's normalisation, as BLIP and the authors' code have it."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    tokenizer.model_max_length = model.config.max_text_length
+    height, width = model.config.vision_config.image_height_width
+    image_processor = CADAImageProcessor(size={"height": height, "width": width})
+    processor = CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
+    if processor.enc_token_id != model.config.text_config.enc_token_id:
+        raise ConversionError(
+            f"The tokenizer {tokenizer_name!r} gives [ENC] the id {processor.enc_token_id}, the model expects "
+            f"{model.config.text_config.enc_token_id}. Use bert-base-uncased, which BLIP was trained with."
+        )
+    return processor
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, choices=SOURCES)
+    parser.add_argument("--checkpoint", required=True, help="folder or Hub name (blip), or file (the others)")
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--vocabulary_head", help="BlipForConditionalGeneration whose vocabulary head ARA starts from")
+    parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="for example 384 128")
+    parser.add_argument("--checkpoint_image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--num_attention_heads", type=int, help="by default the width divided by 64")
+    parser.add_argument("--tokenizer_name", default="bert-base-uncased", help="folder or Hub name")
+    options = parser.parse_args(arguments)
+    try:
+        model, report = convert(
+            options.source,
+            options.checkpoint,
+            vocabulary_head=options.vocabulary_head,
+            image_size=options.image_size,
+            checkpoint_image_size=options.checkpoint_image_size,
+            num_attention_heads=options.num_attention_heads,
+        )
+        processor = convert_processor(model, options.tokenizer_name)
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    model.save_pretrained(options.output_dir)
+    processor.save_pretrained(options.output_dir)
+    print(f"{report}\nSaved to {options.output_dir}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -320,7 +320,7 @@ def publish(
         ).oid
     revision = tag or commit
     model_card(folder, repo_id, revision, evaluations).save(folder / "README.md")
-    api.upload_folder(
+    release = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=release_files(folder),
@@ -329,7 +329,7 @@ def publish(
         commit_message=f"Release {tag}" if tag else "Model card",
     )
     if tag is not None:
-        api.create_tag(repo_id, tag=tag)
+        api.create_tag(repo_id, tag=tag, revision=release.oid)  # this state, whatever main has become since
     return revision
 
 

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 import register_cada  # noqa: F401  # checkpoints load with the code beside this file
 from configuration_cada import CADAConfig
+from convert_cada import SOURCES, ConversionError, convert, convert_processor
 from data_cada import DataError, PairCollator, PairDataset, add_attribute_spans, hold_out_persons, load_pairs_dataset
 from evaluation_cada import evaluate_retrieval
 from modeling_cada import CADAForTextToImageRetrieval
@@ -45,9 +46,21 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder or Hub name of a CADA checkpoint to start from. Without it: random weights."},
     )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "BLIP or another foreign checkpoint to start from, converted as by convert_cada.py: a folder or "
+            "Hub name for --init_source blip, a file for the others."
+        },
+    )
+    init_source: str = field(default="blip", metadata={"help": "Kind of --init_from.", "choices": list(SOURCES)})
+    vocabulary_head: str | None = field(
+        default=None,
+        metadata={"help": "With --init_source blip: the captioning BLIP whose vocabulary head ARA starts from."},
+    )
     tokenizer_name: str = field(
         default="bert-base-uncased",
-        metadata={"help": "Tokenizer of a model with random weights: folder or Hub name."},
+        metadata={"help": "Tokenizer of a model with random or converted weights: folder or Hub name."},
     )
     config_overrides: str | None = field(
         default=None,
@@ -260,6 +273,18 @@ def read_overrides(text: str | None) -> dict:
 def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
     """The model and its processor, from a checkpoint or with random weights."""
     overrides = read_overrides(arguments.config_overrides)
+    if arguments.model_name_or_path is not None and arguments.init_from is not None:
+        raise ValueError("Choose one start: --model_name_or_path or --init_from.")
+    if arguments.init_from is not None:
+        model, report = convert(
+            arguments.init_source,
+            arguments.init_from,
+            vocabulary_head=arguments.vocabulary_head,
+            image_size=overrides.get("vision_config", {}).get("image_size"),
+            config_overrides=overrides,
+        )
+        logger.warning(f"Start from {arguments.init_from}: {report}")
+        return model, convert_processor(model, arguments.tokenizer_name)
     if arguments.model_name_or_path is not None:
         config = CADAConfig.from_pretrained(arguments.model_name_or_path, **overrides)
         model = CADAForTextToImageRetrieval.from_pretrained(arguments.model_name_or_path, config=config)
@@ -329,7 +354,7 @@ def describe_training(
     model: ModelArguments, data: DataArguments, args: CADATrainingArguments, rows: Dataset, pairs: int, minutes: float
 ) -> dict:
     """What a reader of the model card needs to repeat the training. Folders of this machine are named, not located."""
-    start = model.model_name_or_path
+    start = model.model_name_or_path or model.init_from
     recipe = {
         "epochs": args.num_train_epochs,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -452,5 +477,5 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, PublishError) as problem:
+    except (ConversionError, DataError, PublishError) as problem:
         sys.exit(f"error: {problem}")

@@ -5,40 +5,29 @@ Run the demo with several seeds and write time, peak memory and scores to `bench
 """
 
 import argparse
-import datetime
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from publish_cada import environment
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "pillow", "numpy")
 COLUMNS = ("Rank-1", "Rank-5", "Rank-10", "mAP", "mINP")
-
-
-def processor_name() -> str:
-    """Model name of the processor, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def run_demo(seed: int) -> tuple[dict[str, list[float]], float]:
     """Scores by row of the demo's table, and minutes."""
     with tempfile.TemporaryDirectory() as folder:
         # A cache of its own: drawing the set is part of the time.
-        environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(folder) / "cache")}
+        variables = {**os.environ, "HF_DATASETS_CACHE": str(Path(folder) / "cache")}
         started = time.monotonic()
         command = [sys.executable, str(ROOT / "demo_cada.py"), "--seed", str(seed), "--output_dir", folder]
-        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        subprocess.run(command, check=True, env=variables, cwd=ROOT)
         minutes = (time.monotonic() - started) / 60
         lines = (Path(folder) / "table.md").read_text().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -72,15 +61,15 @@ def main() -> None:
         local = next(values for name, values in rows.items() if name.startswith("local"))
         ratio, gain = local[0] / rows["ceiling"][0], local[0] - rows["global matching"][0]
         summary.append(f"| {seed} | {minutes:.1f} | {peak:.2f} | {ratio:.2f} | {gain:+.1f} |")
+    where = environment()
     summary += [
         "",
         "Peak memory is the highest of this and the seeds before it.",
         "",
         f"- Command: `python benchmarks/demo.py --seeds {' '.join(map(str, options.seeds))}`",
-        f"- Date: {datetime.date.today().isoformat()}",
-        f"- Machine: {processor_name()}, {len(os.sched_getaffinity(0))} cores, no GPU, Python "
-        f"{platform.python_version()}",
-        f"- Versions: {', '.join(f'{name} {version(name)}' for name in PACKAGES)}",
+        f"- Date: {where['date']}",
+        f"- Machine: {where['hardware']}",
+        f"- Versions: {', '.join(f'{name} {number}' for name, number in where['versions'].items())}",
         "",
     ]
     (ROOT / "benchmarks" / "demo.md").write_text("\n".join(lines + summary), encoding="utf-8")

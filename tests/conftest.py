@@ -131,7 +131,8 @@ def reference_model(reference) -> CADAForTextToImageRetrieval:
     """The reference model in evaluation mode, with the authors' weights converted."""
     model = CADAForTextToImageRetrieval(reference_config(reference["config"]))
     weights = convert_state_dict(reference["weights"], "cada_original")
-    model.load_state_dict(weights)
+    missing, _ = model.load_state_dict(weights, strict=False)
+    assert missing == list(model.all_tied_weights_keys)
     model.tie_weights()
     return model.eval()
 

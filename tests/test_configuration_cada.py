@@ -7,7 +7,9 @@ from conftest import tiny_config
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.testing_utils import CaptureLogger
 
+import configuration_cada
 from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
 
 
@@ -215,6 +217,19 @@ def test_a_missing_letter_is_seen(data):
     place = data.draw(st.integers(1, len(field) - 1))
     with pytest.raises(ValueError, match="Did you mean"):
         config_class(**{field[:place] + field[place + 1 :]: 1})
+
+
+@pytest.mark.parametrize("part", [None, "vision_config", "text_config"])
+def test_what_was_set_and_saved_loads(tmp_path, part):
+    """A name close to a field, set on a configuration: the saved file loads, and a warning names it."""
+    config = CADAConfig()
+    name, meant = ("layer_norm_epsilon", "layer_norm_eps") if part else ("projection_dims", "projection_dim")
+    setattr(getattr(config, part) if part else config, name, 1)
+    config.save_pretrained(tmp_path)
+    with CaptureLogger(configuration_cada.logger) as said:
+        loaded = CADAConfig.from_pretrained(tmp_path)
+    assert getattr(getattr(loaded, part) if part else loaded, name) == 1
+    assert f"has no field `{name}`. Did you mean `{meant}`?" in said.out
 
 
 def test_unrelated_keys_are_kept():

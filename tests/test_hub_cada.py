@@ -76,7 +76,7 @@ def read_elsewhere(tmp_path, *folders):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment.update(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1")
     result = subprocess.run(
-        [sys.executable, "-P", "reader.py", *map(str, folders)],
+        [sys.executable, "reader.py", *map(str, folders)],
         cwd=elsewhere,
         env=environment,
         capture_output=True,

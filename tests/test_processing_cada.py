@@ -208,6 +208,24 @@ def test_processor_cleans_and_cuts_captions(processor):
     assert set(inputs) == {"input_ids", "attention_mask"}
 
 
+def test_captions_are_cut_where_asked(processor):
+    """By the call in either form, else by the tokenizer, which may set less than `model_max_length` (13), not more."""
+    caption = {"text": ["red " * 100], "return_tensors": "pt"}
+    assert processor(**caption, max_length=7)["input_ids"].shape == (1, 7)
+    assert processor(**caption, text_kwargs={"max_length": 5})["input_ids"].shape == (1, 5)
+    for own, length in ((9, 9), (128, 13)):
+        processor.tokenizer.init_kwargs["max_length"] = own
+        assert processor(**caption)["input_ids"].shape == (1, length)
+        assert processor(**caption, text_kwargs={"max_length": 5})["input_ids"].shape == (1, 5)
+
+
+def test_model_input_names(processor):
+    """What the model takes: a BERT tokenizer's `token_type_ids` are not among it, even when asked for."""
+    assert set(processor.model_input_names) == {"pixel_values", "input_ids", "attention_mask"}
+    inputs = processor(text=["a man"], return_token_type_ids=True, return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}
+
+
 def test_processor_with_images_and_text(processor):
     inputs = processor(images=[picture(), picture(30, 30)], text=["a man", "a woman"], return_tensors="pt")
     assert set(inputs) == {"pixel_values", "input_ids", "attention_mask"}

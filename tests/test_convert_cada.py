@@ -1,0 +1,302 @@
+"""BLIP and the authors' checkpoints: whole, renamed, and with the outputs that they had before."""
+
+import pytest
+import torch
+from conftest import bert_tokenizer, reference_config
+from transformers import AutoModel, AutoProcessor, BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+import convert_cada
+import train_cada
+from convert_cada import ConversionError, convert, convert_state_dict, grow_vocabulary, resize_positions
+from train_cada import ModelArguments, load_model_and_processor
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+
+
+def random_blip(kind=BlipForImageTextRetrieval, tower=TINY, image_size=32, patch_size=8, vocab_size=30524):
+    """BLIP of transformers with every weight random and large enough to matter."""
+    config = BlipConfig(
+        vision_config={**tower, "image_size": image_size, "patch_size": patch_size},
+        text_config={**tower, "vocab_size": vocab_size, "encoder_hidden_size": tower["hidden_size"]},
+        projection_dim=16,
+        image_text_hidden_size=16,
+    )
+    model = kind(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 1 / tower["hidden_size"] ** 0.5 if parameter.ndim == 2 else 0.1
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            if "norm" in name.lower() and name.endswith("weight"):
+                parameter.add_(1)
+    return model
+
+
+def random_inputs(size: int):
+    """Two images; two texts that begin with [ENC], the second one shorter."""
+    generator = torch.Generator().manual_seed(1)
+    input_ids = torch.randint(1000, 30000, (2, 9), generator=generator)
+    input_ids[:, 0] = 30523
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[1, 6:], attention_mask[1, 6:] = 0, 0
+    return torch.randn(2, 3, size, size, generator=generator), input_ids, attention_mask
+
+
+@torch.no_grad()
+def assert_same_outputs(blip, model, size: int, tolerance: float = 1e-5):
+    pixel_values, input_ids, attention_mask = random_inputs(size)
+    real = attention_mask.bool()
+    states = model.encode_images(pixel_values)
+    texts = model.cada.text_model(input_ids, attention_mask).last_hidden_state
+    outputs = model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)
+    pairs = {
+        "image states": (states, blip.vision_model(pixel_values)[0]),
+        "text states": (texts[real], blip.text_encoder(input_ids, attention_mask=attention_mask)[0][real]),
+        "features": (
+            outputs.logits_per_image * model.config.temperature,
+            blip(input_ids, pixel_values, attention_mask=attention_mask, use_itm_head=False).itm_score,
+        ),
+        "match logits": (
+            model.match(input_ids, attention_mask, states),
+            blip(input_ids, pixel_values, attention_mask=attention_mask, use_itm_head=True).itm_score,
+        ),
+    }
+    for name, (ours, theirs) in pairs.items():
+        assert theirs.std() > 0.01, name
+        difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        assert difference < tolerance, f"{name}: {difference}"
+
+
+def test_blip_of_transformers(tmp_path):
+    blip = random_blip()
+    blip.save_pretrained(tmp_path)
+    model, report = convert("blip", tmp_path)
+    assert_same_outputs(blip, model, 32)
+    assert model.config.vision_config.layer_norm_eps == 1e-5  # its configuration says so; BLIP's own code has 1e-6
+    assert not report.left_out
+    assert {name.split(".")[0] for name in report.new} == {"group_match_head", "vocabulary_head"}
+    assert "2 newly initialised" not in str(report) and "newly initialised: group_match_head.weight" in str(report)
+
+
+@pytest.mark.slow
+def test_blip_of_transformers_at_base_size(tmp_path):
+    blip = random_blip(tower=BASE, image_size=224, patch_size=16)
+    blip.save_pretrained(tmp_path)
+    model, _ = convert("blip", tmp_path)
+    assert_same_outputs(blip, model, 224)
+
+
+def test_vocabulary_head_comes_from_the_captioning_model(tmp_path):
+    random_blip().save_pretrained(tmp_path / "retrieval")
+    captioner = random_blip(BlipForConditionalGeneration)
+    captioner.save_pretrained(tmp_path / "captioning")
+    model, report = convert("blip", tmp_path / "retrieval", vocabulary_head=tmp_path / "captioning")
+    head = captioner.text_decoder.cls.predictions
+    states = torch.randn(3, 32)
+    with torch.no_grad():
+        expected = head.transform(states) @ model.cada.text_model.embeddings.word_embeddings.weight.t() + head.bias
+        torch.testing.assert_close(model.vocabulary_head(states), expected)
+    assert report.new == ["group_match_head.weight", "group_match_head.bias"]
+    reasons = {reason for key, reason in report.left_out.items() if key.endswith("decoder.weight")}
+    assert reasons == {"tied to the word embeddings of the text stack"}
+
+
+def original_file(reference, path, **more):
+    """A checkpoint as BLIP's code writes it: weights under `model`, with momentum copies, queues and a temperature."""
+    weights = {**reference["weights"], **more}
+    momentum = {
+        key.replace("visual_encoder.", "visual_encoder_m.", 1): value
+        for key, value in weights.items()
+        if key.startswith("visual_encoder.")
+    }
+    extra = {"temp": torch.tensor(0.07), "image_queue": torch.randn(4, 8), "ptr_queue": torch.zeros(1)}
+    torch.save({"model": {**weights, **momentum, **extra}, "epoch": 3}, path)
+    return path
+
+
+def reference_fields(reference) -> dict:
+    """What the shapes of the reference weights do not tell."""
+    sizes = reference["config"]
+    config = reference_config(sizes)
+    return {
+        "text_config": {"enc_token_id": sizes["enc"], "pad_token_id": sizes["pad"]},
+        "temperature": config.temperature,
+        "max_text_length": config.max_text_length,
+        "group_size": config.group_size,
+        "group_stride": config.group_stride,
+    }
+
+
+def assert_reference_outputs(model, reference):
+    inputs, expected = reference["inputs"], reference["outputs"]
+    text_index, image_index = torch.cartesian_prod(torch.arange(6), torch.arange(6)).unbind(1)
+    with torch.no_grad():
+        states = model.encode_images(inputs["pixel_values"])
+        logits = model.match(inputs["input_ids"], inputs["attention_mask"], states, text_index, image_index)
+    torch.testing.assert_close(states, expected["image_hidden_states"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits.view(6, 6, 2), expected["match_logits"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["blip_original", "cada_original"])
+def test_original_files(source, reference, tmp_path):
+    """The numbers of the authors' code, from a file in their form."""
+    path = original_file(reference, tmp_path / "weights.pth")
+    heads = reference["config"]["num_attention_heads"]
+    model, report = convert(source, path, num_attention_heads=heads, config_overrides=reference_fields(reference))
+    assert_reference_outputs(model, reference)
+    assert report.left_out["temp"].startswith("temperature")
+    assert report.left_out["visual_encoder_m.cls_token"].startswith("momentum")
+    assert report.left_out["image_queue"].startswith("queue")
+    assert report.new == []
+    assert model.config.vision_config.layer_norm_eps == 1e-6
+    assert model.config.match_score == ("logit" if source == "cada_original" else "probability")
+    assert "The vocabulary grew by" in str(report)
+
+
+def test_blip_file_without_local_head(reference, tmp_path):
+    """BLIP has no head for groups: new for BLIP, an error for a checkpoint of CADA."""
+    torch.save(
+        {key: value for key, value in reference["weights"].items() if not key.startswith("itm_local_head")},
+        tmp_path / "weights.pth",
+    )
+    more = {"num_attention_heads": 2, "config_overrides": reference_fields(reference)}
+    _, report = convert("blip_original", tmp_path / "weights.pth", **more)
+    assert report.new == ["group_match_head.weight", "group_match_head.bias"]
+    with pytest.raises(ConversionError, match="has no tensor for group_match_head.weight"):
+        convert("cada_original", tmp_path / "weights.pth", **more)
+
+
+def test_separate_ara_stack_is_left_out_with_a_word(reference):
+    weights = {"text_decoder.bert.embeddings.word_embeddings.weight": torch.zeros(2, 2), **reference["weights"]}
+    report = convert_cada.ConversionReport()
+    converted = convert_state_dict(weights, "cada_original", report)
+    assert not any("bert" in name for name in converted)
+    assert "a separate decoder; here the text stack is the decoder" in str(report)
+
+
+def test_unknown_key_is_named():
+    with pytest.raises(ConversionError, match="No rule for the key 'visual_encoder.extra'"):
+        convert_state_dict({"visual_encoder.extra": torch.zeros(1)}, "cada_original")
+    with pytest.raises(ConversionError, match="Unknown source 'clip'. Known: blip"):
+        convert_state_dict({}, "clip")
+
+
+def test_missing_key_is_named(reference, tmp_path):
+    weights = dict(reference["weights"])
+    del weights["text_encoder.encoder.layer.0.crossattention.self.key.bias"]
+    torch.save(weights, tmp_path / "weights.pth")
+    more = {"num_attention_heads": 2, "config_overrides": reference_fields(reference)}
+    with pytest.raises(ConversionError, match=r"no tensor for cada.text_model.layers.0.cross_attn.k_proj.bias"):
+        convert("cada_original", tmp_path / "weights.pth", **more)
+    with pytest.raises(ConversionError, match="lacks 'cada.vision_model.embeddings.patch_embedding.weight'"):
+        torch.save({"temp": torch.zeros(1)}, tmp_path / "empty.pth")
+        convert("blip_original", tmp_path / "empty.pth")
+
+
+class Payload:
+    """What `weights_only=True` refuses to build."""
+
+
+def test_pickles_are_not_executed(tmp_path):
+    torch.save({"model": Payload()}, tmp_path / "weights.pth")
+    with pytest.raises(ConversionError, match="cannot be read with weights_only=True"):
+        convert("cada_original", tmp_path / "weights.pth")
+    (tmp_path / "damaged.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ConversionError, match="damaged.pth cannot be read"):
+        convert("cada_original", tmp_path / "damaged.pth")
+    with pytest.raises(ConversionError, match="does not exist"):
+        convert("cada_original", tmp_path / "nowhere.pth")
+
+
+def cubic(distance: float, a: float = -0.75) -> float:
+    """Keys' cubic convolution kernel."""
+    x = abs(distance)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def test_positions_of_another_grid():
+    """Bicubic, the class token kept; the same grid stays the same."""
+    torch.manual_seed(0)
+    positions = torch.randn(1, 1 + 64, 2)
+    assert resize_positions(positions, (8, 8), (8, 8)) is positions
+    resized = resize_positions(positions, (8, 8), (16, 4))
+    assert resized.shape == (1, 65, 2)
+    assert torch.equal(resized[:, 0], positions[:, 0])
+    # Twice as many rows: row 7 has its centre at (7 + 0.5) / 2 - 0.5; half as many columns: column 1 at 2 * 1.5 - 0.5.
+    expected = sum(
+        cubic(3.25 - row) * cubic(2.5 - column) * positions[0, 1 + 8 * row + column]
+        for row in range(8)
+        for column in range(8)
+    )
+    torch.testing.assert_close(resized[0, 1 + 4 * 7 + 1], expected)
+
+
+def test_other_image_size(tmp_path):
+    random_blip().save_pretrained(tmp_path)
+    model, report = convert("blip", tmp_path, image_size=(96, 32))
+    assert model.config.vision_config.grid_size == (12, 4)
+    assert model.encode_images(torch.randn(1, 3, 96, 32)).shape == (1, 49, 32)
+    assert "Position embeddings were interpolated from (4, 4) to (12, 4) patches." in str(report)
+
+
+def test_vocabulary_grows_to_hold_enc(tmp_path):
+    blip = random_blip(vocab_size=30522)
+    blip.save_pretrained(tmp_path)
+    model, report = convert("blip", tmp_path)
+    words = model.cada.text_model.embeddings.word_embeddings.weight
+    assert words.shape == (30524, 32)
+    assert torch.equal(words[:30522], blip.text_encoder.embeddings.word_embeddings.weight)
+    assert "The vocabulary grew by 2 word(s) to 30524." in str(report)
+    weights = {
+        "cada.text_model.embeddings.word_embeddings.weight": torch.ones(3, 2),
+        "vocabulary_head.bias": torch.ones(3),
+    }
+    assert grow_vocabulary(weights, 5, std=0.02) == 2
+    assert weights["vocabulary_head.bias"].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
+    random_blip().save_pretrained(tmp_path / "blip")
+    bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    arguments = ["--source", "blip", "--checkpoint", str(tmp_path / "blip"), "--output_dir", str(tmp_path / "start")]
+    arguments += ["--tokenizer_name", str(tmp_path / "tokenizer"), "--image_size", "64", "32"]
+    assert convert_cada.main(arguments) == 0
+    assert "tensors converted" in capsys.readouterr().out
+    model = AutoModel.from_pretrained(tmp_path / "start")
+    processor = AutoProcessor.from_pretrained(tmp_path / "start")
+    assert processor.image_processor.size == {"height": 64, "width": 32}
+    assert processor.enc_token_id == model.config.text_config.enc_token_id == 30523
+
+
+def test_command_reports_an_error_in_one_line(tmp_path, capsys):
+    arguments = ["--source", "cada_original", "--checkpoint", str(tmp_path / "no.pth"), "--output_dir", str(tmp_path)]
+    assert convert_cada.main(arguments) == 1
+    assert capsys.readouterr().err.startswith("error: The checkpoint")
+
+
+def test_training_starts_from_blip_in_one_step(tmp_path):
+    """`--init_from`: the same weights as the converter's, at the image size of the overrides."""
+    random_blip().save_pretrained(tmp_path / "blip")
+    bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model, processor = load_model_and_processor(
+        ModelArguments(
+            init_from=str(tmp_path / "blip"),
+            tokenizer_name=str(tmp_path / "tokenizer"),
+            config_overrides='{"vision_config": {"image_size": [64, 32]}, "ara_weight": 0.3, "mask_rate": 0.5}',
+        )
+    )
+    converted, _ = convert("blip", tmp_path / "blip", image_size=(64, 32))
+    ours, theirs = model.state_dict(), converted.state_dict()
+    assert all(
+        torch.equal(ours[name], theirs[name])
+        for name in ours
+        if "group_match" not in name and "vocabulary" not in name
+    )
+    assert model.config.ara_weight == 0.3 and processor.attribute_masker.rate == 0.5
+    assert processor.image_processor.size == {"height": 64, "width": 32}
+    with pytest.raises(ValueError, match="one start: --model_name_or_path or --init_from"):
+        train_cada.load_model_and_processor(ModelArguments(model_name_or_path="a", init_from="b"))
