@@ -87,6 +87,8 @@ def build_start(splits: DatasetDict, folder: Path, seed: int) -> None:
         max_text_length=MAX_TEXT_LENGTH,
         group_size=17,
         group_stride=17,
+        # A third of the tokens is padding here; its states only cost time.
+        pool_padding=False,
         # The decoder has to learn where to look. Masked attributes teach it, so they count more than the paper's 0.1
         # for a pre-trained decoder; and the contrastive loss has the form of the authors' code, which has a steeper
         # gradient far from the goal.

@@ -130,11 +130,12 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain attention over `(batch, heads, length, head_dim)`; also returns the probabilities."""
-    weights = query @ key.transpose(-1, -2) * scaling
+    weights = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
+    if dropout > 0:  # a dropout of 0 would still draw a mask and multiply
+        weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

@@ -3,13 +3,13 @@ Train and evaluate CADA on a PEDES set, on the drawn set, or on any data set wit
 
     python train_cada.py --dataset cuhk_pedes --data_dir /data/CUHK-PEDES --model_name_or_path my-start \\
         --output_dir runs/cuhk --do_train --do_predict
+    python train_cada.py recipes/cuhk_pedes.json --data_dir /data/CUHK-PEDES
 
 The defaults are the paper's recipe. Several processes: `accelerate launch train_cada.py ...` with the same arguments;
 the batch size is then per process, and the paper's 96 is the product of both.
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -270,6 +270,23 @@ def read_overrides(text: str | None) -> dict:
     return overrides
 
 
+def read_recipe(path: str) -> list[str]:
+    """The arguments of a recipe as they would stand on the command line; an argument that is `null` is left out."""
+    try:
+        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"The recipe {path} does not exist.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The recipe {path} is not JSON: {error}.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {path} should be a JSON object of arguments.")
+    arguments = []
+    for name, value in recipe.items():
+        if value is not None:
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return arguments
+
+
 def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
     """The model and its processor, from a checkpoint or with random weights."""
     overrides = read_overrides(arguments.config_overrides)
@@ -462,13 +479,12 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    """Parse the command line (or one JSON file of arguments) and run."""
+    """Parse the command line, which may begin with a recipe (a JSON file of arguments), and run."""
     parser = HfArgumentParser((ModelArguments, DataArguments, CADATrainingArguments), description=__doc__)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        parsed = parser.parse_json_file(os.path.abspath(arguments[0]))
-    else:
-        parsed = parser.parse_args_into_dataclasses(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0].endswith(".json"):
+        arguments = [*read_recipe(arguments[0]), *arguments[1:]]  # the last of two equal arguments counts
+    parsed = parser.parse_args_into_dataclasses(arguments)
     logging.set_verbosity(parsed[2].get_process_log_level())
     transformers.logging.enable_explicit_format()
     return run(*parsed)
