@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from transformers import AutoConfig, AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval, set_seed
 
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
+from publish_cada import NO_LICENCE, write_run
 
 
 SOURCES = ("blip", "blip_original", "cada_original")
@@ -294,7 +295,7 @@ def convert(
     source: str,
     checkpoint: str | os.PathLike,
     vocabulary_head: str | os.PathLike | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     checkpoint_image_size: tuple[int, int] | None = None,
     num_attention_heads: int | None = None,
     config_overrides: dict | None = None,
@@ -306,7 +307,8 @@ def convert(
         source: `"blip"`, `"blip_original"` or `"cada_original"`.
         checkpoint: a folder or Hub name for `"blip"`, else a `.pth` or `.safetensors` file.
         vocabulary_head: for `"blip"`, a `BlipForConditionalGeneration` whose vocabulary head ARA starts from.
-        image_size: (height, width) in pixels; position embeddings are interpolated to it.
+        image_size: one side or (height, width) in pixels; position embeddings are interpolated to it. By default the
+            size of the checkpoint stays.
         checkpoint_image_size: the size the checkpoint was trained with, where it is not square.
         num_attention_heads: of both towers, for files that do not tell; by default the width divided by 64.
         config_overrides: further fields of [`CADAConfig`].
@@ -334,8 +336,9 @@ def convert(
     vocabulary = len(weights["cada.text_model.embeddings.word_embeddings.weight"])
     fields = _join(fields, {"text_config": {"vocab_size": vocabulary, "enc_token_id": ENC_TOKEN_ID}})
     if image_size is not None:
+        image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         old = CADAConfig(**fields).vision_config.grid_size
-        fields = _join(fields, {"vision_config": {"image_size": tuple(image_size)}})
+        fields = _join(fields, {"vision_config": {"image_size": image_size}})
         new = CADAConfig(**fields).vision_config.grid_size
         name = "cada.vision_model.embeddings.position_embedding"
         weights[name] = resize_positions(weights[name], old, new)
@@ -369,6 +372,18 @@ def _load(model: CADAForTextToImageRetrieval, weights: dict, source: str, report
     model.eval()
 
 
+def default_image_size(source: str) -> int | None:
+    """The paper trains on 224×224; BLIP in transformers often comes at 384×384. CADA's checkpoints keep their size."""
+    return None if source == "cada_original" else 224
+
+
+def describe_origin(source: str, checkpoint: str | os.PathLike) -> dict:
+    """What a model card says of where converted weights come from; folders of this machine are not named."""
+    name = Path(checkpoint).name if Path(checkpoint).exists() else str(checkpoint)
+    licences = {"cada_original": NO_LICENCE}
+    return {"start": f"{name} ({source})", "licence": licences.get(source, "BSD-3-Clause (BLIP, Salesforce)")}
+
+
 def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -> CADAProcessor:
     """The processor of a converted model: CLIP's normalisation, as BLIP and the authors' code have it."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
@@ -391,17 +406,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name (blip), or file (the others)")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--vocabulary_head", help="BlipForConditionalGeneration whose vocabulary head ARA starts from")
-    parser.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="for example 384 128")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="for example 384 128; by default 224 224, the paper's, for BLIP, and the checkpoint's own for CADA",
+    )
     parser.add_argument("--checkpoint_image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--num_attention_heads", type=int, help="by default the width divided by 64")
+    parser.add_argument("--seed", type=int, default=0, help="of weights that the checkpoint does not have")
     parser.add_argument("--tokenizer_name", default="bert-base-uncased", help="folder or Hub name")
     options = parser.parse_args(arguments)
+    set_seed(options.seed)
     try:
         model, report = convert(
             options.source,
             options.checkpoint,
             vocabulary_head=options.vocabulary_head,
-            image_size=options.image_size,
+            image_size=options.image_size or default_image_size(options.source),
             checkpoint_image_size=options.checkpoint_image_size,
             num_attention_heads=options.num_attention_heads,
         )
@@ -411,6 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     model.save_pretrained(options.output_dir)
     processor.save_pretrained(options.output_dir)
+    write_run(options.output_dir, describe_origin(options.source, options.checkpoint), None, [])
     print(f"{report}\nSaved to {options.output_dir}.")
     return 0
 

@@ -7,12 +7,14 @@ One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+import processing_cada
 from drawn_cada import load_drawn
 from processing_cada import AttributeMasker, CADAProcessor, clean_caption
 
@@ -37,6 +40,7 @@ from processing_cada import AttributeMasker, CADAProcessor, clean_caption
 logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "val", "test")
+_MASKER_CODE = hashlib.sha256(Path(processing_cada.__file__).read_bytes()).hexdigest()
 # The longest caption of the three sets has about a hundred words. More than this is a damaged file.
 MAX_CAPTION_WORDS = 500
 
@@ -375,7 +379,8 @@ def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int
         masker.find_spans("a red coat")  # loads, or reports missing tagger data, before any worker starts
         return dataset.map(
             _tag_row,
-            fn_kwargs={"unit": masker.unit},
+            # `datasets` hashes the arguments, not the code: phrases found by other code or NLTK are not reused.
+            fn_kwargs={"unit": masker.unit, "version": f"{_MASKER_CODE} nltk {version('nltk')}"},
             num_proc=num_proc,
             desc="Tagging captions",
         )
@@ -384,7 +389,7 @@ def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int
     return dataset
 
 
-def _tag_row(row: dict, unit: str) -> dict:
+def _tag_row(row: dict, unit: str, version: str) -> dict:
     masker = AttributeMasker(unit)
     return {"attribute_spans": [masker.find_spans(caption) for caption in row["captions"]]}
 

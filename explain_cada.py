@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 import register_cada  # noqa: F401  # checkpoints load with the code beside this file
 from modeling_cada import CADAForTextToImageRetrieval
@@ -182,7 +182,7 @@ def draw_explanation(
     image: Image.Image, text: str, attention: WordAttention, predictions: list[AttributePrediction], height: int = 192
 ) -> Image.Image:
     """The picture: the image, a map for every word, and the predictions as lines of text."""
-    image = image.convert("RGB")
+    image = ImageOps.exif_transpose(image).convert("RGB")  # upright, as the processor sees it
     image = image.resize((max(1, round(height * image.width / image.height)), height), Image.Resampling.LANCZOS)
     cell_width, cell_height, margin = max(image.width, 96) + 12, height + 30, 12
     panels = [("image", image)]
@@ -224,8 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--head", type=int, help="of the layer; the mean of all by default")
     options = parser.parse_args(arguments)
     try:
-        with Image.open(options.image) as file:
-            image = file.convert("RGB")
+        image = Image.open(options.image)
+        image.load()
     except (OSError, UnidentifiedImageError) as error:
         print(f"error: the image {options.image} cannot be read: {error}", file=sys.stderr)
         return 1

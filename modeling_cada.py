@@ -628,13 +628,23 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             self.vocabulary_head.bias = nn.Parameter(F.pad(bias.data, (0, missing)))
         return embeddings
 
-    def get_text_features(self, *args, **kwargs):
+    def get_text_features(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """As [`CADAModel.get_text_features`]."""
-        return self.cada.get_text_features(*args, **kwargs)
+        return self.cada.get_text_features(input_ids, attention_mask, **kwargs)
 
-    def get_image_features(self, *args, **kwargs):
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
         """As [`CADAModel.get_image_features`]."""
-        return self.cada.get_image_features(*args, **kwargs)
+        return self.cada.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
 
     def encode_images(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """Patch states `(images, 1 + patches, hidden)` of `pixel_values`, the input of [`match`]."""
@@ -756,11 +766,13 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 f"({self.config.max_text_length}). Truncate them in the processor, or raise `max_text_length`."
             )
 
-        image_features = gather_batch(self.cada.visual_projection(outputs.vision_model_output.pooler_output))
-        text_features = gather_batch(self.cada.text_projection(outputs.text_model_output.pooler_output))
+        # In float32, also under autocast: divided by τ = 0.02, half precision would leave steps of 0.2 in the logits.
+        image_features = gather_batch(self.cada.visual_projection(outputs.vision_model_output.pooler_output).float())
+        text_features = gather_batch(self.cada.text_projection(outputs.text_model_output.pooler_output).float())
         all_ids = gather_batch(person_ids)
         image_states = outputs.vision_model_output.last_hidden_state
-        loss = loss_ndf = self._contrastive_loss(image_features, text_features, all_ids)
+        with torch.autocast(image_features.device.type, enabled=False):
+            loss = loss_ndf = self._contrastive_loss(image_features, text_features, all_ids)
         loss_atp = loss_ara = None
         if self.config.use_atp:
             global_batch = (image_features, text_features, all_ids)
@@ -787,8 +799,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     def _contrastive_loss(self, image_features, text_features, person_ids) -> torch.Tensor:
         positives = positive_pairs(person_ids, person_ids)
         if self.config.contrastive_loss == "cmpm":
-            return cmpm_loss(image_features.float(), text_features.float(), positives)
-        similarity = F.normalize(image_features.float(), dim=-1) @ F.normalize(text_features.float(), dim=-1).t()
+            return cmpm_loss(image_features, text_features, positives)
+        similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
         loss = ndf_loss if self.config.contrastive_loss == "ndf" else ndf_reference_loss
         return loss(similarity, positives, self.config.temperature)
 
@@ -811,12 +823,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         start = batch * dist.get_rank() if len(all_ids) > batch else 0
         here = slice(start, start + batch)
         positives = positive_pairs(person_ids, all_ids)
-        text_of_image, has_text = draw_negatives(
-            image_features[here] @ text_features.t(), positives, negative_temperature
-        )
-        image_of_text, has_image = draw_negatives(
-            text_features[here] @ image_features.t(), positives, negative_temperature
-        )
+        with torch.autocast(image_features.device.type, enabled=False):
+            to_texts = image_features[here] @ text_features.t()
+            to_images = text_features[here] @ image_features.t()
+        text_of_image, has_text = draw_negatives(to_texts, positives, negative_temperature)
+        image_of_text, has_image = draw_negatives(to_images, positives, negative_temperature)
         if len(all_ids) > batch:
             input_ids, attention_mask = self._pad_text(input_ids, attention_mask)
             input_ids, attention_mask = gather_batch(input_ids), gather_batch(attention_mask)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, PILImageResampling
@@ -79,6 +80,12 @@ class CADAImageProcessor(PilBackend):
 
     def __init__(self, **kwargs: Unpack[CADAImageProcessorKwargs]):
         super().__init__(**kwargs)
+
+    def process_image(self, image: ImageInput, *args, **kwargs: Unpack[ImagesKwargs]) -> np.ndarray:
+        """As in every image processor; photographs are turned upright first, as `datasets` does when it decodes."""
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+        return super().process_image(image, *args, **kwargs)
 
     def _preprocess(
         self,

@@ -3,18 +3,21 @@ Publish a trained model: check the folder, write the model card from the run, pu
 
     python publish_cada.py --checkpoint runs/cuhk --repo_id org/cada-cuhk --tag v1.0
 
-`train_cada.py` leaves a record of every run, `cada_run.json`, beside the weights. The card is written from it alone,
-so it cannot say what was not measured. Only the files that loading needs are published: no pickles, no optimizer
-states.
+`train_cada.py` leaves a record of every run, `cada_run.json`, beside the weights. The card is written from it, and an
+evaluation counts only for the very weights that it was made with. Only the files that loading needs are published: no
+pickles, no optimizer states.
 """
 
 import argparse
 import datetime
 import fnmatch
+import hashlib
 import json
 import os
 import platform
+import re
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,19 +26,25 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HfHubHTTPError
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import logging
 
 from configuration_cada import CADAConfig
 from data_cada import PEDES_SETS
 from evaluation_cada import METRICS
 
 
+logger = logging.get_logger(__name__)
+
 RUN_FILE = "cada_run.json"
 CARDS = Path(__file__).resolve().parent / "model_cards"
 TEMPLATES = {"cuhk_pedes": "cada-cuhk.md", "icfg_pedes": "cada-icfg.md", "rstp_reid": "cada-rstp.md"}
-TEMPLATES |= {"demo": "cada-demo.md", "drawn": "cada-demo.md"}
-TITLES = {name: pedes.title for name, pedes in PEDES_SETS.items()}
-TITLES |= {"demo": "the drawn set", "drawn": "the drawn set"}
+TEMPLATES |= {"drawn": "cada-demo.md"}
+TITLES = {**{name: pedes.title for name, pedes in PEDES_SETS.items()}, "drawn": "the drawn set"}
+RANDOM_START = {"start": "random weights", "licence": None}
+NO_LICENCE = "none: the authors' repository names no licence"
 RELEASED = (
     *("README.md", RUN_FILE, "config.json", "*_cada.py", "*.safetensors", "model.safetensors.index.json"),
     *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
@@ -49,10 +58,10 @@ class PublishError(ValueError):
     """Something keeps a model from being published. The message names it and the remedy."""
 
 
-def environment() -> dict:
+def environment(processes: int = 1) -> dict:
     """Where and when something is measured: `{"date", "hardware", "versions": {package: version}}`."""
     if torch.cuda.is_available():
-        hardware = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+        hardware = f"{processes} × {torch.cuda.get_device_name()}"
     else:
         try:
             lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -71,30 +80,60 @@ def read_run(folder: str | os.PathLike) -> dict:
     """
     The record of a run, `cada_run.json` in `folder`:
 
+    - `origin`: `{"start", "licence"}` of the weights before training, or `None` where nobody recorded it.
     - `training`: what the model was trained on and how, or `None`; see `train_cada.describe_training`.
-    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "metrics"}`, with [`environment`].
+    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "metrics", "weights"}` and
+      [`environment`]; `weights` is the digest of what was evaluated.
 
-    Without a record both are empty.
+    Without a record all are empty.
 
     Raises:
         PublishError: where the file is damaged.
     """
     path = Path(folder) / RUN_FILE
     if not path.is_file():
-        return {"training": None, "evaluations": []}
+        return {"origin": None, "training": None, "evaluations": []}
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        return {"training": run["training"], "evaluations": list(run["evaluations"])}
+        return {"origin": run["origin"], "training": run["training"], "evaluations": list(run["evaluations"])}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise PublishError(f"{path} is damaged ({type(error).__name__}: {error}). Delete it, or run again.") from error
 
 
-def write_run(folder: str | os.PathLike, training: dict | None, evaluations: list[dict]) -> None:
-    """Write the record of a run; an evaluation takes the place of an older one on the same set and split."""
-    newest = {(row["dataset"], row["split"]): row for row in evaluations}
-    run = {"training": training, "evaluations": list(newest.values())}
+def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | None, evaluations: list[dict]) -> None:
+    """Write the record of a run; an evaluation takes the place of an older one of the same weights and protocol."""
+    run = {"origin": origin, "training": training, "evaluations": _newest(evaluations)}
     path = Path(folder) / RUN_FILE
     path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _newest(evaluations: list[dict]) -> list[dict]:
+    names = ("weights", "dataset", "split", "captions_per_image")
+    rows = {(*(row[name] for name in names), row["metrics"]["rerank_k"]): row for row in evaluations}
+    return list(rows.values())
+
+
+def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names and values of weights, in the order of their names. Ties an evaluation to its model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """[`weights_digest`] of a model in memory; tied weights count once, as in its file."""
+    tied = model.all_tied_weights_keys
+    return weights_digest((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+def checkpoint_digest(folder: str | os.PathLike) -> str:
+    """[`weights_digest`] of the files of a checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(path)
+    return weights_digest(tensors.items())
 
 
 def set_title(dataset: str) -> str:
@@ -169,10 +208,12 @@ def _recipe(training: dict) -> list[tuple[str, str]]:
             f"{training['title']}: {data['persons']:,} persons, {data['images']:,} images, {data['pairs']:,} pairs",
         ),
         ("captions", _captions(training)),
-        ("start", training["start"] or "random weights"),
+        ("start", training["start"]),
     ]
     rows += [(key.replace("_", " "), value) for key, value in training["recipe"].items()]
-    rows += [("seed", training["seed"]), ("time", f"{training['minutes']:.0f} minutes")]
+    rows.append(("seed", training["seed"]))
+    if training["minutes"] is not None:  # of a resumed run nobody knows the whole
+        rows.append(("time", f"{training['minutes']:.0f} minutes"))
     rows += [("hardware", training["hardware"]), ("date", training["date"])]
     rows.append(("versions", ", ".join(f"{name} {number}" for name, number in training["versions"].items())))
     return [(key, str(value)) for key, value in rows]
@@ -190,7 +231,18 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
     """
     run, config = read_run(folder), CADAConfig.from_pretrained(folder)
     training = run["training"]
-    evaluations = [*run["evaluations"], *evaluations]
+    digest = checkpoint_digest(folder)
+    own = [row for row in run["evaluations"] if row["weights"] == digest]
+    if len(own) < len(run["evaluations"]):
+        logger.warning(
+            f"{Path(folder) / RUN_FILE}: left out {len(run['evaluations']) - len(own)} evaluations of other weights. "
+            "Measure these with --do_predict."
+        )
+    if any(row["weights"] != digest for row in evaluations):
+        raise PublishError(
+            f"The further evaluations are of other weights than those in {folder}. Run --do_predict again."
+        )
+    evaluations = _newest([*own, *evaluations])
     if training:
         training = {**training, "title": set_title(training["dataset"])}
     name = repo_id.split("/")[-1]
@@ -208,7 +260,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
                 EvalResult(
                     task_type="text-to-image-retrieval",
                     task_name="Text-to-image person retrieval",
-                    dataset_type=row["dataset"],
+                    dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]),
                     dataset_name=set_title(row["dataset"]),
                     dataset_split=row["split"],
                     metric_type=f"{matching}_{metric}",
@@ -218,7 +270,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
                 for metric in METRICS
             ]
     dataset = training["dataset"] if training else None
-    open_licence = dataset in ("demo", "drawn")
+    open_licence = dataset == "drawn" and run["origin"] == RANDOM_START
     restricted = dataset in PEDES_SETS
     data = ModelCardData(
         language="en",
@@ -239,7 +291,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
         revision=revision,
         training=training,
         recipe=_recipe(training) if training else [],
-        start=(training and training["start"]) or "random weights",
+        origin=run["origin"] or {"start": "weights whose origin is not recorded", "licence": "not recorded"},
         evaluations=evaluations,
         table=table,
         protocol=_protocol(evaluations, training),
@@ -250,13 +302,17 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
 
 
 def open_repository(
-    repo_id: str, tag: str | None = None, private: bool | None = None, token: str | None = None
+    repo_id: str,
+    tag: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    overwrite: bool = False,
 ) -> tuple[str, list[str]]:
     """
     Create the repository where it does not exist. Returns its full name and the files that it holds.
 
     Raises:
-        PublishError: where it cannot be written to, or has the tag already.
+        PublishError: where it cannot be written to, has the tag already, or holds weights and `overwrite` is not set.
     """
     api = HfApi(token=token)
     try:
@@ -271,6 +327,12 @@ def open_repository(
         raise PublishError(
             f"{repo_id} has the tag {tag} already. Choose another; a published state should not change."
         )
+    weights = [name for name in present if name.endswith((".safetensors", *PICKLES))]
+    if weights and not overwrite:
+        raise PublishError(
+            f"{repo_id} holds {', '.join(weights)} already, and this push would overwrite it. Pass --overwrite (with "
+            "train_cada.py --hub_overwrite), or choose another name. The history keeps old states."
+        )
     return repo_id, present
 
 
@@ -282,6 +344,7 @@ def publish(
     overwrite: bool = False,
     token: str | None = None,
     evaluations: list[dict] = (),
+    licence_granted: bool = False,
 ) -> str:
     """
     Push a checkpoint with its card. The card's snippet pins the tag, or the commit that holds the weights.
@@ -291,9 +354,10 @@ def publish(
         repo_id: `org/name`.
         tag: a name for this state, such as `"v1.0"`.
         private: whether a new repository is private.
-        overwrite: whether weights that are in the repository already may be replaced.
+        overwrite: whether weights that are in the repository already may be replaced, and pickled ones deleted.
         token: of the Hub; by default the one of `hf auth login`.
         evaluations: further rows of the card's table, from the records of other runs.
+        licence_granted: whether somebody who may has allowed to publish weights that come without a licence.
 
     Returns:
         The revision that the card pins.
@@ -303,13 +367,28 @@ def publish(
     """
     folder, api = Path(folder), HfApi(token=token)
     release_files(folder)
-    repo_id, present = open_repository(repo_id, tag, private, token)
-    weights = [name for name in present if name.endswith(".safetensors")]
-    if weights and not overwrite:
+    check_licence(read_run(folder)["origin"], licence_granted)
+    model_card(folder, repo_id, tag or "main", evaluations)  # what is wrong with the record shows before the push
+    repo_id, present = open_repository(repo_id, tag, private, token, overwrite)
+    try:
+        return _push(api, folder, repo_id, tag, evaluations, [name for name in present if name.endswith(PICKLES)])
+    except HfHubHTTPError as error:
         raise PublishError(
-            f"{repo_id} holds {', '.join(weights)} already, and this push would overwrite it. Pass --overwrite, or "
-            "choose another --repo_id. Old states stay in the history and under their tags."
+            f"The push to {repo_id} broke off: {error}. Run the command again with --overwrite; nothing is tagged yet."
+        ) from error
+
+
+def check_licence(origin: dict | None, licence_granted: bool) -> None:
+    """Weights converted from a checkpoint without licence are for their user alone, unless somebody allowed more."""
+    if origin and origin["licence"] == NO_LICENCE and not licence_granted:
+        raise PublishError(
+            f"These weights started from {origin['start']}, which comes without a licence: you may use them, not "
+            "publish them. If the authors have allowed it, pass --licence_granted."
         )
+
+
+def _push(api: HfApi, folder: Path, repo_id: str, tag: str | None, evaluations: list[dict], pickles: list[str]) -> str:
+    """Upload, tag; returns the revision that the card pins."""
     commit = None
     if tag is None:  # the card names the commit that holds the weights, so they go first
         commit = api.upload_folder(
@@ -324,8 +403,7 @@ def publish(
         repo_id=repo_id,
         folder_path=folder,
         allow_patterns=release_files(folder),
-        # Pickles that got there by other ways, such as arguments and optimizer states.
-        delete_patterns=[name for name in present if name.endswith(PICKLES)],
+        delete_patterns=pickles,  # weights in the old form, pickled arguments: nothing of a release is unpickled
         commit_message=f"Release {tag}" if tag else "Model card",
     )
     if tag is not None:
@@ -343,6 +421,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace weights that are there already")
     parser.add_argument(
         "--evaluations", nargs="*", default=[], help="folders of further --do_predict runs, for the card's table"
+    )
+    parser.add_argument(
+        "--licence_granted", action="store_true", help="the authors allow to publish weights that have no licence"
     )
     parser.add_argument("--card_only", action="store_true", help="write README.md into the folder, push nothing")
     options = parser.parse_args(arguments)
@@ -366,6 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
             private=options.private,
             overwrite=options.overwrite,
             evaluations=further,
+            licence_granted=options.licence_granted,
         )
     except PublishError as error:
         print(f"error: {error}", file=sys.stderr)

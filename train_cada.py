@@ -24,18 +24,47 @@ from transformers.trainer_utils import get_last_checkpoint, speed_metrics
 from transformers.utils import logging
 
 import register_cada  # noqa: F401  # checkpoints load with the code beside this file
-from configuration_cada import CADAConfig
-from convert_cada import SOURCES, ConversionError, convert, convert_processor
-from data_cada import DataError, PairCollator, PairDataset, add_attribute_spans, hold_out_persons, load_pairs_dataset
+from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
+from convert_cada import (
+    SOURCES,
+    ConversionError,
+    convert,
+    convert_processor,
+    default_image_size,
+    describe_origin,
+)
+from data_cada import (
+    PEDES_SETS,
+    DataError,
+    PairCollator,
+    PairDataset,
+    add_attribute_spans,
+    hold_out_persons,
+    load_pairs_dataset,
+)
 from evaluation_cada import evaluate_retrieval
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
-from publish_cada import PublishError, environment, open_repository, publish, read_run, write_run
+from publish_cada import (
+    RANDOM_START,
+    PublishError,
+    check_licence,
+    environment,
+    model_digest,
+    open_repository,
+    publish,
+    read_run,
+    write_run,
+)
 
 
 logger = logging.get_logger(__name__)
 
 LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
+
+
+class ArgumentError(ValueError):
+    """Arguments that do not go together. The message names them and the remedy."""
 
 
 @dataclass
@@ -61,6 +90,10 @@ class ModelArguments:
     tokenizer_name: str = field(
         default="bert-base-uncased",
         metadata={"help": "Tokenizer of a model with random or converted weights: folder or Hub name."},
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "eager, sdpa (the default), flash_attention_2 (with pool_padding=False) or flex_attention."},
     )
     config_overrides: str | None = field(
         default=None,
@@ -130,6 +163,9 @@ class CADATrainingArguments(TrainingArguments):
     hub_tag: str | None = field(
         default=None,
         metadata={"help": "With --push_to_hub: name of this state, such as v1.0. The card pins it, else the commit."},
+    )
+    hub_overwrite: bool = field(
+        default=False, metadata={"help": "With --push_to_hub: replace weights that the repository holds already."}
     )
     negative_sampling: str = field(
         default="hardest",
@@ -220,7 +256,7 @@ class CADATrainer(Trainer):
                 self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
                 tag=self.args.hub_tag,
                 private=self.args.hub_private_repo if private is None else private,
-                overwrite=True,  # `run` has told what is overwritten
+                overwrite=self.args.hub_overwrite,
                 token=token or self.args.hub_token,
             )
             logger.warning(f"Published {self.hub_model_id}, revision {pinned}.")
@@ -263,26 +299,32 @@ def read_overrides(text: str | None) -> dict:
         raise ValueError(f"--config_overrides {text!r} is not JSON: {error}.") from error
     if not isinstance(overrides, dict):
         raise ValueError(f"--config_overrides {text!r} should be a JSON object with fields of CADAConfig.")
-    known = set(CADAConfig.__dataclass_fields__)
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ValueError(f"--config_overrides: CADAConfig has no field {', '.join(unknown)}.")
+    towers = {"vision_config": CADAVisionConfig, "text_config": CADATextConfig}
+    parts = [(CADAConfig, overrides), *((kind, overrides.get(name, {})) for name, kind in towers.items())]
+    for kind, fields in parts:
+        unknown = sorted(set(fields) - set(kind.__dataclass_fields__))
+        if unknown:
+            raise ArgumentError(f"--config_overrides: {kind.__name__} has no field {', '.join(unknown)}.")
     return overrides
 
 
-def read_recipe(path: str) -> list[str]:
-    """The arguments of a recipe as they would stand on the command line; an argument that is `null` is left out."""
+def read_recipe(path: str, given: list[str]) -> list[str]:
+    """
+    The arguments of a recipe as they would stand on the command line. Those that are `null` are left out, and with
+    `--model_name_or_path` among the `given` ones also the recipe's other start.
+    """
     try:
         recipe = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ValueError(f"The recipe {path} does not exist.") from error
+        raise ArgumentError(f"The recipe {path} does not exist.") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"The recipe {path} is not JSON: {error}.") from error
+        raise ArgumentError(f"The recipe {path} is not JSON: {error}.") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path} should be a JSON object of arguments.")
+        raise ArgumentError(f"The recipe {path} should be a JSON object of arguments.")
     arguments = []
+    left_out = {"init_from"} if "--model_name_or_path" in given else set()
     for name, value in recipe.items():
-        if value is not None:
+        if value is not None and name not in left_out:
             arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return arguments
 
@@ -291,13 +333,13 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
     """The model and its processor, from a checkpoint or with random weights."""
     overrides = read_overrides(arguments.config_overrides)
     if arguments.model_name_or_path is not None and arguments.init_from is not None:
-        raise ValueError("Choose one start: --model_name_or_path or --init_from.")
+        raise ArgumentError("Choose one start: --model_name_or_path or --init_from.")
     if arguments.init_from is not None:
         model, report = convert(
             arguments.init_source,
             arguments.init_from,
             vocabulary_head=arguments.vocabulary_head,
-            image_size=overrides.get("vision_config", {}).get("image_size"),
+            image_size=overrides.get("vision_config", {}).get("image_size", default_image_size(arguments.init_source)),
             config_overrides=overrides,
         )
         logger.warning(f"Start from {arguments.init_from}: {report}")
@@ -336,13 +378,18 @@ def count_long_captions(dataset, processor: CADAProcessor) -> int:
 
 def prepare_data(
     data: DataArguments, args: CADATrainingArguments, processor: CADAProcessor, find_attributes: bool
-) -> DatasetDict:
-    """Load the splits; hold persons out for validation where the set has none; find the attributes that ARA masks."""
+) -> tuple[DatasetDict, int]:
+    """
+    Load the splits; hold persons out for validation where the set has none; find the attributes that ARA masks.
+    Returns the splits and how many persons were held out of train.
+    """
+    held_out = 0
     with args.main_process_first(desc="loading the data set"):
         splits = load_pairs_dataset(data.dataset, data.data_dir, data.captions_per_image, data.skip_unreadable)
         if (args.do_train or args.do_eval) and "val" not in splits and data.holdout_persons > 0:
             # The same persons whatever the seed of the run, so that runs can be compared.
-            splits = DatasetDict({**splits, **hold_out_persons(splits["train"], data.holdout_persons)})
+            held_out = data.holdout_persons
+            splits = DatasetDict({**splits, **hold_out_persons(splits["train"], held_out)})
             logger.warning(
                 f"{data.dataset} has no validation split: {data.holdout_persons} persons of train choose the "
                 "checkpoint (--holdout_persons)."
@@ -359,22 +406,37 @@ def prepare_data(
             logger.warning(
                 f"{split}: {long} captions are longer than {processor.tokenizer.model_max_length} tokens and are cut."
             )
-    return splits
+    return splits, held_out
 
 
-def _set_name(data: DataArguments) -> str:
-    """The set's name, without the folders of this machine."""
-    return Path(data.dataset).name if Path(data.dataset).exists() else data.dataset
+def name_of_set(data: DataArguments, rows: Dataset) -> str:
+    """The set's name for the record of the run. One's own folders are named, not located, and marked as such."""
+    if data.dataset in PEDES_SETS:
+        return data.dataset
+    if "named_attributes" in rows.column_names:  # only the drawn set has them
+        return "drawn"
+    return f"{Path(data.dataset).name} (own data)" if Path(data.dataset).exists() else data.dataset
+
+
+def find_origin(model: ModelArguments) -> dict | None:
+    """Where the weights come from, for the record; `None` where the start does not tell."""
+    if model.init_from is not None:
+        return describe_origin(model.init_source, model.init_from)
+    if model.model_name_or_path is None:
+        return RANDOM_START
+    return read_run(model.model_name_or_path)["origin"]
 
 
 def describe_training(
-    model: ModelArguments, data: DataArguments, args: CADATrainingArguments, rows: Dataset, pairs: int, minutes: float
+    model: ModelArguments, data: DataArguments, args: CADATrainingArguments, rows: Dataset, pairs: int, state
 ) -> dict:
     """What a reader of the model card needs to repeat the training. Folders of this machine are named, not located."""
     start = model.model_name_or_path or model.init_from
     recipe = {
-        "epochs": args.num_train_epochs,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "epochs": round(state.epoch, 2),
+        "steps": state.global_step,
+        "batch_size": args.train_batch_size * args.world_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "processes": args.world_size,
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
@@ -383,59 +445,78 @@ def describe_training(
         "weight_decay": args.weight_decay,
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "negative_sampling": args.negative_sampling,
+        "unreadable_images_skipped": data.skip_unreadable,
     }
     return {
-        "dataset": _set_name(data),
+        "dataset": name_of_set(data, rows),
         "captions_per_image": data.captions_per_image,
         "data": {"persons": len(set(rows["person_id"])), "images": len(rows), "pairs": pairs},
-        "start": Path(start).name if start and Path(start).exists() else start,
+        "start": "random weights" if start is None else Path(start).name if Path(start).exists() else start,
         "recipe": recipe,
         "selected_by": f"{args.metric_for_best_model} on validation" if args.load_best_model_at_end else None,
         "seed": args.seed,
-        "minutes": minutes,
-        **environment(),
+        **environment(args.world_size),
     }
 
 
-def describe_evaluation(data: DataArguments, split: str, scores: dict[str, float], prefix: str) -> dict:
+def describe_evaluation(
+    trainer: CADATrainer, data: DataArguments, split: str, scores: dict[str, float], prefix: str, rows: Dataset
+) -> dict:
     """The scores of a split with what is needed to compare them."""
     names = ("queries", "gallery", "rerank_k")
-    metrics = {name.removeprefix(f"{prefix}_"): value for name, value in scores.items()}
-    metrics = {
-        name: value for name, value in metrics.items() if name in names or name.startswith(("global_", "local_"))
-    }
+    plain = {name.removeprefix(f"{prefix}_"): value for name, value in scores.items()}
     return {
-        "dataset": _set_name(data),
+        "dataset": name_of_set(data, rows),
         "split": split,
         "captions_per_image": data.captions_per_image,
-        "metrics": metrics,
-        **environment(),
+        "metrics": {k: v for k, v in plain.items() if k in names or k.startswith(("global_", "local_"))},
+        "weights": model_digest(trainer.accelerator.unwrap_model(trainer.model)),
+        **environment(trainer.args.world_size),
     }
+
+
+def check_hold_out(training: dict | None, data: DataArguments, held_out: int) -> None:
+    """Persons that a model was trained on are no validation set."""
+    if training is not None and training["dataset"] == data.dataset:
+        seen = training["recipe"]["persons_held_out_of_train"]
+        if seen != held_out:
+            raise ArgumentError(
+                f"--do_eval would measure on {held_out} persons of train, but the training held out "
+                f"{seen}. Pass --holdout_persons {seen}, or --do_predict alone."
+            )
 
 
 def run(model_arguments: ModelArguments, data: DataArguments, args: CADATrainingArguments) -> dict[str, float]:
     """Train, evaluate on validation, test: what `args` asks for. Returns all metrics."""
     if not (args.do_train or args.do_eval or args.do_predict):
-        raise ValueError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
+        raise ArgumentError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
+    if args.n_gpu > 1:
+        raise ArgumentError(
+            f"One process sees {args.n_gpu} GPUs. Start one process for each (`accelerate launch train_cada.py ...`), "
+            "or choose one with CUDA_VISIBLE_DEVICES=0."
+        )
     set_seed(args.seed)
     model, processor = load_model_and_processor(model_arguments)
-    splits = prepare_data(data, args, processor, find_attributes=model.config.use_ara)
+    if model_arguments.attn_implementation is not None:
+        model.set_attn_implementation(model_arguments.attn_implementation)
+    splits, held_out = prepare_data(data, args, processor, find_attributes=model.config.use_ara)
+    if held_out and not args.do_train and model_arguments.model_name_or_path is not None:
+        check_hold_out(read_run(model_arguments.model_name_or_path)["training"], data, held_out)
     if args.do_train and "val" not in splits:
         # Nothing to choose by. The test split must not choose.
         logger.warning("No validation split: the last checkpoint is kept, whatever its score.")
         args.eval_strategy, args.load_best_model_at_end, args.do_eval = "no", False, False
     if not model.config.use_atp and args.metric_for_best_model == "local_R1":
         args.metric_for_best_model = "global_R1"  # without match heads there is no local matching
+    origin = find_origin(model_arguments)
     if args.push_to_hub and args.process_index == 0:
         repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
-        repo_id, present = open_repository(repo_id, args.hub_tag, args.hub_private_repo, args.hub_token)
-        weights = [name for name in present if name.endswith(".safetensors")]
-        if weights:
-            logger.warning(f"--push_to_hub will overwrite {', '.join(weights)} in {repo_id}; the history keeps them.")
+        check_licence(origin, licence_granted=False)  # now, not after days of training
+        open_repository(repo_id, args.hub_tag, args.hub_private_repo, args.hub_token, args.hub_overwrite)
     train_pairs = PairDataset(splits["train"]) if args.do_train else None
     batch = args.train_batch_size * args.world_size
     if args.do_train and args.dataloader_drop_last and len(train_pairs) < batch:
-        raise ValueError(
+        raise ArgumentError(
             f"The training set has {len(train_pairs)} pairs, less than one batch of {batch}. Lower "
             "--per_device_train_batch_size."
         )
@@ -455,8 +536,9 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         trainer.save_model(_internal_call=True)  # the push waits for the evaluation
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
-        minutes = result.metrics["train_runtime"] / 60
-        training = describe_training(model_arguments, data, args, splits["train"], len(train_pairs), minutes)
+        training = describe_training(model_arguments, data, args, splits["train"], len(train_pairs), trainer.state)
+        training["recipe"]["persons_held_out_of_train"] = held_out
+        training["minutes"] = None if checkpoint else result.metrics["train_runtime"] / 60
     else:
         training = read_run(model_arguments.model_name_or_path or args.output_dir)["training"]
     evaluations = [] if args.do_train else read_run(args.output_dir)["evaluations"]
@@ -467,11 +549,11 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             trainer.log_metrics(prefix, scores)
             trainer.save_metrics(prefix, scores)
             metrics.update(scores)
-            evaluations.append(describe_evaluation(data, split, scores, prefix))
+            evaluations.append(describe_evaluation(trainer, data, split, scores, prefix, splits[split]))
     if args.do_train:
         trainer.save_state()  # after the last line of the log
     if trainer.is_world_process_zero():
-        write_run(args.output_dir, training, evaluations)
+        write_run(args.output_dir, origin, training, evaluations)
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
@@ -483,7 +565,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = HfArgumentParser((ModelArguments, DataArguments, CADATrainingArguments), description=__doc__)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].endswith(".json"):
-        arguments = [*read_recipe(arguments[0]), *arguments[1:]]  # the last of two equal arguments counts
+        arguments = [*read_recipe(arguments[0], arguments[1:]), *arguments[1:]]  # the last of two equal ones counts
     parsed = parser.parse_args_into_dataclasses(arguments)
     logging.set_verbosity(parsed[2].get_process_log_level())
     transformers.logging.enable_explicit_format()
@@ -493,5 +575,5 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main()
-    except (ConversionError, DataError, PublishError) as problem:
+    except (ArgumentError, ConversionError, DataError, PublishError) as problem:
         sys.exit(f"error: {problem}")

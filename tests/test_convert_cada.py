@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoProcessor, BlipConfig, BlipForConditiona
 import convert_cada
 import train_cada
 from convert_cada import ConversionError, convert, convert_state_dict, grow_vocabulary, resize_positions
+from publish_cada import read_run
 from train_cada import ModelArguments, load_model_and_processor
 
 
@@ -270,6 +271,14 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
     processor = AutoProcessor.from_pretrained(tmp_path / "start")
     assert processor.image_processor.size == {"height": 64, "width": 32}
     assert processor.enc_token_id == model.config.text_config.enc_token_id == 30523
+    assert read_run(tmp_path / "start")["origin"] == {
+        "start": "blip (blip)",
+        "licence": "BSD-3-Clause (BLIP, Salesforce)",
+    }
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert convert_cada.main(arguments) == 0  # new weights are drawn from the seed
+    again = AutoModel.from_pretrained(tmp_path / "start").state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_command_reports_an_error_in_one_line(tmp_path, capsys):
@@ -298,5 +307,9 @@ def test_training_starts_from_blip_in_one_step(tmp_path):
     )
     assert model.config.ara_weight == 0.3 and processor.attribute_masker.rate == 0.5
     assert processor.image_processor.size == {"height": 64, "width": 32}
+    model, _ = load_model_and_processor(
+        ModelArguments(init_from=str(tmp_path / "blip"), tokenizer_name=str(tmp_path / "tokenizer"))
+    )
+    assert model.config.vision_config.image_height_width == (224, 224)  # the paper's, whatever BLIP had
     with pytest.raises(ValueError, match="one start: --model_name_or_path or --init_from"):
         train_cada.load_model_and_processor(ModelArguments(model_name_or_path="a", init_from="b"))

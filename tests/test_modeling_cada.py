@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import modeling_cada
 from configuration_cada import CADAConfig
-from losses_cada import cmpm_loss, ndf_loss, ndf_reference_loss
+from losses_cada import cmpm_loss, draw_negatives, ndf_loss, ndf_reference_loss
 from modeling_cada import CADAForTextToImageRetrieval, CADAModel, CADATextLayer, CADAVisionLayer, gather_batch
 
 
@@ -383,6 +384,25 @@ def test_bfloat16():
     # Eight bits of mantissa: near the loss in single precision, where the softmax is not sharp.
     single, half = tiny_model(temperature=1.0), tiny_model(temperature=1.0).to(torch.bfloat16)
     assert losses(half, batch)["loss"] == pytest.approx(losses(single, batch)["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_under_autocast(dtype):
+    """The towers compute in half precision, the contrastive loss and the choice of negatives in single."""
+    model, batch = tiny_model(), tiny_batch()
+    single = losses(model, batch)
+    seen = []
+
+    def record(function):
+        return lambda scores, *more: seen.append(scores.dtype) or function(scores, *more)
+
+    with torch.autocast("cpu", dtype=dtype), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_cada, "ndf_loss", record(ndf_loss))
+        patch.setattr(modeling_cada, "draw_negatives", record(draw_negatives))
+        half = losses(model, batch)
+    assert seen == [torch.float32] * 3
+    for name in LOSSES:
+        assert half[name] == pytest.approx(single[name], rel=0.1), name
 
 
 # To disk and back

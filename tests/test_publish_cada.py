@@ -54,12 +54,12 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def rename(folder: Path, dataset: str) -> dict:
-    """Let the record say that the run was on another set."""
+def rename(folder: Path, dataset: str, origin: dict = publish_cada.RANDOM_START) -> dict:
+    """Let the record say that the run was on another set, from another start."""
     record = read_run(folder)
     for part in (record["training"], *record["evaluations"]):
         part["dataset"] = dataset
-    write_run(folder, record["training"], record["evaluations"])
+    write_run(folder, origin, record["training"], record["evaluations"])
     return record
 
 
@@ -96,13 +96,13 @@ def test_evaluation_of_a_checkpoint_keeps_how_it_was_trained(trained, tmp_path):
     assert [(row["split"], row["captions_per_image"]) for row in record["evaluations"]] == [("test", None)]
 
 
-@pytest.mark.parametrize("dataset", ["cuhk_pedes", "icfg_pedes", "rstp_reid", "demo", "my_set"])
+@pytest.mark.parametrize("dataset", ["cuhk_pedes", "icfg_pedes", "rstp_reid", "drawn", "demo (own data)"])
 def test_card_tells_what_was_measured(dataset, run):
     record = rename(run, dataset)
     card = model_card(run, "org/cada-x", "v1.0")
     loaded = ModelCard(card.content)
     assert loaded.data.library_name == "transformers"
-    assert loaded.data.license == ("apache-2.0" if dataset == "demo" else "other")
+    assert loaded.data.license == ("apache-2.0" if dataset == "drawn" else "other")
     # model-index: five metrics of two matchings on two splits, the measured values.
     values = {(result.dataset_split, result.metric_type): result.metric_value for result in loaded.data.eval_results}
     assert values == {
@@ -147,6 +147,8 @@ def test_every_template_is_used():
 def test_card_of_a_model_without_record_claims_nothing(run):
     (run / RUN_FILE).unlink()
     content = model_card(run, "org/name", "main").content
+    assert "Weights: started from weights whose origin is not recorded." in content
+    assert "random" not in content and "pins what you have read" not in content
     assert "No evaluation was recorded with this model." in content
     assert "No record of the training is kept with this model." in content
     assert ModelCard(content).data.eval_results is None
@@ -219,12 +221,43 @@ def test_card_only_writes_the_card_and_pushes_nothing(run, capsys):
 def test_further_evaluations_join_the_table(run, trained, tmp_path):
     """A cross-domain result, from the folder of its own run."""
     row = {**read_run(trained)["evaluations"][-1], "dataset": "icfg_pedes"}
-    (tmp_path / "cross").mkdir()
-    write_run(tmp_path / "cross", None, [row])
+    for name, more in (("cross", {}), ("foreign", {"weights": "of another model"})):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, None, None, [{**row, **more}])
     arguments = ["--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]
     assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "cross")]) == 0
     assert "| ICFG-PEDES | test | local |" in (run / "README.md").read_text(encoding="utf-8")
     assert publish_cada.main([*arguments, "--evaluations", str(tmp_path)]) == 1
+    assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "foreign")]) == 1
+
+
+def test_figures_of_other_weights_stay_out_of_the_card(run):
+    """The record says 50 %, but the weights beside it have changed since."""
+    model = CADAForTextToImageRetrieval.from_pretrained(run)
+    assert {row["weights"] for row in read_run(run)["evaluations"]} == {publish_cada.model_digest(model)}
+    with torch.no_grad():
+        model.match_head.bias.fill_(3.0)
+    model.save_pretrained(run)
+    assert publish_cada.checkpoint_digest(run) == publish_cada.model_digest(model)
+    content = model_card(run, "org/name", "main").content
+    assert "No evaluation was recorded with this model." in content
+    assert ModelCard(content).data.eval_results is None
+
+
+@pytest.mark.parametrize("start", ["model_base.pth (blip_original)", None])
+def test_drawn_model_is_open_only_from_random_weights(start, run):
+    origin = None if start is None else {"start": start, "licence": "BSD-3-Clause"}
+    rename(run, "drawn", origin)
+    content = model_card(run, "org/name", "main").content
+    assert ModelCard(content).data.license == "other"
+    assert "No image of a person was used" not in content
+    assert (start or "not recorded") in content
+
+
+def test_weights_without_licence_are_not_published(run, capsys):
+    rename(run, "cuhk_pedes", {"start": "cuhk.pth (cada_original)", "licence": publish_cada.NO_LICENCE})
+    with pytest.raises(PublishError, match="comes without a licence: you may use them, not publish them"):
+        publish_cada.publish(run, "org/name")
 
 
 def command(hub: HubStandIn, home: Path, run: Path, *more: str) -> subprocess.CompletedProcess:
@@ -251,6 +284,11 @@ def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_pa
         again = command(hub, tmp_path / "home", run)
         assert again.returncode == 1
         assert "holds model.safetensors already, and this push would overwrite it. Pass --overwrite" in again.stderr
+        hub.add("tester/old", {"pytorch_model.bin": b"x", "notes.txt": b"mine"})
+        old = command(hub, tmp_path / "home", run, "--repo_id", "tester/old")
+        assert old.returncode == 1 and "holds pytorch_model.bin already" in old.stderr
+        assert command(hub, tmp_path / "home", run, "--repo_id", "tester/old", "--overwrite").returncode == 0
+        assert "pytorch_model.bin" not in hub.files("tester/old") and "notes.txt" in hub.files("tester/old")
         same_tag = command(hub, tmp_path / "home", run, "--tag", "v1.0", "--overwrite")
         assert same_tag.returncode == 1
         assert "has the tag v1.0 already" in same_tag.stderr

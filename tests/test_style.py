@@ -59,6 +59,7 @@ def test_what_travels_with_a_checkpoint_needs_base_packages_only(path):
             needed.add(node.module.split(".")[0])
     assert needed <= {"collections", "dataclasses", "difflib", "re", "typing"} | {
         "huggingface_hub",
+        "PIL",
         "numpy",
         "torch",
         "transformers",
