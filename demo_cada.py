@@ -111,7 +111,7 @@ def train(splits: DatasetDict, folder: Path, seed: int) -> dict[str, float]:
         [
             *("--dataset", str(folder / "drawn"), "--model_name_or_path", str(folder / "start")),
             *("--output_dir", str(folder / "model"), "--seed", str(seed), "--do_train", "--do_predict"),
-            *("--num_train_epochs", "7", "--per_device_train_batch_size", "64"),
+            *("--num_train_epochs", "6.5", "--per_device_train_batch_size", "64"),
             *("--learning_rate", "2e-3", "--warmup_steps", "0.05", "--max_grad_norm", "5"),
             # From random weights the hardest negatives teach nothing at first.
             *("--negative_sampling", "annealed"),

@@ -126,14 +126,18 @@ def reference_config(sizes: dict, **changes) -> CADAConfig:
     return CADAConfig(**{**fields, **changes})
 
 
+def load_reference(model: CADAForTextToImageRetrieval, reference: dict) -> None:
+    """The authors' weights, converted; the vocabulary head shares the word embeddings."""
+    missing, _ = model.load_state_dict(convert_state_dict(reference["weights"], "cada_original"), strict=False)
+    assert missing == list(model.all_tied_weights_keys)
+    model.tie_weights()
+
+
 @pytest.fixture
 def reference_model(reference) -> CADAForTextToImageRetrieval:
     """The reference model in evaluation mode, with the authors' weights converted."""
     model = CADAForTextToImageRetrieval(reference_config(reference["config"]))
-    weights = convert_state_dict(reference["weights"], "cada_original")
-    missing, _ = model.load_state_dict(weights, strict=False)
-    assert missing == list(model.all_tied_weights_keys)
-    model.tie_weights()
+    load_reference(model, reference)
     return model.eval()
 
 

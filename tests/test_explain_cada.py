@@ -135,12 +135,13 @@ def test_picture_has_a_panel_for_every_word(model, processor, image):
 
 def test_command_writes_picture_and_arrays(start, image, tmp_path, capsys):
     image.save(tmp_path / "person.png")
-    arguments = ["--model", str(start), "--image", str(tmp_path / "person.png"), "--text", TEXT]
+    arguments = ["--model", str(start), "--image", str(tmp_path / "person.png")]
+    arguments += ["--text", "A man in a red coat."]
     arguments += ["--output", str(tmp_path / "why.png"), "--arrays", str(tmp_path / "why.npz")]
     assert explain_cada.main(arguments) == 0
-    assert "the image suggests" in capsys.readouterr().out
+    assert "red coat: the image suggests" in capsys.readouterr().out
     arrays = np.load(tmp_path / "why.npz")
-    assert arrays["words"].tolist()[1] == "man" and arrays["maps"].shape == (7, 4, 2)
+    assert arrays["words"].tolist()[1] == "man" and arrays["maps"].shape == (6, 4, 2)
     with Image.open(tmp_path / "why.png") as picture:
         assert picture.format == "PNG"
     (tmp_path / "broken.png").write_bytes(b"x")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import reference_config
+from conftest import load_reference, reference_config
 
 from convert_cada import convert_state_dict
 from losses_cada import draw_negatives, group_states, positive_pairs
@@ -78,8 +78,7 @@ def test_vocabulary_logits(reference_model, reference):
 def test_losses_and_gradients(reference, attention):
     config = reference_config(reference["config"], attn_implementation=attention)
     model = CADAForTextToImageRetrieval(config)
-    model.load_state_dict(convert_state_dict(reference["weights"], "cada_original"))
-    model.tie_weights()
+    load_reference(model, reference)
     model.eval()
     out = forward(model, reference["inputs"])
     for name in ("loss_ndf", "loss_atp", "loss_ara", "loss"):
