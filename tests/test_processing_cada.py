@@ -1,5 +1,7 @@
 """Image transforms, caption cleaning, attribute masking, and the processor that joins them."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -249,3 +251,14 @@ def test_saved_processor_is_the_same(processor, tmp_path):
     first, second = processor(**inputs), loaded(**inputs)
     assert torch.equal(first["pixel_values"], second["pixel_values"])
     assert torch.equal(first["input_ids"], second["input_ids"])
+
+
+def test_photographs_are_turned_upright(processor):
+    """A camera held sideways writes the turn into EXIF (6: by 90°); `datasets` applies it too when it decodes."""
+    upright = Image.linear_gradient("L").resize((16, 32)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, format="PNG", exif=exif)
+    values = [processor(images=image, return_tensors="pt")["pixel_values"] for image in (upright, Image.open(file))]
+    assert torch.equal(*values)

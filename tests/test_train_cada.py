@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_start, tiny_config
 from pedes_layout import LAYOUTS
+from transformers import HfArgumentParser
 
 import train_cada
 from data_cada import DataError
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
-from train_cada import CADATrainer, CADATrainingArguments, ModelArguments, load_model_and_processor, read_overrides
+from train_cada import (
+    ArgumentError,
+    CADATrainer,
+    CADATrainingArguments,
+    ModelArguments,
+    load_model_and_processor,
+    read_overrides,
+)
 
 
 ROOT = Path(train_cada.__file__).parent
@@ -248,3 +256,54 @@ def test_processor_is_saved_with_every_checkpoint(start, tmp_path):
     for folder in (tmp_path / "run", *(tmp_path / "run").glob("checkpoint-*")):
         assert CADAProcessor.from_pretrained(folder).enc_token_id == 30523
         assert (folder / "model.safetensors").is_file()
+
+
+def test_recipe_is_a_file_of_arguments(tmp_path):
+    """The recipes of the repository parse to the paper's settings; what stands behind a recipe counts more."""
+    parser = HfArgumentParser((ModelArguments, train_cada.DataArguments, CADATrainingArguments))
+    for path in sorted((ROOT / "recipes").glob("*.json")):
+        more = ["--data_dir", "elsewhere", "--use_cpu", "--bf16", "false"]
+        model, data, args = parser.parse_args_into_dataclasses([*train_cada.read_recipe(str(path), more), *more])
+        assert data.dataset == path.stem and data.data_dir == "elsewhere"
+        assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (1e-5, 40, 96)
+        assert data.captions_per_image == (2 if path.stem == "cuhk_pedes" else None)
+        assert model.init_source == "blip_original" and model.init_from
+        # A checkpoint on the command line takes the place of the recipe's start.
+        assert "--init_from" not in train_cada.read_recipe(str(path), ["--model_name_or_path", "runs/x"])
+    (tmp_path / "bad.json").write_text("[1]")
+    for name, message in (("bad.json", "JSON object of arguments"), ("none.json", "does not exist")):
+        with pytest.raises(ArgumentError, match=message):
+            train_cada.read_recipe(str(tmp_path / name), [])
+
+
+def test_recipe_runs(start, tmp_path):
+    LAYOUTS["rstp_reid"](tmp_path)
+    recipe = {"dataset": "rstp_reid", "init_from": "nowhere.pth", "do_predict": True, "captions_per_image": None}
+    (tmp_path / "recipe.json").write_text(json.dumps({**recipe, "config_overrides": {"rerank_k": 2}}))
+    arguments = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
+    metrics = train_cada.main([str(tmp_path / "recipe.json"), "--model_name_or_path", str(start), *arguments])
+    assert (metrics["test_queries"], metrics["test_rerank_k"]) == (12, 2)
+
+
+def test_typing_errors_inside_the_towers_are_named():
+    with pytest.raises(ArgumentError, match="CADATextConfig has no field dropout"):
+        read_overrides('{"text_config": {"dropout": 0.3}}')
+    with pytest.raises(ArgumentError, match="CADAConfig has no field mask_ratio"):
+        read_overrides('{"mask_ratio": 0.3}')
+
+
+def test_one_process_with_several_gpus_is_refused(start, tmp_path, monkeypatch):
+    """`Trainer` would fall back to DataParallel, where every replica sees its own part of the batch only."""
+    monkeypatch.setattr(CADATrainingArguments, "n_gpu", 2)
+    with pytest.raises(ArgumentError, match="One process sees 2 GPUs. Start one process for each"):
+        train_cada.main(command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_predict"))
+
+
+def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
+    """A model trained on all persons of ICFG-PEDES: the ones held out later are not unseen."""
+    LAYOUTS["icfg_pedes"](tmp_path)
+    train_cada.main(command(start, tmp_path / "run", "icfg_pedes", tmp_path, "--do_train", "--holdout_persons", "0"))
+    again = command(tmp_path / "run", tmp_path / "again", "icfg_pedes", tmp_path, "--do_eval")
+    again += ["--holdout_persons", "2"]
+    with pytest.raises(ArgumentError, match="the training held out 0"):
+        train_cada.main(again)
