@@ -194,8 +194,8 @@ def draw_explanation(
         pieces = [", ".join(f"{word} {chance:.2f}" for word, chance in guesses) for guesses in prediction.guesses]
         lines.append(f"{prediction.phrase}:  {'  |  '.join(pieces)}")
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    text_width = max(measure.textlength(line, font=small) for line in [*lines, text])
-    width = max(COLUMNS * cell_width, int(text_width * 1.25)) + 2 * margin
+    text_width = max([measure.textlength(text, font=large), *(measure.textlength(line, font=small) for line in lines)])
+    width = max(COLUMNS * cell_width, round(text_width)) + 2 * margin
     top = margin + 30
     lines_top = top + rows * cell_height + 8
     canvas = Image.new("RGB", (width, lines_top + (30 + 22 * len(lines) if lines else 0) + margin), "white")
