@@ -4,7 +4,7 @@ The demo: train a small CADA on drawn pedestrians, evaluate it on persons never 
     python demo_cada.py
 
 Needs no download and no accelerator. Training goes through the same command as on a real set. What differs, because
-the weights are random and the time is short, stands in `build_start` and `train`, each with its reason.
+the weights are random and the time is short, stands in `RECIPE` and `build_start`, each with its reason.
 """
 
 import argparse
@@ -51,6 +51,17 @@ SENTENCES = {
         "lower_colour": "black",
     },
 }
+# The training: arguments of train_cada.py.
+RECIPE = (
+    *("--num_train_epochs", "6.5", "--per_device_train_batch_size", "64"),
+    *("--learning_rate", "2e-3", "--warmup_steps", "0.05", "--max_grad_norm", "5"),
+    # From random weights the hardest negatives teach nothing at first.
+    *("--negative_sampling", "annealed"),
+    *("--negative_temperature_start", "1", "--negative_temperature_end", "0.1"),
+    *("--eval_strategy", "steps", "--eval_steps", "0.5", "--save_strategy", "steps", "--save_steps", "0.5"),
+    # Heads of 16 numbers and texts of 35 tokens: plain attention is faster here than the fused one.
+    *("--logging_steps", "100", "--attn_implementation", "eager"),
+)
 MAX_TEXT_LENGTH = 35  # the longest 2 % of the captions are cut
 TOP = 8  # ranked images in the picture
 
@@ -111,14 +122,7 @@ def train(splits: DatasetDict, folder: Path, seed: int) -> dict[str, float]:
         [
             *("--dataset", str(folder / "drawn"), "--model_name_or_path", str(folder / "start")),
             *("--output_dir", str(folder / "model"), "--seed", str(seed), "--do_train", "--do_predict"),
-            *("--num_train_epochs", "6.5", "--per_device_train_batch_size", "64"),
-            *("--learning_rate", "2e-3", "--warmup_steps", "0.05", "--max_grad_norm", "5"),
-            # From random weights the hardest negatives teach nothing at first.
-            *("--negative_sampling", "annealed"),
-            *("--negative_temperature_start", "1", "--negative_temperature_end", "0.1"),
-            *("--eval_strategy", "steps", "--eval_steps", "0.5", "--save_strategy", "steps", "--save_steps", "0.5"),
-            # Heads of 16 numbers and texts of 35 tokens: plain attention is faster here than the fused one.
-            *("--logging_steps", "100", "--attn_implementation", "eager"),
+            *RECIPE,
         ]
     )
 
