@@ -55,6 +55,7 @@ class PedesSet:
     counts: dict[str, tuple[int, int, int]]  # split: persons, images, captions
 
 
+DRAWN_SETS = {"demo": "day", "demo_night": "night"}  # name -> domain
 PEDES_SETS = {
     "cuhk_pedes": PedesSet(
         "CUHK-PEDES",
@@ -268,9 +269,9 @@ def load_pairs_dataset(
     A data set as `DatasetDict` with one row per image.
 
     Args:
-        dataset: `"cuhk_pedes"`, `"icfg_pedes"`, `"rstp_reid"` (with `data_dir`), `"demo"` (drawn from `seed`), a
-            folder written by `save_to_disk`, or a name that `datasets.load_dataset` takes; the last two must have
-            the columns `image`, `captions`, `person_id`.
+        dataset: `"cuhk_pedes"`, `"icfg_pedes"`, `"rstp_reid"` (with `data_dir`), `"demo"` or `"demo_night"` (drawn
+            from `seed`), a folder written by `save_to_disk`, or a name that `datasets.load_dataset` takes; the last
+            two must have the columns `image`, `captions`, `person_id`.
         data_dir: the folder of the set, with the authors' annotation file and `imgs/`.
         captions_per_image: use the first n captions of each image only. The paper uses two; `None` uses all.
         skip_unreadable: decode all images first, and leave out those that cannot be read, with a list.
@@ -285,8 +286,8 @@ def load_pairs_dataset(
                 f"{PEDES_SETS[dataset].title} needs --data_dir, the folder with its annotations and imgs/."
             )
         loaded = _load_pedes(dataset, data_dir, skip_unreadable)
-    elif dataset == "demo":
-        loaded = load_drawn(seed=seed)
+    elif dataset in DRAWN_SETS:
+        loaded = load_drawn(seed=seed, domain=DRAWN_SETS[dataset])
     else:
         loaded = _load_other(dataset, data_dir, skip_unreadable)
     if captions_per_image is not None:
@@ -306,7 +307,7 @@ def _first_captions(row: dict, count: int) -> dict:
 
 def _load_other(dataset: str, data_dir: str | os.PathLike | None, skip_unreadable: bool) -> DatasetDict:
     known = (
-        f"Known: {', '.join(PEDES_SETS)}, demo, a folder written by `save_to_disk`, or a name that "
+        f"Known: {', '.join([*PEDES_SETS, *DRAWN_SETS])}, a folder written by `save_to_disk`, or a name that "
         "`datasets.load_dataset` takes."
     )
     if (Path(dataset) / "dataset_dict.json").is_file():

@@ -6,6 +6,9 @@ hat). The images of a person differ in pose, crop, light, background and noise. 
 varied grammar, and each caption leaves attributes out, so a caption can fit several persons: [`ideal_scores`] is the
 matcher who knows all attributes of all images and what each caption names; its result is the ceiling.
 
+There are two domains, as if two cameras and two groups of annotators had made them ([`DOMAINS`]): *day*, and *night*
+with dim cold light, dark streets and more noise, whose people dress for winter and are described from the feet up.
+
 Two kinds of look-alikes are in every split, next to persons drawn independently: *swaps*, who wear the colours of
 another person the other way round (red coat and blue trousers, blue coat and red trousers), and *relatives*, who share
 all but two attributes with another person. Everything follows from the seed.
@@ -14,7 +17,7 @@ all but two attributes with another person. Everything follows from the seed.
 import hashlib
 import io
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -66,14 +69,60 @@ ATTRIBUTES: dict[str, dict[str, float]] = {
 }
 SWAP_SHARE, RELATIVE_SHARE = 0.15, 0.25
 
+
+@dataclass(frozen=True)
+class Domain:
+    """
+    What differs between two drawn sets. Pairs are ranges of numbers drawn evenly.
+
+    Args:
+        wall, things, ground: channels of the background, 0 to 255.
+        brightness, contrast: factors.
+        warmth: added share of red, taken from blue.
+        noise: standard deviation, of 255.
+        weights: of attribute values, where they differ from [`ATTRIBUTES`].
+        styles: caption styles, drawn evenly: 0 is one sentence, 1 short sentences, 2 from the feet up.
+    """
+
+    wall: tuple[int, int] = (70, 215)
+    things: tuple[int, int] = (40, 230)
+    ground: tuple[int, int] = (80, 180)
+    brightness: tuple[float, float] = (0.7, 1.2)
+    contrast: tuple[float, float] = (0.8, 1.15)
+    warmth: tuple[float, float] = (-0.06, 0.06)
+    noise: tuple[float, float] = (2, 10)
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    styles: tuple[int, ...] = (0, 1, 2)
+
+
+DOMAINS = {
+    "day": Domain(),
+    "night": Domain(
+        wall=(15, 90),
+        things=(10, 130),
+        ground=(20, 80),
+        brightness=(0.5, 0.8),
+        contrast=(0.7, 1.0),
+        warmth=(-0.2, -0.06),
+        noise=(8, 16),
+        weights={
+            "upper_type": {"t-shirt": 1, "sweater": 2, "jacket": 3, "coat": 5},
+            "lower_type": {"trousers": 7, "shorts": 1, "skirt": 2},
+            "hat_type": {"none": 2, "cap": 1, "beanie": 3},
+        },
+        styles=(0, 1, 1, 2, 2, 2, 2, 2),
+    ),
+}
+
 SKIN = ((244, 208, 177), (224, 172, 125), (180, 120, 80), (110, 70, 45))
 
 
-def draw_persons(count: int, rng: random.Random) -> list[dict[str, str]]:
+def draw_persons(count: int, rng: random.Random, domain: Domain = DOMAINS["day"]) -> list[dict[str, str]]:
     """Attributes of `count` different persons, look-alikes included."""
 
     def value(name: str) -> str:
-        return rng.choices(list(ATTRIBUTES[name]), weights=list(ATTRIBUTES[name].values()))[0]
+        weights = domain.weights.get(name, ATTRIBUTES[name])
+        return rng.choices(list(weights), weights=list(weights.values()))[0]
 
     persons: list[dict[str, str]] = []
     seen = set()
@@ -132,23 +181,23 @@ def _draw_cloth(canvas, polygon, colour, pattern) -> None:
     canvas.paste(cloth, mask=mask)
 
 
-def _draw_background(rng: random.Random, width: int, height: int) -> PILImage.Image:
+def _draw_background(rng: random.Random, width: int, height: int, domain: Domain) -> PILImage.Image:
     """Wall and ground with a few things in front of the wall."""
-    canvas = PILImage.new("RGB", (width, height), tuple(rng.randint(70, 215) for _ in range(3)))
+    canvas = PILImage.new("RGB", (width, height), tuple(rng.randint(*domain.wall) for _ in range(3)))
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.randint(0, 4)):
         x, y = rng.randint(-20, width), rng.randint(-20, height - 60)
         box = (x, y, x + rng.randint(8, 50), y + rng.randint(15, 90))
-        draw.rectangle(box, fill=tuple(rng.randint(40, 230) for _ in range(3)))
+        draw.rectangle(box, fill=tuple(rng.randint(*domain.things) for _ in range(3)))
     horizon = int(height * rng.uniform(0.62, 0.85))
-    draw.rectangle((0, horizon, width, height), fill=tuple(rng.randint(80, 180) for _ in range(3)))
+    draw.rectangle((0, horizon, width, height), fill=tuple(rng.randint(*domain.ground) for _ in range(3)))
     return canvas
 
 
-def draw_image(person: dict[str, str], rng: random.Random) -> PILImage.Image:
+def draw_image(person: dict[str, str], rng: random.Random, domain: Domain = DOMAINS["day"]) -> PILImage.Image:
     """One image of a person, `IMAGE_SIZE` large: same attributes, new pose, crop, light, background and noise."""
     height, width = (side * _DRAW_SCALE for side in IMAGE_SIZE)
-    canvas = _draw_background(rng, width, height)
+    canvas = _draw_background(rng, width, height, domain)
     draw = ImageDraw.Draw(canvas)
     woman = person["sex"] == "woman"
 
@@ -269,11 +318,11 @@ def draw_image(person: dict[str, str], rng: random.Random) -> PILImage.Image:
         draw.rectangle(box(hip + 5, 110, 12, 9), fill=bag)
 
     image = canvas.reduce(_DRAW_SCALE)
-    image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.7, 1.2))
-    image = ImageEnhance.Contrast(image).enhance(rng.uniform(0.8, 1.15))
-    warmth = rng.uniform(-0.06, 0.06)
+    image = ImageEnhance.Brightness(image).enhance(rng.uniform(*domain.brightness))
+    image = ImageEnhance.Contrast(image).enhance(rng.uniform(*domain.contrast))
+    warmth = rng.uniform(*domain.warmth)
     pixels = np.asarray(image, dtype=np.float32) * np.array([1 + warmth, 1, 1 - warmth], dtype=np.float32)
-    pixels += np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(2, 10), pixels.shape)
+    pixels += np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(*domain.noise), pixels.shape)
     return PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -304,7 +353,7 @@ _COLOUR_WORDS = {"grey": ("grey", "gray"), "blond": ("blond", "blonde"), "purple
 _PLURAL = ("trousers", "pants", "shorts", "short pants")
 
 
-def draw_caption(person: dict[str, str], rng: random.Random) -> DrawnCaption:
+def draw_caption(person: dict[str, str], rng: random.Random, domain: Domain = DOMAINS["day"]) -> DrawnCaption:
     """A caption of a person from a varied grammar that leaves attributes out."""
     named: list[str] = []
     phrases: list[str] = []
@@ -368,7 +417,7 @@ def draw_caption(person: dict[str, str], rng: random.Random) -> DrawnCaption:
     has_bag = person["bag_type"] != "none" and rng.random() < 0.65
     has_hat = person["hat_type"] != "none" and rng.random() < 0.65
     sentences: list[str] = []
-    style = rng.randrange(3)
+    style = rng.choice(domain.styles)
     if style == 0:  # one flowing sentence, hair first
         hair_text = hair() if has_hair else ""
         start = f"{who} with {hair_text}" if hair_text else who
@@ -422,15 +471,16 @@ FEATURES = Features(
 )
 
 
-def _rows(split: str, persons: int, images_per_person: int, first_id: int, seed: int, version: str):
+def _rows(split: str, persons: int, images_per_person: int, first_id: int, seed: int, domain: str, version: str):
     # `version` makes `datasets` draw again where this file has changed; it hashes the arguments, not the code.
     rng = random.Random(f"{seed}-{split}")
-    for person_id, person in enumerate(draw_persons(persons, rng), start=first_id):
+    for person_id, person in enumerate(draw_persons(persons, rng, DOMAINS[domain]), start=first_id):
         for number in range(images_per_person):
-            captions = [draw_caption(person, rng) for _ in range(2)]
+            captions = [draw_caption(person, rng, DOMAINS[domain]) for _ in range(2)]
             file = io.BytesIO()
             name = f"{split}/{person_id:05d}_{number}.bmp"
-            draw_image(person, rng).save(file, format="BMP")  # noise does not compress, and PNG takes longer to read
+            # Noise does not compress, and PNG takes longer to read.
+            draw_image(person, rng, DOMAINS[domain]).save(file, format="BMP")
             yield {
                 "image": {"path": name, "bytes": file.getvalue()},
                 "captions": [caption.text for caption in captions],
@@ -448,6 +498,7 @@ def load_drawn(
     test_persons: int = 150,
     images_per_person: int = 4,
     seed: int = 0,
+    domain: str = "day",
 ) -> DatasetDict:
     """
     The drawn set as `DatasetDict` of `train`, `val` and `test`; no person is in two splits. Drawn once and kept in the
@@ -461,6 +512,7 @@ def load_drawn(
         train_persons, val_persons, test_persons: persons of each split.
         images_per_person: images of each person of `val` and `test`; `train` has half as many, of more persons.
         seed: decides persons, images and captions.
+        domain: `"day"` or `"night"`, see [`DOMAINS`].
     """
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     splits, first_id = {}, 0
@@ -474,6 +526,7 @@ def load_drawn(
                 "images_per_person": (images_per_person + 1) // 2 if split == "train" else images_per_person,
                 "first_id": first_id,
                 "seed": seed,
+                "domain": domain,
                 "version": version,
             },
         )

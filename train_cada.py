@@ -110,8 +110,8 @@ class DataArguments:
 
     dataset: str = field(
         metadata={
-            "help": "cuhk_pedes, icfg_pedes, rstp_reid, demo (drawn), a folder written by `save_to_disk`, or a name "
-            "that `datasets.load_dataset` takes, with the columns image, captions, person_id."
+            "help": "cuhk_pedes, icfg_pedes, rstp_reid, demo or demo_night (drawn), a folder written by "
+            "`save_to_disk`, or a name for `datasets.load_dataset`, with the columns image, captions, person_id."
         }
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the authors' annotations and imgs/."})
@@ -415,7 +415,7 @@ def name_of_set(data: DataArguments, rows: Dataset) -> str:
     if data.dataset in PEDES_SETS:
         return data.dataset
     if "named_attributes" in rows.column_names:  # only the drawn set has them
-        return "drawn"
+        return "drawn, night" if data.dataset == "demo_night" else "drawn"
     return f"{Path(data.dataset).name} (own data)" if Path(data.dataset).exists() else data.dataset
 
 

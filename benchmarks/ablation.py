@@ -1,13 +1,14 @@
 """
-The paper's ablation (Tables IV, V and VII, Figures 3 and 4) as training runs, a report and a figure.
+The paper's ablation (Tables IV to VII, Figures 3 and 4) as training runs, a report and a figure.
 
     python benchmarks/ablation.py --seeds 0 1 2
     python benchmarks/ablation.py --seeds 0 1 2 --name cuhk_pedes -- recipes/cuhk_pedes.json \\
         --data_dir /data/CUHK-PEDES --model_name_or_path start
 
-The first line runs on the drawn set. What follows `--` goes to train_cada.py; `start` is a CADA checkpoint, such as
-`convert_cada.py` writes. A finished run is not repeated and an interrupted one goes on, so the command can be stopped and
-typed again. Two commands with other seeds and the same `--output_dir` share the work; the last one writes the report.
+The first line runs on the drawn set, and across its two domains. What follows `--` goes to train_cada.py; `start` is a
+CADA checkpoint, such as `convert_cada.py` writes. A finished run is not repeated and an interrupted one goes on: stop
+the command and type it again. Two commands with other seeds and the same `--output_dir` share the work; the last one
+writes the report.
 """
 
 import argparse
@@ -41,17 +42,22 @@ MASK_RATES = (0.2, 0.4, 0.6, 0.8, 1.0)
 GROUPS = {"36/36": (1 / 2, 1 / 2), "36/18": (1 / 2, 1 / 4), "24/24": (1 / 3, 1 / 3), "48/24": (2 / 3, 1 / 3)}
 GROUPS["72/72"] = (1, 1)
 LAYERS = (1 / 2, 2 / 3, 1)
+KEPT = ("full", "night")  # models that are evaluated again, with other K or on another set
 # The drawn set: the demo's arguments, for fewer epochs.
-DRAWN_ARGUMENTS = (*demo_cada.RECIPE, "--num_train_epochs", "3")
+DRAWN_ARGUMENTS = ("--dataset", "demo", *demo_cada.RECIPE, "--num_train_epochs", "2.5")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, or with `trained` the evaluation of the model of that run, with these fields of CADAConfig."""
+    """
+    One training, or with `trained` the evaluation of the model of that run; with these fields of CADAConfig, and by
+    default on the set that the arguments name.
+    """
 
     name: str
     overrides: dict = field(default_factory=dict)
     trained: str | None = None
+    dataset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ class Row:
     stages: tuple[str, ...] = ("global", "local")
 
 
-def plan(start: CADAConfig) -> dict[str, list[Row]]:
-    """The tables and figures of the paper as rows, for models like `start`."""
+def plan(start: CADAConfig, drawn: bool) -> dict[str, list[Row]]:
+    """The tables and figures of the paper as rows, for models like `start`; Table VI on the drawn sets alone."""
     neither = {"use_atp": False, "use_ara": False}
     full, atp = Run("full"), Run("atp", {"use_ara": False})
     only_global = ("global",)
@@ -92,6 +98,14 @@ def plan(start: CADAConfig) -> dict[str, list[Row]]:
         Row(str(rate), full if rate == start.mask_rate else Run(f"mask_{rate}", {"mask_rate": rate}))
         for rate in MASK_RATES
     ]
+    if drawn:
+        night = Run("night", dataset="demo_night")
+        studies["domains"] = [
+            Row("day → day", full),
+            Row("night → night", night),
+            Row("day → night", Run("day_to_night", trained="full", dataset="demo_night")),
+            Row("night → day", Run("night_to_day", trained="night")),
+        ]
     whole = start.vision_config.num_hidden_layers, start.text_config.num_hidden_layers
     studies["layers"] = []
     for vision, text in sorted({tuple(max(1, round(part * count)) for count in whole) for part in LAYERS}):
@@ -133,6 +147,8 @@ def carry_out(run: Run, seed: int, output_dir: Path, arguments: list[str]) -> No
     if (folder / "test_results.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if run.dataset is not None:
+        arguments = [*arguments, "--dataset", run.dataset]
     overrides = dict(run.overrides)
     if "--config_overrides" in arguments:
         overrides = {**json.loads(arguments[arguments.index("--config_overrides") + 1]), **overrides}
@@ -149,7 +165,7 @@ def carry_out(run: Run, seed: int, output_dir: Path, arguments: list[str]) -> No
         sys.exit(f"error: the run {run.name}, seed {seed}, failed. Its log: {folder / 'log.txt'}")
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    if run.name != "full":  # its model is evaluated again, with other K
+    if run.name not in KEPT:
         (folder / "model.safetensors").unlink(missing_ok=True)
 
 
@@ -184,6 +200,7 @@ TITLES = {
     "groups": "Size and stride of the groups (Table V)",
     "mask_rate": "Mask rate (Fig. 4)",
     "k": "Candidates re-ranked (Fig. 3)",
+    "domains": "Trained on one set, tested on another (Table VI)",
     "layers": "Layers (Table VII)",
 }
 
@@ -237,8 +254,8 @@ def write_report(
     lines = [
         f"# Ablation: {name}",
         "",
-        f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}, on the test split, in percent. Groups are "
-        "named as in the paper, for texts of 72 words; here they are the same parts of the text.",
+        f"Mean ± standard deviation over the seeds {', '.join(map(str, seeds))}, on the test split, in percent. "
+        "Groups are named as in the paper, for texts of 72 words; here they are the same parts of the text.",
     ]
     for study, rows in studies.items():
         lines += table(study, rows, output_dir, seeds)
@@ -285,27 +302,24 @@ def main() -> None:
         train_arguments = arguments
     else:
         splits = load_drawn(seed=0)
-        if not (output_dir / "drawn").exists():
-            splits.save_to_disk(output_dir / "drawn")
         for seed in options.seeds:
             starts[seed] = str(output_dir / f"seed_{seed}" / "start")
             if not Path(starts[seed]).exists():
                 demo_cada.build_start(splits, Path(starts[seed]), seed)
-        train_arguments = ["--dataset", str(output_dir / "drawn"), *DRAWN_ARGUMENTS]
+        train_arguments = list(DRAWN_ARGUMENTS)
     start = CADAConfig.from_pretrained(starts[options.seeds[0]])
-    studies = {study: rows for study, rows in plan(start).items() if study in options.studies}
-    runs = list(dict.fromkeys(row.run.name for rows in studies.values() for row in rows))
-    by_name = {row.run.name: row.run for rows in studies.values() for row in rows}
-    if "k" in studies and "full" not in runs:
-        runs, by_name["full"] = ["full", *runs], Run("full")
+    studies = {study: rows for study, rows in plan(start, not arguments).items() if study in options.studies}
+    runs = {row.run.name: row.run for rows in studies.values() for row in rows}
+    if any(run.trained == "full" for run in runs.values()):
+        runs = {"full": Run("full"), **runs}
     with tqdm(total=len(runs) * len(options.seeds), unit="run") as bar:
-        for name in runs:
+        for run in runs.values():
             for seed in options.seeds:
-                bar.set_description(f"{name}, seed {seed}")
+                bar.set_description(f"{run.name}, seed {seed}")
                 own = train_arguments if arguments else [*train_arguments, "--model_name_or_path", starts[seed]]
-                carry_out(by_name[name], seed, output_dir, own)
+                carry_out(run, seed, output_dir, own)
                 bar.update()
-    shown = arguments or ["--dataset", "(drawn)", "--model_name_or_path", "(drawn start)", *DRAWN_ARGUMENTS]
+    shown = arguments or DRAWN_ARGUMENTS
     print(f"Report: {write_report(options.name, studies, start, output_dir, options.seeds, shown)}")
 
 
