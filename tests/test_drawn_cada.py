@@ -8,7 +8,16 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drawn_cada import ATTRIBUTES, IMAGE_SIZE, draw_caption, draw_image, draw_persons, ideal_scores, load_drawn
+from drawn_cada import (
+    ATTRIBUTES,
+    DOMAINS,
+    IMAGE_SIZE,
+    draw_caption,
+    draw_image,
+    draw_persons,
+    ideal_scores,
+    load_drawn,
+)
 from processing_cada import clean_caption
 
 
@@ -110,6 +119,35 @@ def test_seed_decides_everything(drawn):
     assert list(again["test"]["captions"]) == list(drawn["test"]["captions"])
     assert np.array_equal(again["test"][3]["image"], drawn["test"][3]["image"])
     assert list(other["test"]["captions"]) != list(drawn["test"]["captions"])
+
+
+def test_at_night_images_are_dark_and_blue_and_people_wear_coats():
+    night = load_drawn(train_persons=12, val_persons=4, test_persons=30, images_per_person=3, seed=7, domain="night")
+    day = load_drawn(train_persons=12, val_persons=4, test_persons=30, images_per_person=3, seed=7)
+
+    def mean_colour(rows):
+        return np.mean([np.asarray(image).mean(axis=(0, 1)) for image in rows["image"]], axis=0)
+
+    def share(rows, found):
+        return np.mean([found(row) for row in rows])
+
+    (day_red, _, day_blue), (night_red, _, night_blue) = mean_colour(day["test"]), mean_colour(night["test"])
+    assert night_red < 0.7 * day_red
+    assert night_blue / night_red > 1.1 * day_blue / day_red
+    night_coats, day_coats = (
+        share(rows["attributes"], lambda row: row["upper_type"] == "coat") for rows in (night["test"], day["test"])
+    )
+    assert night_coats > day_coats
+    night_ends, day_ends = (
+        share(sum(rows["captions"], []), lambda text: "on top." in text) for rows in (night["test"], day["test"])
+    )
+    assert night_ends > day_ends
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_weights_of_a_domain_are_for_known_values(domain):
+    for name, weights in DOMAINS[domain].weights.items():
+        assert set(weights) == set(ATTRIBUTES[name])
 
 
 def test_ideal_matcher_counts_agreeing_attributes():
