@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -307,3 +309,24 @@ def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
     again += ["--holdout_persons", "2"]
     with pytest.raises(ArgumentError, match="the training held out 0"):
         train_cada.main(again)
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """Every `python train_cada.py ...` of a page, in words. `...` stands for arguments that the page leaves to you."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"python train_cada\.py (.*?)(?:`|\n(?!--)|$)", text.replace("\n--", " --"))
+    return [shlex.split(line) for line in found if "..." not in line]
+
+
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/paper.md"])
+def test_commands_of_the_documentation_are_understood(page, monkeypatch):
+    """They parse, with the recipes that they name. Nothing is run."""
+    runs = []
+    monkeypatch.setattr(train_cada, "run", lambda *arguments: runs.append(arguments))
+    monkeypatch.chdir(ROOT)
+    commands = commands_of(page)
+    assert len(commands) >= 4
+    for words in commands:
+        train_cada.main([*words, "--use_cpu"])  # the recipes use bfloat16, which the Trainer checks
+    assert {data.dataset for _, data, _ in runs} == {"cuhk_pedes", "icfg_pedes", "rstp_reid"}
+    assert all(args.do_predict for _, _, args in runs)
