@@ -1,5 +1,6 @@
 """Retrieval metrics, and evaluation in two stages: global matching of all images, local matching of the top K."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import datasets
@@ -13,7 +14,9 @@ from data_cada import read_row
 
 
 METRICS = ("R1", "R5", "R10", "mAP", "mINP")
+RERANK_MEMORY = 4.0  # GB
 _ROWS_AT_ONCE = 512
+_PAIRS_AT_ONCE = 512
 
 
 def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
@@ -100,10 +103,26 @@ def top_candidates(similarity: torch.Tensor, k: int) -> torch.Tensor:
 
 @dataclass
 class Gallery:
-    """Encoded images: normalised features `(images, d)` and patch states `(images, 1 + patches, hidden)`."""
+    """
+    Encoded images.
+
+    Args:
+        embeds: normalised features `(images, d)`.
+        states: patch states `(kept, 1 + patches, hidden)` of the first images, as many as the memory allows.
+        encode: gives the patch states of images by their indices, for those that were not kept.
+    """
 
     embeds: torch.Tensor
     states: torch.Tensor
+    encode: Callable[[list[int]], torch.Tensor] | None = None
+
+    def states_of(self, images: torch.Tensor) -> torch.Tensor:
+        """Patch states `(len(images), 1 + patches, hidden)`; `images` are ascending indices."""
+        kept = images[images < len(self.states)]
+        states = self.states[kept]
+        if len(kept) == len(images):
+            return states
+        return torch.cat([states, self.encode(images[len(kept) :].tolist()).to(states)])
 
 
 @dataclass
@@ -131,16 +150,42 @@ class _Images(torch.utils.data.Dataset):
 
 @torch.inference_mode()
 def encode_gallery(
-    model, processor, dataset, batch_size: int = 64, num_workers: int = 0, progress: bool = True
+    model,
+    processor,
+    dataset,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool = True,
+    memory: float = RERANK_MEMORY,
 ) -> Gallery:
-    """Encode the column `image` of a data set, once per image. Results are on the CPU."""
-    loader = torch.utils.data.DataLoader(_Images(dataset, processor), batch_size=batch_size, num_workers=num_workers)
-    embeds, states = [], []
+    """
+    Encode the column `image` of a data set. Patch states are kept for half of `memory` (GB); images beyond that are
+    encoded again where local matching needs them. Results are on the CPU.
+    """
+    images, device = _Images(dataset, processor), model.device
+    loader = torch.utils.data.DataLoader(images, batch_size=batch_size, num_workers=num_workers)
+    vision = model.config.vision_config
+    rows, columns = vision.grid_size
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    bytes_per_image = (1 + rows * columns) * vision.hidden_size * dtype.itemsize
+    kept = min(len(images), int(memory / 2 * 1e9 / bytes_per_image)) if model.config.use_atp else 0
+    states = torch.empty(kept, 1 + rows * columns, vision.hidden_size, dtype=dtype)
+    embeds = torch.empty(len(images), model.config.projection_dim)
+    start = 0
     for pixel_values in tqdm(loader, desc="Encoding images", unit="batch", disable=not progress, leave=False):
-        outputs = model.get_image_features(pixel_values.to(model.device))
-        embeds.append(F.normalize(outputs.pooler_output.float(), dim=-1).cpu())
-        states.append(outputs.last_hidden_state.cpu())
-    return Gallery(torch.cat(embeds), torch.cat(states))
+        outputs = model.get_image_features(pixel_values.to(device))
+        end = start + len(pixel_values)
+        embeds[start:end] = F.normalize(outputs.pooler_output.float(), dim=-1)
+        states[start:end] = outputs.last_hidden_state[: max(0, kept - start)]
+        start = end
+
+    def encode(indices: list[int]) -> torch.Tensor:
+        parts = torch.utils.data.DataLoader(
+            torch.utils.data.Subset(images, indices), batch_size, num_workers=num_workers
+        )
+        return torch.cat([model.encode_images(pixel_values.to(device)).to(dtype).cpu() for pixel_values in parts])
+
+    return Gallery(embeds, states, encode)
 
 
 @torch.inference_mode()
@@ -160,41 +205,64 @@ def encode_queries(model, processor, captions: list[str], batch_size: int = 256,
 
 @torch.inference_mode()
 def match_candidates(
-    model, queries: Queries, gallery: Gallery, candidates: torch.Tensor, pairs_per_batch: int = 512, progress=None
+    model,
+    queries: Queries,
+    gallery: Gallery,
+    candidates: torch.Tensor,
+    memory: float = RERANK_MEMORY,
+    progress=None,
 ) -> torch.Tensor:
     """
-    Local scores S_L `(queries, K)` of the candidates `(queries, K)`. Pairs are taken image by image, so that the keys
-    and values of an image are computed once for all its pairs of a batch.
+    Local scores S_L `(queries, K)` of the candidates `(queries, K)`.
+
+    Pairs are taken image by image. The keys and values of an image are computed once for all its pairs, in groups of
+    images that fill a quarter of `memory` (GB). The pairs of a group are sorted by the length of their text, so that
+    padding is rare, and matched in batches that fill another quarter.
     """
-    k = candidates.shape[1]
+    k, device, text = candidates.shape[1], model.device, model.config.text_config
+    lengths = queries.attention_mask.sum(dim=1)
     images, order = candidates.flatten().sort(stable=True)
     scores = torch.empty(candidates.numel())
-    for start in range(0, len(order), pairs_per_batch):
-        pairs = order[start : start + pairs_per_batch]
-        texts, text_index = (pairs // k).unique(return_inverse=True)
-        used, image_index = images[start : start + pairs_per_batch].unique(return_inverse=True)
-        logits = model.match(
-            *(tensor.to(model.device) for tensor in (queries.input_ids[texts], queries.attention_mask[texts])),
-            *(tensor.to(model.device) for tensor in (gallery.states[used], text_index, image_index)),
-        )
-        scores[pairs] = model.local_score(logits).float().cpu()
-        if progress is not None:
-            progress.update(len(pairs))
+    images, counts = images.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0)
+    itemsize = gallery.states.dtype.itemsize
+    # Keys and values of one layer; all layers of a group are kept, and one layer is copied for every pair.
+    projected = 2 * gallery.states.shape[1] * text.hidden_size * itemsize
+    images_at_once = max(1, int(memory / 4 * 1e9 / (projected * text.num_hidden_layers)))
+    for group in torch.arange(len(images)).split(images_at_once):
+        states = model.project_images(gallery.states_of(images[group]).to(device))
+        pairs = order[ends[group[0]] - counts[group[0]] : ends[group[-1]]]
+        image_index = torch.repeat_interleave(torch.arange(len(group)), counts[group])
+        by_length = lengths[pairs // k].argsort(stable=True)
+        pairs, image_index = pairs[by_length], image_index[by_length]
+        start = 0
+        while start < len(pairs):
+            longest = int(lengths[pairs[start : start + _PAIRS_AT_ONCE] // k].max())
+            per_pair = projected + longest * (2 * text.intermediate_size + 8 * text.hidden_size) * itemsize
+            batch = slice(start, start + max(1, min(_PAIRS_AT_ONCE, int(memory / 4 * 1e9 / per_pair))))
+            texts, text_index = (pairs[batch] // k).unique(return_inverse=True)
+            inputs = (queries.input_ids[texts], queries.attention_mask[texts], text_index, image_index[batch])
+            input_ids, attention_mask, text_index, image_of_pair = (tensor.to(device) for tensor in inputs)
+            logits = model.match(input_ids, attention_mask, states, text_index, image_of_pair)
+            scores[pairs[batch]] = model.local_score(logits).float().cpu()
+            if progress is not None:
+                progress.update(len(pairs[batch]))
+            start = batch.stop
     return scores.view_as(candidates)
 
 
 def score_gallery(
-    model, queries: Queries, gallery: Gallery, rerank_k: int, progress=None
+    model, queries: Queries, gallery: Gallery, rerank_k: int, memory: float = RERANK_MEMORY, progress=None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Scores `(queries, gallery)` of global matching, and of local matching of the top K; `None` for the latter where
-    the model has no match heads.
+    the model has no match heads. `memory` (GB) bounds local matching.
     """
     similarity = queries.embeds @ gallery.embeds.t()
     if not model.config.use_atp:
         return similarity, None
     candidates = top_candidates(similarity, rerank_k)
-    local_scores = match_candidates(model, queries, gallery, candidates, progress=progress)
+    local_scores = match_candidates(model, queries, gallery, candidates, memory, progress)
     return similarity, rerank_scores(similarity, candidates, local_scores)
 
 
@@ -206,6 +274,7 @@ def evaluate_retrieval(
     batch_size: int = 64,
     num_workers: int = 0,
     progress: bool = True,
+    memory: float = RERANK_MEMORY,
 ) -> dict[str, float]:
     """
     Every caption of `dataset` searches all its images, by global matching and, where the model has match heads, by
@@ -220,6 +289,8 @@ def evaluate_retrieval(
             Rows with `image`, `captions`, `person_id`.
         rerank_k (`int`, *optional*):
             Number of candidates; `config.rerank_k` by default.
+        memory (`float`):
+            GB that patch states and the batches of local matching may take, whatever the size of the gallery.
 
     Returns:
         `global_R1`, ... `global_mINP`, `local_R1`, ... in percent; `queries`, `gallery`, `rerank_k`.
@@ -234,19 +305,25 @@ def evaluate_retrieval(
     was_training = model.training
     model.eval()
     try:
-        gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, progress)
+        gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, progress, memory)
         queries = encode_queries(model, processor, captions, progress=progress)
-        stages = ("global", "local") if model.config.use_atp else ("global",)
+        parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(captions), _ROWS_AT_ONCE)]
+        stages = ("global",)
+        if model.config.use_atp:
+            stages = ("global", "local")
+            similarities = (queries.embeds[rows] @ gallery.embeds.t() for rows in parts)
+            candidates = torch.cat([top_candidates(similarity, rerank_k) for similarity in similarities])
+            with tqdm(
+                total=candidates.numel(), desc="Re-ranking", unit="pair", disable=not progress, leave=False
+            ) as bar:
+                local_scores = match_candidates(model, queries, gallery, candidates, memory, bar)
         sums = {stage: torch.zeros(len(METRICS), dtype=torch.float64) for stage in stages}
-        total = len(captions) * min(rerank_k, len(gallery_ids))
-        with tqdm(
-            total=total, desc="Re-ranking", unit="pair", disable=not progress or len(stages) < 2, leave=False
-        ) as bar:
-            for start in range(0, len(captions), _ROWS_AT_ONCE):
-                rows = slice(start, start + _ROWS_AT_ONCE)
-                part = Queries(queries.embeds[rows], queries.input_ids[rows], queries.attention_mask[rows])
-                for stage, scores in zip(stages, score_gallery(model, part, gallery, rerank_k, progress=bar)):
-                    sums[stage] += _metric_sums(scores, query_ids[rows], gallery_ids, start)
+        for rows in parts:  # the whole matrix of scores may be too large
+            similarity = queries.embeds[rows] @ gallery.embeds.t()
+            sums["global"] += _metric_sums(similarity, query_ids[rows], gallery_ids, rows.start)
+            if "local" in sums:
+                scores = rerank_scores(similarity, candidates[rows], local_scores[rows])
+                sums["local"] += _metric_sums(scores, query_ids[rows], gallery_ids, rows.start)
     finally:
         model.train(was_training)
     metrics = {

@@ -154,6 +154,10 @@ class CADAAttention(nn.Module):
         self.v_proj = nn.Linear(key_value_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
+    def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of `states`."""
+        return self.k_proj(states), self.v_proj(states)
+
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
@@ -162,17 +166,19 @@ class CADAAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
+        projected_values: torch.Tensor | None = None,
         key_value_index: torch.Tensor | None = None,
         is_causal: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Queries from `hidden_states` `(batch, length, hidden)`; keys and values from `key_value_states`, by default the
-        same. With `key_value_index` `(batch,)` row b reads `key_value_states[key_value_index[b]]`: keys and values are
-        computed once for each of those rows, however many queries use them.
+        same; with `projected_values` both come ready from [`project`]. With `key_value_index` `(batch,)` row b reads
+        row `key_value_index[b]` of them: they are computed once, however many queries use them.
         """
         source = hidden_states if key_value_states is None else key_value_states
-        query, key, value = self._heads(self.q_proj(hidden_states)), self.k_proj(source), self.v_proj(source)
+        query = self._heads(self.q_proj(hidden_states))
+        key, value = self.project(source) if projected_values is None else (source, projected_values)
         if key_value_index is not None:
             key, value = key.index_select(0, key_value_index), value.index_select(0, key_value_index)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -309,15 +315,18 @@ class CADATextLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        encoder_values: torch.Tensor | None = None,
         encoder_index: torch.Tensor | None = None,
         text_index: torch.Tensor | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if hidden_states is None:  # a call, so that sharding and offloading, which hook into calls, bring the weights
+            return self.cross_attn.project(encoder_hidden_states)
         # `num_queries` first positions are computed, the others only serve as keys and values.
         queries = hidden_states[:, :num_queries]
         output, _ = self.self_attn(queries, attention_mask, hidden_states, is_causal=is_causal, **kwargs)
@@ -325,7 +334,9 @@ class CADATextLayer(GradientCheckpointingLayer):
         if text_index is not None:  # the image comes in only now: until here a text is computed once for all its pairs
             hidden_states = hidden_states.index_select(0, text_index)
         if encoder_hidden_states is not None:
-            output, _ = self.cross_attn(hidden_states, None, encoder_hidden_states, encoder_index, **kwargs)
+            output, _ = self.cross_attn(
+                hidden_states, None, encoder_hidden_states, encoder_values, encoder_index, **kwargs
+            )
             hidden_states = self.cross_attn_layer_norm(self.dropout(output) + hidden_states)
         return self.mlp_layer_norm(self.dropout(self.mlp(hidden_states)) + hidden_states)
 
@@ -414,6 +425,13 @@ class CADATextModel(CADAPreTrainedModel):
         self.layers = nn.ModuleList([CADATextLayer(config) for _ in range(config.num_hidden_layers)])
         self.post_init()
 
+    def project_images(self, image_states: torch.FloatTensor) -> list[tuple[torch.FloatTensor, torch.FloatTensor]]:
+        """
+        Keys and values of patch states in every layer: what several calls of the decoder for the same images share.
+        They take the place of `encoder_hidden_states`, and `2 * layers * hidden / vision hidden` times its memory.
+        """
+        return [layer(None, None, image_states) for layer in self.layers]
+
     def _attention_mask(self, hidden_states, attention_mask, num_queries, is_causal):
         """The mask of self-attention, in the form that the attention implementation takes."""
         if is_causal:
@@ -433,7 +451,7 @@ class CADATextModel(CADAPreTrainedModel):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
-        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | list[tuple[torch.FloatTensor, torch.FloatTensor]] | None = None,
         encoder_index: torch.LongTensor | None = None,
         text_index: torch.LongTensor | None = None,
         num_queries: int | None = None,
@@ -447,7 +465,8 @@ class CADATextModel(CADAPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
                 1 for real tokens, 0 for padding.
             encoder_hidden_states (`torch.FloatTensor` of shape `(images, 1 + patches, vision hidden)`, *optional*):
-                Patch states that the tokens read. With them the stack is the decoder.
+                Patch states that the tokens read, or what [`project_images`] made of them. With them the stack is the
+                decoder.
             encoder_index, text_index (`torch.LongTensor` of shape `(pairs,)`, *optional*):
                 The pairs that the decoder computes: text `text_index[p]` reads image `encoder_index[p]`. By default
                 text i reads image i.
@@ -465,6 +484,7 @@ class CADATextModel(CADAPreTrainedModel):
             attention_mask = None if attention_mask is None else attention_mask[:, : input_ids.shape[1]]
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
             raise ValueError("This text stack has no cross-attention. Set `use_atp` or `use_ara` in CADAConfig.")
+        projected = isinstance(encoder_hidden_states, list)
         hidden_states = self.embeddings(input_ids)
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
@@ -474,7 +494,7 @@ class CADATextModel(CADAPreTrainedModel):
             hidden_states = layer(
                 hidden_states,
                 mask,
-                encoder_hidden_states,
+                *(encoder_hidden_states[number] if projected else (encoder_hidden_states, None)),
                 encoder_index,
                 text_index if number == 0 else None,
                 queries,
@@ -650,6 +670,10 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         """Patch states `(images, 1 + patches, hidden)` of `pixel_values`, the input of [`match`]."""
         return self.cada.vision_model(pixel_values, return_dict=True, **kwargs).last_hidden_state
 
+    def project_images(self, image_states: torch.FloatTensor) -> list[tuple[torch.FloatTensor, torch.FloatTensor]]:
+        """As [`CADATextModel.project_images`]."""
+        return self.cada.text_model.project_images(image_states)
+
     def _decode(
         self, input_ids, attention_mask, image_states, image_index, text_index, num_queries=None, **kwargs
     ) -> torch.Tensor:
@@ -666,14 +690,15 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor,
-        image_states: torch.FloatTensor,
+        image_states: torch.FloatTensor | list[tuple[torch.FloatTensor, torch.FloatTensor]],
         text_index: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
     ) -> torch.FloatTensor:
         r"""
         Local matching of the listed pairs, equation (4) with e_cls. Keys and values are computed once per image of
-        `image_states`, texts are cut to the longest of the listed ones, the first self-attention is computed once per
-        text of `input_ids`, the last layer computes e_cls only.
+        `image_states`, or given by [`project_images`] for several calls with the same images. Texts are cut to the
+        longest of the listed ones, the first self-attention is computed once per text of `input_ids`, the last layer
+        computes e_cls only.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(texts, length)`):
@@ -681,7 +706,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(texts, length)`):
                 1 for real tokens, which come first.
             image_states (`torch.FloatTensor` of shape `(images, 1 + patches, hidden)`):
-                From [`encode_images`].
+                From [`encode_images`], or what [`project_images`] made of it.
             text_index, image_index (`torch.LongTensor` of shape `(pairs,)`, *optional*):
                 The pairs. Without them text i is paired with image i.
 
@@ -693,7 +718,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         if (text_index is None) != (image_index is None):
             raise ValueError("Give both `text_index` and `image_index`, or neither.")
         if len(input_ids if text_index is None else text_index) == 0:
-            return image_states.new_zeros(0, 2)
+            return self.match_head.weight.new_zeros(0, 2)
         length = int((attention_mask if text_index is None else attention_mask[text_index]).sum(dim=1).max())
         states = self._decode(
             input_ids[:, :length], attention_mask[:, :length], image_states, image_index, text_index, num_queries=1
@@ -770,21 +795,23 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         image_features = gather_batch(self.cada.visual_projection(outputs.vision_model_output.pooler_output).float())
         text_features = gather_batch(self.cada.text_projection(outputs.text_model_output.pooler_output).float())
         all_ids = gather_batch(person_ids)
-        image_states = outputs.vision_model_output.last_hidden_state
+        images = outputs.vision_model_output.last_hidden_state
         with torch.autocast(image_features.device.type, enabled=False):
             loss = loss_ndf = self._contrastive_loss(image_features, text_features, all_ids)
-        loss_atp = loss_ara = None
+        loss_atp = loss_ara = image_index = None
         if self.config.use_atp:
+            images = self.project_images(gather_batch(images))  # shared by both decoder passes
             global_batch = (image_features, text_features, all_ids)
-            loss_atp = self._atp(
-                input_ids, attention_mask, person_ids, image_states, global_batch, negative_temperature
-            )
+            loss_atp = self._atp(input_ids, attention_mask, person_ids, images, global_batch, negative_temperature)
             loss = loss + loss_atp
+            if len(all_ids) > len(person_ids):
+                image_index = self._own_rows(person_ids)
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
             states = self.cada.text_model(
                 masked_input_ids,
                 attention_mask,
-                image_states,
+                images,
+                image_index,
                 is_causal=self.config.ara_causal,
                 return_dict=True,
                 **kwargs,
@@ -804,10 +831,16 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         loss = ndf_loss if self.config.contrastive_loss == "ndf" else ndf_reference_loss
         return loss(similarity, positives, self.config.temperature)
 
-    def _atp(
-        self, input_ids, attention_mask, person_ids, image_states, global_batch, negative_temperature
-    ) -> torch.Tensor:
-        """Equation (5) for the pairs of this process, with negatives from the batch of all processes."""
+    def _own_rows(self, person_ids) -> torch.Tensor:
+        """Where the pairs of this process stand in the batch of all processes."""
+        rows = torch.arange(len(person_ids), device=person_ids.device)
+        return rows + len(rows) * dist.get_rank() if dist.is_available() and dist.is_initialized() else rows
+
+    def _atp(self, input_ids, attention_mask, person_ids, images, global_batch, negative_temperature) -> torch.Tensor:
+        """
+        Equation (5) for the pairs of this process, with negatives from the batch of all processes, whose projected
+        `images` are given.
+        """
         config = self.config
         if config.pool_padding:
             if is_flash_attention_requested(config.text_config):
@@ -819,23 +852,19 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         image_features, text_features, all_ids = global_batch
         if config.hard_negative_similarity == "cosine":
             image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-        batch = len(person_ids)
-        start = batch * dist.get_rank() if len(all_ids) > batch else 0
-        here = slice(start, start + batch)
+        batch, own = len(person_ids), self._own_rows(person_ids)
         positives = positive_pairs(person_ids, all_ids)
         with torch.autocast(image_features.device.type, enabled=False):
-            to_texts = image_features[here] @ text_features.t()
-            to_images = text_features[here] @ image_features.t()
+            to_texts = image_features[own] @ text_features.t()
+            to_images = text_features[own] @ image_features.t()
         text_of_image, has_text = draw_negatives(to_texts, positives, negative_temperature)
         image_of_text, has_image = draw_negatives(to_images, positives, negative_temperature)
         if len(all_ids) > batch:
             input_ids, attention_mask = self._pad_text(input_ids, attention_mask)
             input_ids, attention_mask = gather_batch(input_ids), gather_batch(attention_mask)
-            image_states = gather_batch(image_states)
-        own = torch.arange(start, start + batch, device=person_ids.device)
         text_index = torch.cat([own, text_of_image[has_text], own[has_image]])
         image_index = torch.cat([own, own[has_text], image_of_text[has_image]])
-        states = self._decode(input_ids, attention_mask, image_states, image_index, text_index)
+        states = self._decode(input_ids, attention_mask, images, image_index, text_index)
         groups, group_mask = group_states(
             *self._pad_states(states, attention_mask[text_index]),
             config.group_size,

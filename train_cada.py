@@ -42,7 +42,7 @@ from data_cada import (
     hold_out_persons,
     load_pairs_dataset,
 )
-from evaluation_cada import evaluate_retrieval
+from evaluation_cada import RERANK_MEMORY, evaluate_retrieval
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
 from publish_cada import (
@@ -153,6 +153,10 @@ class CADATrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default="local_R1", metadata={"help": "Validation score that chooses the checkpoint."}
     )
+    rerank_memory: float = field(
+        default=RERANK_MEMORY,
+        metadata={"help": "GB that an evaluation may take for patch states and batches, whatever the gallery."},
+    )
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pinned memory for copies to an accelerator."}
     )
@@ -184,6 +188,8 @@ class CADATrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.negative_sampling not in ("hardest", "annealed"):
             raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
+        if not self.rerank_memory > 0:
+            raise ValueError(f"`rerank_memory` is {self.rerank_memory}. Give the GB an evaluation may take.")
         if not self.negative_temperature_start >= self.negative_temperature_end > 0:
             raise ValueError(
                 f"`negative_temperature_start` ({self.negative_temperature_start}) has to be at least "
@@ -272,14 +278,16 @@ class CADATrainer(Trainer):
         """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
         started = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        metrics = evaluate_retrieval(
-            self.accelerator.unwrap_model(self.model),
-            self.processing_class,
-            dataset,
-            batch_size=self.args.eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-            progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-        )
+        with self.accelerator.autocast():
+            metrics = evaluate_retrieval(
+                self.accelerator.unwrap_model(self.model),
+                self.processing_class,
+                dataset,
+                batch_size=self.args.eval_batch_size,
+                num_workers=self.args.dataloader_num_workers,
+                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+                memory=self.args.rerank_memory,
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=metrics[f"{metric_key_prefix}_queries"]))
         self.log(metrics)

@@ -14,6 +14,7 @@ from evaluation_cada import (
     Gallery,
     Queries,
     RetrievalMetric,
+    encode_gallery,
     evaluate_retrieval,
     match_candidates,
     rerank_scores,
@@ -231,6 +232,30 @@ def test_evaluation_does_not_depend_on_batches_and_restores_the_mode(small_model
     assert small_model.training
 
 
+@pytest.mark.parametrize("images", [0, 1, 4, 6])
+def test_images_beyond_the_memory_are_encoded_again(small_model, processor, images):
+    """Patch states of an image of 32×16 in patches of 8: 9 positions of 16 numbers of 4 bytes; half the memory."""
+    small_model.eval()
+    gallery = encode_gallery(small_model, processor, small_set(), progress=False, memory=2 * images * 9 * 16 * 4 / 1e9)
+    whole = encode_gallery(small_model, processor, small_set(), progress=False)
+    assert (len(gallery.states), len(whole.states)) == (images, 6)
+    wanted = torch.tensor([0, 3, 5])
+    torch.testing.assert_close(gallery.states_of(wanted), whole.states[wanted])
+    whole = evaluate_retrieval(small_model, processor, small_set(), rerank_k=3, progress=False)
+    less = evaluate_retrieval(small_model, processor, small_set(), rerank_k=3, progress=False, memory=1e-9)
+    assert less == pytest.approx(whole)
+
+
+def test_states_have_the_precision_of_autocast(small_model, processor):
+    small_model.eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gallery = encode_gallery(small_model, processor, small_set(), progress=False)
+        metrics = evaluate_retrieval(small_model, processor, small_set(), rerank_k=3, progress=False)
+    assert gallery.states.dtype == torch.bfloat16
+    assert gallery.embeds.dtype == torch.float32
+    assert metrics["queries"] == 9
+
+
 def test_match_candidates_does_not_depend_on_its_batches(small_model):
     small_model.eval()
     torch.manual_seed(0)
@@ -239,8 +264,14 @@ def test_match_candidates_does_not_depend_on_its_batches(small_model):
     queries = Queries(torch.randn(3, 8), torch.randint(5, 1000, (3, 9)) * mask, mask)
     candidates = torch.tensor([[4, 1, 0], [1, 2, 3], [4, 3, 1]])
     whole = match_candidates(small_model, queries, gallery, candidates)
-    parts = match_candidates(small_model, queries, gallery, candidates, pairs_per_batch=2)
+    parts = match_candidates(small_model, queries, gallery, candidates, memory=1e-9)  # image by image, pair by pair
     torch.testing.assert_close(whole, parts)
+    with torch.no_grad():
+        for query, row in enumerate(candidates.tolist()):
+            for place, image in enumerate(row):
+                states = gallery.states[image : image + 1]
+                logits = small_model.match(queries.input_ids[query : query + 1], mask[query : query + 1], states)
+                torch.testing.assert_close(whole[query, place], small_model.local_score(logits)[0])
 
 
 def test_model_without_match_heads_is_evaluated_globally(processor):

@@ -661,7 +661,7 @@ def test_annealed_negatives_in_both_directions():
     pairs = []  # of the decoder: the text and the image of each
 
     def record(_, args):
-        if len(args) > 3:
+        if len(args) > 4:
             pairs.append((args[4].tolist(), args[3].tolist()))
 
     model.cada.text_model.register_forward_pre_hook(record)
@@ -674,6 +674,27 @@ def test_annealed_negatives_in_both_directions():
         assert texts[:4] == texts[8:] == [0, 1, 2, 3]
     assert len({tuple(images[8:]) for _, images in pairs}) > 1  # images of the texts
     assert len({tuple(texts[4:8]) for texts, _ in pairs}) > 1  # texts of the images
+
+
+def test_projected_images_take_the_place_of_states():
+    """Several calls share the keys and values of the same images; what is read and the gradients stay the same."""
+    model, batch = tiny_model(), tiny_batch(batch=4)
+    model.eval()
+    inputs, text, image = (
+        (batch["input_ids"], batch["attention_mask"]),
+        torch.tensor([0, 1, 3]),
+        torch.tensor([2, 2, 0]),
+    )
+    states = model.encode_images(batch["pixel_values"])
+    projected = model.project_images(states)
+    assert len(projected) == model.config.text_config.num_hidden_layers
+    expected = model.match(*inputs, states, text, image)
+    torch.testing.assert_close(model.match(*inputs, projected, text, image), expected)
+    weights = [parameter for name, parameter in model.named_parameters() if "cross_attn" in name]
+    wanted = torch.autograd.grad(expected.sum(), weights, retain_graph=True)
+    got = torch.autograd.grad(model.match(*inputs, projected, text, image).sum(), weights)
+    torch.testing.assert_close(got, wanted)
+    assert any(gradient.abs().sum() > 0 for gradient in got)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
