@@ -1,10 +1,60 @@
-"""The losses of CADA (arXiv 2312.01745) as pure functions of tensors. Equation numbers are the paper's."""
+"""
+The losses of CADA (arXiv 2312.01745) as pure functions of tensors, and what their batch needs: rows of all processes,
+and rows that do not fit into memory together. Equation numbers are the paper's.
+"""
+
+from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 EPSILON = 1e-8
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """
+    Tensors of all processes, one after the other. The backward pass adds what every process computed for this
+    process's part, so that the mean that DDP takes afterwards is the gradient of the loss over the global batch.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.rows = tensor.shape[0]
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.clone()  # autograd may hand the same tensor to others
+        dist.all_reduce(grad)
+        start = ctx.rows * dist.get_rank()
+        return grad[start : start + ctx.rows]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather_batch(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes `(processes * rows, ...)`, with gradient; every process must hold equally many."""
+    return tensor if rank_and_size()[1] == 1 else _GatherWithGradient.apply(tensor)
+
+
+def run_in_chunks(function: Callable, size: int, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """
+    `function` over `size` rows of `tensors` at a time, its results joined. What a slice needs for its backward pass is
+    computed again there, so memory holds one slice. Gradients are exact, as with cached gradients (arXiv 2101.06983).
+    """
+    slices = zip(*(tensor.split(size) for tensor in tensors))
+    parts = [checkpoint(function, *rows, use_reentrant=False) for rows in slices]
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else tuple(map(torch.cat, zip(*parts)))
 
 
 def positive_pairs(row_ids: torch.Tensor, column_ids: torch.Tensor) -> torch.Tensor:
@@ -163,8 +213,11 @@ __all__ = [
     "atp_loss",
     "cmpm_loss",
     "draw_negatives",
+    "gather_batch",
     "group_states",
     "ndf_loss",
     "ndf_reference_loss",
     "positive_pairs",
+    "rank_and_size",
+    "run_in_chunks",
 ]

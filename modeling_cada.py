@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
@@ -27,10 +26,13 @@ try:
         atp_loss,
         cmpm_loss,
         draw_negatives,
+        gather_batch,
         group_states,
         ndf_loss,
         ndf_reference_loss,
         positive_pairs,
+        rank_and_size,
+        run_in_chunks,
     )
 except ImportError:
     if __package__:
@@ -41,10 +43,13 @@ except ImportError:
         atp_loss,
         cmpm_loss,
         draw_negatives,
+        gather_batch,
         group_states,
         ndf_loss,
         ndf_reference_loss,
         positive_pairs,
+        rank_and_size,
+        run_in_chunks,
     )
 
 
@@ -89,34 +94,6 @@ class CADAOutput(ModelOutput):
 
     def to_tuple(self) -> tuple[Any]:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
-
-
-class _GatherWithGradient(torch.autograd.Function):
-    """
-    Tensors of all processes, one after the other. The backward pass adds what every process computed for this
-    process's part, so that the mean that DDP takes afterwards is the gradient of the loss over the global batch.
-    """
-
-    @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.rows = tensor.shape[0]
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.clone()  # autograd may hand the same tensor to others
-        dist.all_reduce(grad)
-        start = ctx.rows * dist.get_rank()
-        return grad[start : start + ctx.rows]
-
-
-def gather_batch(tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes `(processes * rows, ...)`, with gradient; every process must hold equally many."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tensor
-    return _GatherWithGradient.apply(tensor)
 
 
 def eager_attention_forward(
@@ -562,6 +539,7 @@ class CADAModel(CADAPreTrainedModel):
         pixel_values: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        chunk_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CADAOutput:
         r"""
@@ -574,12 +552,26 @@ class CADAModel(CADAPreTrainedModel):
                 1 for real tokens, 0 for padding.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept another image size than the configured one.
+            chunk_size (`int`, *optional*):
+                Images and texts whose activations are in memory at once, see [`run_in_chunks`]. By default all.
 
         Returns:
             [`CADAOutput`] without losses.
         """
-        vision_outputs = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
-        text_outputs = self.text_model(input_ids, attention_mask, return_dict=True, **kwargs)
+
+        def encode(tower, output_class, *inputs, **options):
+            def run(*rows):
+                return tower(*rows, return_dict=True, **options, **kwargs)
+
+            if chunk_size is None:
+                return run(*inputs)
+            states = run_in_chunks(lambda *rows: run(*rows).last_hidden_state, chunk_size, *inputs)
+            return output_class(last_hidden_state=states, pooler_output=states[:, 0])
+
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding}
+        vision_outputs = encode(self.vision_model, BaseModelOutputWithPooling, pixel_values, **options)
+        texts = (input_ids, torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        text_outputs = encode(self.text_model, BaseModelOutputWithPoolingAndCrossAttentions, *texts)
         image_embeds = F.normalize(self.visual_projection(vision_outputs.pooler_output), dim=-1)
         text_embeds = F.normalize(self.text_projection(text_outputs.pooler_output), dim=-1)
         logits_per_text = text_embeds @ image_embeds.t() / self.config.temperature
@@ -648,23 +640,13 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             self.vocabulary_head.bias = nn.Parameter(F.pad(bias.data, (0, missing)))
         return embeddings
 
-    def get_text_features(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+    def get_text_features(self, *args, **kwargs) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """As [`CADAModel.get_text_features`]."""
-        return self.cada.get_text_features(input_ids, attention_mask, **kwargs)
+        return self.cada.get_text_features(*args, **kwargs)
 
-    def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
         """As [`CADAModel.get_image_features`]."""
-        return self.cada.get_image_features(pixel_values, interpolate_pos_encoding, **kwargs)
+        return self.cada.get_image_features(*args, **kwargs)
 
     def encode_images(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """Patch states `(images, 1 + patches, hidden)` of `pixel_values`, the input of [`match`]."""
@@ -743,6 +725,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         return_loss: bool | None = None,
         negative_temperature: float | None = None,
         interpolate_pos_encoding: bool = False,
+        chunk_size: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CADAOutput:
         r"""
@@ -766,12 +749,15 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 softmax(S / T).
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept another image size than the configured one.
+            chunk_size (`int`, *optional*):
+                Pairs whose activations are in memory at once: a large batch on a small device, at the price of a
+                second forward pass. Losses and gradients stay those of the whole batch. By default all.
 
         Returns:
             [`CADAOutput`].
         """
         outputs = self.cada(
-            input_ids, pixel_values, attention_mask, interpolate_pos_encoding, return_dict=True, **kwargs
+            input_ids, pixel_values, attention_mask, interpolate_pos_encoding, chunk_size, return_dict=True, **kwargs
         )
         if return_loss and person_ids is None:
             raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
@@ -800,24 +786,26 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             loss = loss_ndf = self._contrastive_loss(image_features, text_features, all_ids)
         loss_atp = loss_ara = image_index = None
         if self.config.use_atp:
-            images = self.project_images(gather_batch(images))  # shared by both decoder passes
-            global_batch = (image_features, text_features, all_ids)
-            loss_atp = self._atp(input_ids, attention_mask, person_ids, images, global_batch, negative_temperature)
+            images = gather_batch(images)
+            if chunk_size is None:
+                images = self.project_images(images)  # shared by both decoder passes
+            negatives = self._negatives(person_ids, image_features, text_features, all_ids, negative_temperature)
+            loss_atp = self._atp(input_ids, attention_mask, images, negatives, chunk_size)
             loss = loss + loss_atp
             if len(all_ids) > len(person_ids):
-                image_index = self._own_rows(person_ids)
+                own = self._own_rows(person_ids)
+                images, image_index = (images, own) if chunk_size is None else (images[own], None)
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
-            states = self.cada.text_model(
-                masked_input_ids,
-                attention_mask,
-                images,
-                image_index,
-                is_causal=self.config.ara_causal,
-                return_dict=True,
-                **kwargs,
-            ).last_hidden_state
             masked = labels != -100
-            loss_ara = ara_loss(self.vocabulary_head(states[masked]), labels[masked])
+
+            def decode(input_ids, attention_mask, masked, images):
+                options = {"is_causal": self.config.ara_causal, "return_dict": True, **kwargs}
+                outputs = self.cada.text_model(input_ids, attention_mask, images, image_index, **options)
+                return outputs.last_hidden_state[masked]
+
+            rows = (masked_input_ids, attention_mask, masked, images)
+            states = decode(*rows) if chunk_size is None else run_in_chunks(decode, chunk_size, *rows)
+            loss_ara = ara_loss(self.vocabulary_head(states), labels[masked])
             loss = loss + self.config.ara_weight * loss_ara
         return CADAOutput(
             **{**outputs, "loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
@@ -833,58 +821,66 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
 
     def _own_rows(self, person_ids) -> torch.Tensor:
         """Where the pairs of this process stand in the batch of all processes."""
-        rows = torch.arange(len(person_ids), device=person_ids.device)
-        return rows + len(rows) * dist.get_rank() if dist.is_available() and dist.is_initialized() else rows
+        return torch.arange(len(person_ids), device=person_ids.device) + len(person_ids) * rank_and_size()[0]
 
-    def _atp(self, input_ids, attention_mask, person_ids, images, global_batch, negative_temperature) -> torch.Tensor:
+    def _negatives(self, person_ids, image_features, text_features, all_ids, temperature) -> tuple[torch.Tensor, ...]:
         """
-        Equation (5) for the pairs of this process, with negatives from the batch of all processes, whose projected
-        `images` are given.
+        The pairs of equation (5) for this process: text and image of each, as rows of the batch of all processes, and
+        1 for a match. First the own pairs, then every image with its negative text, then every text with its image.
         """
-        config = self.config
-        if config.pool_padding:
-            if is_flash_attention_requested(config.text_config):
-                raise ValueError(
-                    "`pool_padding=True` averages states at padding positions, which flash attention does not "
-                    'compute. Train with `attn_implementation="sdpa"`, or set `pool_padding=False`.'
-                )
-            input_ids, attention_mask = self._pad_text(input_ids, attention_mask)
-        image_features, text_features, all_ids = global_batch
-        if config.hard_negative_similarity == "cosine":
+        if self.config.hard_negative_similarity == "cosine":
             image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-        batch, own = len(person_ids), self._own_rows(person_ids)
+        own = self._own_rows(person_ids)
         positives = positive_pairs(person_ids, all_ids)
         with torch.autocast(image_features.device.type, enabled=False):
             to_texts = image_features[own] @ text_features.t()
             to_images = text_features[own] @ image_features.t()
-        text_of_image, has_text = draw_negatives(to_texts, positives, negative_temperature)
-        image_of_text, has_image = draw_negatives(to_images, positives, negative_temperature)
-        if len(all_ids) > batch:
-            input_ids, attention_mask = self._pad_text(input_ids, attention_mask)
-            input_ids, attention_mask = gather_batch(input_ids), gather_batch(attention_mask)
+        text_of_image, has_text = draw_negatives(to_texts, positives, temperature)
+        image_of_text, has_image = draw_negatives(to_images, positives, temperature)
         text_index = torch.cat([own, text_of_image[has_text], own[has_image]])
         image_index = torch.cat([own, own[has_text], image_of_text[has_image]])
-        states = self._decode(input_ids, attention_mask, images, image_index, text_index)
-        groups, group_mask = group_states(
-            *self._pad_states(states, attention_mask[text_index]),
-            config.group_size,
-            config.group_stride,
-            config.pool_padding,
-        )
         match_labels = torch.zeros_like(text_index)
-        match_labels[:batch] = 1
-        return atp_loss(self.match_head(states[:, 0]), self.group_match_head(groups), group_mask, match_labels)
+        match_labels[: len(own)] = 1
+        return text_index, image_index, match_labels
 
-    def _pad_text(self, input_ids, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Texts padded to `max_text_length`."""
-        missing = self.config.max_text_length - input_ids.shape[1]
-        pad_token_id = self.config.text_config.pad_token_id or 0
-        return F.pad(input_ids, (0, missing), value=pad_token_id), F.pad(attention_mask, (0, missing))
+    def _atp(self, input_ids, attention_mask, images, pairs, chunk_size) -> torch.Tensor:
+        """Equation (5) for `pairs`; `images` are states or projected, of all processes."""
+        config = self.config
+        text_index, image_index, match_labels = pairs
+        if config.pool_padding and is_flash_attention_requested(config.text_config):
+            raise ValueError(
+                "`pool_padding=True` averages states at padding positions, which flash attention does not compute. "
+                'Train with `attn_implementation="sdpa"`, or set `pool_padding=False`.'
+            )
+        texts, masks = input_ids, attention_mask
+        if config.pool_padding or rank_and_size()[1] > 1:
+            missing = config.max_text_length - input_ids.shape[1]
+            texts = gather_batch(F.pad(input_ids, (0, missing), value=config.text_config.pad_token_id or 0))
+            masks = gather_batch(F.pad(attention_mask, (0, missing)))
+        if not config.pool_padding and rank_and_size()[1] > 1:  # nobody reads the padding
+            longest = int(masks.sum(dim=1).max())
+            texts, masks = texts[:, :longest], masks[:, :longest]
 
-    def _pad_states(self, states, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """States padded to `max_text_length`, so that equation (4) cuts the same groups from every batch."""
-        missing = self.config.max_text_length - states.shape[1]
-        return F.pad(states, (0, 0, 0, missing)), F.pad(attention_mask, (0, missing))
+        def match(text_index, image_index, texts=texts, masks=masks, images=images):
+            states = self._decode(texts, masks, images, image_index, text_index)
+            # The same groups are cut from every batch, so states are as many as equation (4) has.
+            missing = config.max_text_length - states.shape[1]
+            padded = F.pad(states, (0, 0, 0, missing)), F.pad(masks[text_index], (0, missing))
+            groups, group_mask = group_states(*padded, config.group_size, config.group_stride, config.pool_padding)
+            return self.match_head(states[:, 0]), self.group_match_head(groups), group_mask
+
+        def match_few(text_index, image_index):
+            used, image_index = image_index.unique(return_inverse=True)
+            read, text_index = text_index.unique(return_inverse=True)
+            return match(text_index, image_index, texts[read], masks[read], images[used])
+
+        if chunk_size is None:
+            logits = match(text_index, image_index)
+        else:
+            order = image_index.argsort()  # so that few chunks project the same image
+            match_labels = match_labels[order]
+            logits = run_in_chunks(match_few, 3 * chunk_size, text_index[order], image_index[order])
+        return atp_loss(*logits, match_labels)
 
 
 CADAModel.register_for_auto_class("AutoModel")

@@ -638,6 +638,39 @@ def test_one_person(pool_padding):
     assert all(gradient.isfinite().all() for gradient in gradients(model, batch).values())
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("changes", [{}, {"pool_padding": False}, {"use_atp": False}, {"use_ara": False}], ids=str)
+def test_a_batch_in_chunks_is_the_whole_batch(changes, chunk_size):
+    """Losses and gradients; negatives come from the whole batch."""
+    model, batch = tiny_model(**changes), tiny_batch(batch=6)
+    assert losses(model, batch, chunk_size=chunk_size) == pytest.approx(losses(model, batch), rel=1e-5)
+    chunked = gradients(model, batch, chunk_size=chunk_size)
+    for name, gradient in gradients(model, batch).items():
+        scale = 1 + gradient.abs().max()
+        assert_close(chunked[name] / scale, gradient / scale, 1e-5)
+
+
+def test_chunks_repeat_their_dropout():
+    """The second forward pass of a chunk drops what the first one dropped: its gradients fit its loss."""
+    model, batch = tiny_model(text_config={"hidden_dropout_prob": 0.3}), tiny_batch(batch=4)
+    model.train()
+    bias = model.cada.text_model.layers[0].mlp.fc2.bias
+
+    def loss_at(shift: float) -> torch.Tensor:
+        torch.manual_seed(3)
+        with torch.no_grad():
+            bias[0] += shift
+        loss = model(**batch, chunk_size=2).loss
+        with torch.no_grad():
+            bias[0] -= shift
+        return loss
+
+    loss_at(0.0).backward()
+    step = 1e-2
+    expected = (loss_at(step) - loss_at(-step)).item() / (2 * step)
+    assert bias.grad[0].item() == pytest.approx(expected, rel=0.05, abs=1e-3)
+
+
 def test_one_pair():
     model, batch = tiny_model(), tiny_batch(batch=1)
     out = losses(model, batch)
@@ -882,6 +915,9 @@ def joint_batch() -> dict[str, torch.Tensor]:
     return batch
 
 
+CASES = [(changes, chunk_size) for changes in SETTINGS for chunk_size in (None, 2)]
+
+
 def half_batch(rank: int) -> dict[str, torch.Tensor]:
     """Three pairs, padded as far as they need: 9 tokens on the first process, 11 on the second."""
     half = {name: tensor[3 * rank : 3 * rank + 3] for name, tensor in joint_batch().items()}
@@ -893,9 +929,9 @@ def one_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
-    for changes in SETTINGS:
+    for changes, chunk_size in CASES:
         model = torch.nn.parallel.DistributedDataParallel(tiny_model(**changes))
-        out = model(**half_batch(rank))
+        out = model(**half_batch(rank), chunk_size=chunk_size)
         out.loss.backward()
         grads = {name: parameter.grad for name, parameter in model.module.named_parameters()}
         results.append(({name: out[name].item() for name in LOSSES if out.get(name) is not None}, grads))
@@ -917,7 +953,7 @@ def test_two_processes_equal_one(tmp_path):
     """
     mp.spawn(one_process, args=(str(tmp_path),), nprocs=2)
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for changes, (first, grads), (second, other_grads) in zip(SETTINGS, saved[0][0], saved[1][0]):
+    for (changes, _), (first, grads), (second, other_grads) in zip(CASES, saved[0][0], saved[1][0], strict=True):
         model = tiny_model(**changes)
         expected = losses(model, joint_batch())
         assert first.keys() == second.keys() == expected.keys()

@@ -1,0 +1,354 @@
+"""
+Time and memory against the authors' way and against BLIP of transformers, side by side, at base size.
+
+    python benchmarks/speed.py
+
+All three have random weights: the work does not depend on them. (a) is the authors' way on our weights, written here:
+texts padded to 73, keys and values anew for every pair and pass, all positions of every layer, the vocabulary head
+over all positions, a separate stack for ARA, plain attention, re-ranking one query at a time. (b) is
+`BlipForImageTextRetrieval`. Writes `benchmarks/speed_DEVICE.md`.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+from transformers import BlipConfig, BlipForImageTextRetrieval
+
+from configuration_cada import CADAConfig
+from evaluation_cada import Gallery, Queries, match_candidates, top_candidates
+from losses_cada import atp_loss, draw_negatives, group_states, ndf_loss, positive_pairs
+from modeling_cada import CADAForTextToImageRetrieval
+from publish_cada import environment
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PADDED = 73
+OURS, PLAIN, BLIP = "this code", "(a) authors' way", "(b) BLIP of transformers"
+
+
+def make_model(implementation: str = "sdpa", **overrides) -> CADAForTextToImageRetrieval:
+    """Base size with random weights."""
+    config = CADAConfig(**overrides)
+    config._attn_implementation = implementation
+    torch.manual_seed(0)
+    return CADAForTextToImageRetrieval(config)
+
+
+def make_texts(count: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Word pieces and mask, padded to 73. Lengths as of CUHK-PEDES' captions: 28 tokens on average, 12 to 73."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = (28 + 9 * torch.randn(count, generator=generator)).round().long().clamp(12, PADDED)
+    mask = (torch.arange(PADDED)[None] < lengths[:, None]).long()
+    return torch.randint(1000, vocabulary - 10, (count, PADDED), generator=generator) * mask, mask
+
+
+def plain_decode(model, stack, input_ids, mask, image_states) -> torch.Tensor:
+    """Decoder states of every position; pair i is text i and image i."""
+    input_ids = torch.cat(
+        [torch.full_like(input_ids[:, :1], model.config.text_config.enc_token_id), input_ids[:, 1:]], 1
+    )
+    return stack(input_ids, mask, image_states, return_dict=True).last_hidden_state
+
+
+@torch.inference_mode()
+def plain_rerank(model, input_ids, mask, image_states, candidates) -> torch.Tensor:
+    """The authors' way: one query at a time, against its K candidates."""
+    rows = []
+    for query, images in enumerate(candidates):
+        text = input_ids[query : query + 1].expand(len(images), -1), mask[query : query + 1].expand(len(images), -1)
+        states = plain_decode(model, model.cada.text_model, *text, image_states[images])
+        rows.append(model.local_score(model.match_head(states[:, 0])))
+    return torch.stack(rows)
+
+
+@torch.inference_mode()
+def blip_rerank(blip, input_ids, mask, image_states, candidates) -> torch.Tensor:
+    """As in BLIP's forward with the match head: a query and its K candidates, the text at its own length."""
+    rows = []
+    for query, images in enumerate(candidates):
+        length = int(mask[query].sum())
+        states = blip.text_encoder(
+            input_ids=input_ids[query : query + 1, :length].expand(len(images), -1),
+            attention_mask=mask[query : query + 1, :length].expand(len(images), -1),
+            encoder_hidden_states=image_states[images],
+            encoder_attention_mask=torch.ones_like(image_states[images][..., 0]),
+            return_dict=True,
+        ).last_hidden_state
+        rows.append(blip.itm_head(states[:, 0]).softmax(dim=-1)[:, 1])
+    return torch.stack(rows)
+
+
+def plain_losses(model, ara_stack, batch) -> torch.Tensor:
+    """The authors' training step on our weights, with a stack of its own for ARA."""
+    config, (ids, mask), person_ids = model.config, batch["text"], batch["person_ids"]
+    vision = model.cada.vision_model(batch["pixel_values"], return_dict=True)
+    text = model.cada.text_model(ids, mask, return_dict=True)
+    image_features = F.normalize(model.cada.visual_projection(vision.pooler_output).float(), dim=-1)
+    text_features = F.normalize(model.cada.text_projection(text.pooler_output).float(), dim=-1)
+    positives = positive_pairs(person_ids, person_ids)
+    similarity = image_features @ text_features.t()
+    loss = ndf_loss(similarity, positives, config.temperature)
+    texts, _ = draw_negatives(similarity, positives)
+    images, _ = draw_negatives(similarity.t(), positives)
+    states = vision.last_hidden_state
+    positive = plain_decode(model, model.cada.text_model, ids, mask, states)
+    negative = plain_decode(
+        model,
+        model.cada.text_model,
+        torch.cat([ids[texts], ids]),
+        torch.cat([mask[texts], mask]),
+        torch.cat([states, states[images]]),
+    )
+    decoded = torch.cat([positive, negative])
+    groups, group_mask = group_states(
+        decoded, torch.cat([mask, mask[texts], mask]), config.group_size, config.group_stride, True
+    )
+    labels = torch.cat([torch.ones_like(person_ids), torch.zeros_like(person_ids).repeat(2)])
+    loss = loss + atp_loss(model.match_head(decoded[:, 0]), model.group_match_head(groups), group_mask, labels)
+    logits = model.vocabulary_head(
+        ara_stack(batch["masked_input_ids"], mask, states, return_dict=True).last_hidden_state
+    )
+    ara = F.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    return loss + config.ara_weight * ara
+
+
+def our_losses(model, batch) -> torch.Tensor:
+    """The training step of this project, with texts as long as the longest of the batch."""
+    ids, mask = batch["text"]
+    length = int(mask.sum(dim=1).max())
+    return model(
+        input_ids=ids[:, :length],
+        attention_mask=mask[:, :length],
+        pixel_values=batch["pixel_values"],
+        person_ids=batch["person_ids"],
+        masked_input_ids=batch["masked_input_ids"][:, :length],
+        labels=batch["labels"][:, :length],
+    ).loss
+
+
+def make_batch(size: int, config: CADAConfig, device: str) -> dict:
+    """Pairs of different persons; two of five tokens are masked."""
+    ids, mask = (tensor.to(device) for tensor in make_texts(size, config.text_config.vocab_size))
+    chosen = (torch.rand(ids.shape, device=device) < 0.4) & mask.bool()
+    return {
+        "text": (ids, mask),
+        "pixel_values": torch.randn(size, 3, *config.vision_config.image_height_width, device=device),
+        "person_ids": torch.arange(size, device=device),
+        "masked_input_ids": ids.masked_fill(chosen, 103),
+        "labels": ids.masked_fill(~chosen, -100),
+    }
+
+
+def interleaved(cases: dict[str, Callable[[], object]], repeats: int, device: str, bar) -> dict[str, float]:
+    """Median seconds of each case; the cases take turns, so that a drift of the machine meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(repeats + 1):  # the first turn warms up
+        for name, case in cases.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            case()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - started)
+            bar.update()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def backward(loss: torch.Tensor, *models) -> None:
+    """Gradients, and forget them."""
+    loss.backward()
+    for model in models:
+        model.zero_grad()
+
+
+def make_search(model, images: int, texts: int, k: int, device: str):
+    """Queries, a gallery of random states, and K random candidates of each query."""
+    config = model.config
+    ids, mask = make_texts(texts, config.text_config.vocab_size)
+    rows, columns = config.vision_config.grid_size
+    states = torch.randn(images, 1 + rows * columns, config.vision_config.hidden_size, dtype=model.dtype)
+    embeds = torch.randn(texts, 8), torch.randn(images, 8)
+    candidates = top_candidates(embeds[0] @ embeds[1].t(), k)
+    return Queries(embeds[0], ids, mask), Gallery(embeds[1], states), candidates
+
+
+def peak_of_evaluation(kind: str, images: int, texts: int, k: int, dtype: str) -> float:
+    """Peak memory in GB that re-ranking adds to the loaded model, in a process of its own (CPU)."""
+    model = make_model("eager" if kind == PLAIN else "sdpa").eval().to(getattr(torch, dtype))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    queries, gallery, candidates = make_search(model, images, texts, k, "cpu")
+    if kind == PLAIN:
+        plain_rerank(model, queries.input_ids, queries.attention_mask, gallery.states, candidates)
+    else:
+        match_candidates(model, queries, gallery, candidates)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+
+
+def measure(device: str, dtype: torch.dtype, sizes: dict, repeats: int, bar) -> dict[str, dict[str, float]]:
+    """Seconds per pair, sample, image and text for the three."""
+    with torch.device(device):
+        model, plain = make_model().eval().to(dtype), make_model("eager").eval().to(dtype)
+        blip = BlipForImageTextRetrieval(BlipConfig(image_text_hidden_size=256)).eval().to(dtype)
+    results = {}
+    queries, gallery, candidates = make_search(model, sizes["images"], sizes["texts"], sizes["k"], device)
+    moved = [
+        queries.input_ids.to(device),
+        queries.attention_mask.to(device),
+        gallery.states.to(device),
+        candidates.to(device),
+    ]
+    seconds = interleaved(
+        {
+            OURS: lambda: match_candidates(model, queries, gallery, candidates),
+            PLAIN: lambda: plain_rerank(plain, *moved),
+            BLIP: lambda: blip_rerank(blip, *moved),
+        },
+        repeats,
+        device,
+        bar,
+    )
+    results["re-ranking, ms per pair"] = {name: 1e3 * value / candidates.numel() for name, value in seconds.items()}
+
+    pixels = torch.randn(sizes["images"], 3, 224, 224, device=device, dtype=dtype)
+    with torch.inference_mode():
+        seconds = interleaved(
+            {
+                OURS: lambda: model.get_image_features(pixels),
+                PLAIN: lambda: plain.get_image_features(pixels),
+                BLIP: lambda: blip.vision_model(pixels),
+            },
+            repeats,
+            device,
+            bar,
+        )
+        results["image encoding, ms per image"] = {name: 1e3 * value / len(pixels) for name, value in seconds.items()}
+        longest = int(queries.attention_mask.sum(dim=1).max())
+        seconds = interleaved(
+            {
+                OURS: lambda: encode_texts(model, *moved[:2]),
+                PLAIN: lambda: plain.get_text_features(*moved[:2]),
+                BLIP: lambda: blip.text_encoder(input_ids=moved[0][:, :longest], attention_mask=moved[1][:, :longest]),
+            },
+            repeats,
+            device,
+            bar,
+        )
+        results["text encoding, ms per text"] = {name: 1e3 * value / len(moved[0]) for name, value in seconds.items()}
+    return results
+
+
+def encode_texts(model, input_ids, attention_mask) -> None:
+    """As `encode_queries` does: in batches of similar length."""
+    lengths = attention_mask.sum(dim=1)
+    for rows in lengths.argsort().split(32):
+        cut = slice(int(lengths[rows].max()))
+        model.get_text_features(input_ids[rows, cut], attention_mask[rows, cut])
+
+
+def measure_training(device: str, dtype: torch.dtype, size: int, repeats: int, bar) -> dict[str, dict[str, float]]:
+    """Seconds of forward and backward per sample. bfloat16 is autocast over float32 weights, as in training."""
+    with torch.device(device):
+        padded, own_length, plain = make_model(), make_model(pool_padding=False), make_model("eager")
+        ara_stack = copy.deepcopy(plain.cada.text_model)
+    batch = make_batch(size, padded.config, device)
+    mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
+
+    def step(losses, *models):
+        with mixed:
+            loss = losses(*models, batch)
+        backward(loss, *models)
+
+    seconds = interleaved(
+        {
+            OURS: lambda: step(our_losses, own_length),
+            "padded": lambda: step(our_losses, padded),
+            PLAIN: lambda: step(plain_losses, plain, ara_stack),
+        },
+        repeats,
+        device,
+        bar,
+    )
+    per_sample = {name: 1e3 * value / size for name, value in seconds.items()}
+    return {
+        "training, ms per sample, pool_padding=False": {name: per_sample[name] for name in (OURS, PLAIN)},
+        "training, ms per sample, pool_padding=True": {OURS: per_sample["padded"], PLAIN: per_sample[PLAIN]},
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    small = options.device == "cpu"
+    # A CUHK-PEDES test with K = 32 has 64 pairs per image; here 16 on a CPU, which is to our disadvantage.
+    sizes = {"images": 8, "texts": 16, "k": 8} if small else {"images": 256, "texts": 512, "k": 32}
+    batch = 4 if small else 32
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    turns = options.repeats + 1
+    with tqdm(total=len(kinds) * turns * 12, unit="measurement") as bar:
+        for name, dtype in kinds.items():
+            results[name] = measure(options.device, dtype, sizes, options.repeats, bar)
+            results[name].update(measure_training(options.device, dtype, batch, options.repeats, bar))
+    where = environment()
+    lines = [
+        f"# Speed: {options.device}",
+        "",
+        "Base size (ViT-B/16, 224×224, 12 text layers), captions of 28 tokens on average. "
+        f"Median of {options.repeats} turns.",
+        f"Re-ranking: {sizes['texts']} queries, K = {sizes['k']}, {sizes['images']} images.",
+        f"Training: forward and backward of a batch of {batch}.",
+        "",
+        f"| | precision | {OURS} | {PLAIN} | {BLIP} | times (a) | times (a) in float32 | times (b) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task in results["float32"]:
+        for name in kinds:
+            row, first = results[name][task], results["float32"][task][PLAIN]
+            other = row.get(BLIP)
+            cells = [f"{row[OURS]:.1f}", f"{row[PLAIN]:.1f}", f"{other:.1f}" if other else "–"]
+            ratios = [row[PLAIN] / row[OURS], first / row[OURS], other / row[OURS] if other else None]
+            cells += [f"{ratio:.2f}" if ratio else "–" for ratio in ratios]
+            lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
+    if small:
+        lines += [
+            "",
+            "Peak memory that re-ranking 64 texts, K = 16, among 64 images adds to the loaded model (GB):",
+            "",
+        ]
+        lines += [f"| precision | {OURS} | {PLAIN} |", "|---|---:|---:|"]
+        context = multiprocessing.get_context("spawn")
+        for name in kinds:
+            peaks = []
+            for kind in (OURS, PLAIN):
+                with context.Pool(1) as pool:
+                    peaks.append(f"{pool.apply(peak_of_evaluation, (kind, 64, 64, 16, name)):.2f}")
+            lines.append(f"| {name} | {' | '.join(peaks)} |")
+    lines += [
+        "",
+        f"- Command: `python benchmarks/speed.py --repeats {options.repeats}`",
+        f"- Date: {where['date']}",
+        f"- Machine: {where['hardware']}",
+        f"- Versions: {', '.join(f'{package} {version}' for package, version in where['versions'].items())}",
+        "",
+    ]
+    report = ROOT / "benchmarks" / f"speed_{options.device}.md"
+    report.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
