@@ -153,6 +153,13 @@ class CADATrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default="local_R1", metadata={"help": "Validation score that chooses the checkpoint."}
     )
+    chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs whose activations are in memory at once. A batch of 96 fits a small device so, at the "
+            "price of a second forward pass; losses, negatives and gradients stay those of the whole batch. Default: all."
+        },
+    )
     rerank_memory: float = field(
         default=RERANK_MEMORY,
         metadata={"help": "GB that an evaluation may take for patch states and batches, whatever the gallery."},
@@ -188,6 +195,8 @@ class CADATrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.negative_sampling not in ("hardest", "annealed"):
             raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise ValueError(f"`chunk_size` is {self.chunk_size}. Give a number of pairs, or leave it out.")
         if not self.rerank_memory > 0:
             raise ValueError(f"`rerank_memory` is {self.rerank_memory}. Give the GB an evaluation may take.")
         if not self.negative_temperature_start >= self.negative_temperature_end > 0:
@@ -226,7 +235,12 @@ class CADATrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Equation (8). `num_items_in_batch` counts tokens of language models, and is not used."""
-        outputs = model(**inputs, return_loss=True, negative_temperature=self.negative_temperature())
+        outputs = model(
+            **inputs,
+            return_loss=True,
+            negative_temperature=self.negative_temperature(),
+            chunk_size=self.args.chunk_size,
+        )
         self._part_count += 1
         for name in LOSS_PARTS:
             part = outputs.get(name)
