@@ -157,7 +157,8 @@ class CADATrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Pairs whose activations are in memory at once. A batch of 96 fits a small device so, at the "
-            "price of a second forward pass; losses, negatives and gradients stay those of the whole batch. Default: all."
+            "price of a second forward pass; losses, negatives and gradients stay those of the whole batch. "
+            "Default: all."
         },
     )
     rerank_memory: float = field(
