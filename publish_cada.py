@@ -41,8 +41,9 @@ logger = logging.get_logger(__name__)
 RUN_FILE = "cada_run.json"
 CARDS = Path(__file__).resolve().parent / "model_cards"
 TEMPLATES = {"cuhk_pedes": "cada-cuhk.md", "icfg_pedes": "cada-icfg.md", "rstp_reid": "cada-rstp.md"}
-TEMPLATES |= {"drawn": "cada-demo.md"}
-TITLES = {**{name: pedes.title for name, pedes in PEDES_SETS.items()}, "drawn": "the drawn set"}
+DRAWN_TITLES = {"drawn": "the drawn set", "drawn_night": "the drawn set at night"}
+TEMPLATES |= dict.fromkeys(DRAWN_TITLES, "cada-demo.md")
+TITLES = {**{name: pedes.title for name, pedes in PEDES_SETS.items()}, **DRAWN_TITLES}
 RANDOM_START = {"start": "random weights", "licence": None}
 NO_LICENCE = "none: the authors' repository names no licence"
 RELEASED = (
@@ -270,7 +271,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
                 for metric in METRICS
             ]
     dataset = training["dataset"] if training else None
-    open_licence = dataset == "drawn" and run["origin"] == RANDOM_START
+    open_licence = dataset in DRAWN_TITLES and run["origin"] == RANDOM_START
     restricted = dataset in PEDES_SETS
     data = ModelCardData(
         language="en",

@@ -438,7 +438,7 @@ def name_of_set(data: DataArguments, rows: Dataset) -> str:
     if data.dataset in PEDES_SETS:
         return data.dataset
     if "named_attributes" in rows.column_names:  # only the drawn set has them
-        return "drawn, night" if data.dataset == "demo_night" else "drawn"
+        return "drawn_night" if data.dataset == "demo_night" else "drawn"
     return f"{Path(data.dataset).name} (own data)" if Path(data.dataset).exists() else data.dataset
 
 
