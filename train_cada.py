@@ -32,6 +32,7 @@ from convert_cada import (
     convert_processor,
     default_image_size,
     describe_origin,
+    resize_positions,
 )
 from data_cada import (
     PEDES_SETS,
@@ -353,6 +354,23 @@ def read_recipe(path: str, given: list[str]) -> list[str]:
     return arguments
 
 
+def load_start(path: str, overrides: dict) -> CADAForTextToImageRetrieval:
+    """A CADA checkpoint with other fields of its configuration; positions are interpolated to another image size."""
+    config = CADAConfig.from_pretrained(path, **overrides)
+    old, new = CADAConfig.from_pretrained(path).vision_config, config.vision_config
+    if old.image_height_width == new.image_height_width:
+        return CADAForTextToImageRetrieval.from_pretrained(path, config=config)
+    wanted, config.vision_config.image_size = new.image_size, old.image_size
+    weights = CADAForTextToImageRetrieval.from_pretrained(path, config=config).state_dict()
+    config.vision_config.image_size = wanted
+    name = "cada.vision_model.embeddings.position_embedding"
+    weights[name] = resize_positions(weights[name], old.grid_size, config.vision_config.grid_size)
+    model = CADAForTextToImageRetrieval(config)
+    model.load_state_dict(weights)
+    logger.warning(f"Position embeddings were interpolated to images of {'×'.join(map(str, new.image_height_width))}.")
+    return model
+
+
 def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
     """The model and its processor, from a checkpoint or with random weights."""
     overrides = read_overrides(arguments.config_overrides)
@@ -369,8 +387,7 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
         logger.warning(f"Start from {arguments.init_from}: {report}")
         return model, convert_processor(model, arguments.tokenizer_name)
     if arguments.model_name_or_path is not None:
-        config = CADAConfig.from_pretrained(arguments.model_name_or_path, **overrides)
-        model = CADAForTextToImageRetrieval.from_pretrained(arguments.model_name_or_path, config=config)
+        model = load_start(arguments.model_name_or_path, overrides)
         saved = CADAProcessor.from_pretrained(arguments.model_name_or_path)
         image_processor, tokenizer = saved.image_processor, saved.tokenizer
     else:

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import save_tiny_start, tiny_config
 from pedes_layout import LAYOUTS
+from PIL import Image
 from transformers import HfArgumentParser
 
 import train_cada
@@ -172,6 +175,23 @@ def test_training_learns(start, tmp_path):
 def test_training_arguments_are_checked(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         CADATrainingArguments(output_dir=str(tmp_path), **fields)
+
+
+def test_checkpoint_starts_with_another_image_size(start):
+    """Images of 32×16 in patches of 8 become 48×16: four rows of positions become six; the others are loaded."""
+    overrides = '{"vision_config": {"image_size": [48, 16]}}'
+    model, processor = load_model_and_processor(ModelArguments(str(start), config_overrides=overrides))
+    old = CADAForTextToImageRetrieval.from_pretrained(start)
+    assert processor.image_processor.size == {"height": 48, "width": 16}
+    inputs = processor(images=Image.new("RGB", (20, 50), "red"), text=["a man"], return_tensors="pt")
+    assert model(**inputs).vision_model_output.last_hidden_state.shape[1] == 1 + 6 * 2
+    positions = old.cada.vision_model.embeddings.position_embedding
+    grid = positions[:, 1:].reshape(1, 4, 2, -1).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, size=(6, 2), mode="bicubic").flatten(2).transpose(1, 2)
+    got = dict(model.named_parameters())
+    torch.testing.assert_close(got["cada.vision_model.embeddings.position_embedding"][:, 1:], expected)
+    for name, value in old.named_parameters():
+        assert name.endswith("position_embedding") or torch.equal(got[name], value)
 
 
 def test_training_in_chunks_gives_the_same_weights(start, tmp_path):
