@@ -64,6 +64,7 @@ RECIPE = (
 )
 MAX_TEXT_LENGTH = 31  # the longest 6 % of the captions are cut, which leaves time for more epochs
 TOP = 8  # ranked images in the picture
+SAVED_IMAGES = 12
 
 
 def build_start(splits: DatasetDict, folder: Path, seed: int) -> None:
@@ -159,7 +160,7 @@ def draw_results(split: Dataset, folder: Path, picture: Path) -> None:
     queries = encode_queries(model, processor, list(SENTENCES), progress=False)
     _, scores = score_gallery(model, queries, gallery, model.config.rerank_k)
     height, width = (2 * side for side in IMAGE_SIZE)
-    row_height, margin = height + 62, 12
+    row_height, margin = height + 78, 12
     canvas = Image.new("RGB", (TOP * (width + margin) + margin, len(SENTENCES) * row_height + margin), "white")
     draw = ImageDraw.Draw(canvas)
     large, small = ImageFont.load_default(17), ImageFont.load_default(13)
@@ -168,13 +169,24 @@ def draw_results(split: Dataset, folder: Path, picture: Path) -> None:
         draw.text((margin, top), sentence, fill="black", font=large)
         for rank, index in enumerate(scores[line].argsort(descending=True)[:TOP].tolist()):
             row = split[index]
-            agree = sum(row["attributes"][name] == value for name, value in named.items())
+            wrong = [row["attributes"][name] for name, value in named.items() if row["attributes"][name] != value]
             left = margin + rank * (width + margin)
             canvas.paste(row["image"].resize((width, height), Image.Resampling.LANCZOS), (left, top + 26))
-            colour = "#1a7f37" if agree == len(named) else "#57606a"
-            text = f"{rank + 1}.  {agree}/{len(named)} right"
+            colour = "#57606a" if wrong else "#1a7f37"
+            text = f"{rank + 1}.  {len(named) - len(wrong)}/{len(named)} right"
             draw.text((left, top + 30 + height), text, fill=colour, font=small)
+            if wrong:
+                draw.text((left, top + 46 + height), f"but {', '.join(wrong)}", fill=colour, font=small)
     canvas.save(picture)
+
+
+def save_images(split: Dataset, folder: Path) -> None:
+    """One image of each of the first persons as a file, for one's own trials."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    first_rows = {person_id: row for row, person_id in reversed(list(enumerate(split["person_id"])))}
+    for number, row in enumerate(sorted(first_rows.values())[:SAVED_IMAGES], start=1):
+        split[row]["image"].save(folder / f"person_{number:02}.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -194,12 +206,14 @@ def main(arguments: list[str] | None = None) -> None:
     scores = train(splits, folder, options.seed)
     table = compare(splits["test"], scores)
     draw_results(splits["test"], folder / "model", folder / "results.png")
+    save_images(splits["test"], folder / "images")
 
     counts = {split: len(set(rows["person_id"])) for split, rows in splits.items()}
     print(
         f"\n{counts['train']} persons for training. Test: {scores['test_queries']} sentences search "
         f"{scores['test_gallery']} images of {counts['test']} persons never seen.\n\n{table}\n\n"
         f"The three searches: {folder / 'results.png'}\nModel and processor: {folder / 'model'}\n"
+        f"Images to try it with: {folder / 'images'}\n"
         f"Time: {(time.monotonic() - started) / 60:.1f} minutes."
     )
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")

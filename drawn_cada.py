@@ -117,15 +117,17 @@ DOMAINS = {
 SKIN = ((244, 208, 177), (224, 172, 125), (180, 120, 80), (110, 70, 45))
 
 
-def draw_persons(count: int, rng: random.Random, domain: Domain = DOMAINS["day"]) -> list[dict[str, str]]:
-    """Attributes of `count` different persons, look-alikes included."""
+def draw_persons(
+    count: int, rng: random.Random, domain: Domain = DOMAINS["day"], seen: set[tuple] | None = None
+) -> list[dict[str, str]]:
+    """Attributes of `count` different persons, look-alikes included. They are none of `seen`, and are added to it."""
 
     def value(name: str) -> str:
         weights = domain.weights.get(name, ATTRIBUTES[name])
         return rng.choices(list(weights), weights=list(weights.values()))[0]
 
     persons: list[dict[str, str]] = []
-    seen = set()
+    seen = set() if seen is None else seen
     while len(persons) < count:
         kind = rng.random() if persons else 1.0
         if kind < SWAP_SHARE:
@@ -471,10 +473,15 @@ FEATURES = Features(
 )
 
 
-def _rows(split: str, persons: int, images_per_person: int, first_id: int, seed: int, domain: str, version: str):
+def _rows(split: str, persons: dict[str, int], images_per_person: int, seed: int, domain: str, version: str):
     # `version` makes `datasets` draw again where this file has changed; it hashes the arguments, not the code.
-    rng = random.Random(f"{seed}-{split}")
-    for person_id, person in enumerate(draw_persons(persons, rng, DOMAINS[domain]), start=first_id):
+    seen: set[tuple] = set()
+    for name, count in persons.items():
+        rng, first_id = random.Random(f"{seed}-{name}"), len(seen)
+        drawn = draw_persons(count, rng, DOMAINS[domain], seen)  # nobody who is in a split before
+        if name == split:
+            break
+    for person_id, person in enumerate(drawn, start=first_id):
         for number in range(images_per_person):
             captions = [draw_caption(person, rng, DOMAINS[domain]) for _ in range(2)]
             file = io.BytesIO()
@@ -515,8 +522,9 @@ def load_drawn(
         domain: `"day"` or `"night"`, see [`DOMAINS`].
     """
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    splits, first_id = {}, 0
-    for split, persons in (("train", train_persons), ("val", val_persons), ("test", test_persons)):
+    splits = {}
+    persons = {"train": train_persons, "val": val_persons, "test": test_persons}
+    for split in persons:
         splits[split] = Dataset.from_generator(
             _rows,
             features=FEATURES,
@@ -524,13 +532,11 @@ def load_drawn(
                 "split": split,
                 "persons": persons,
                 "images_per_person": (images_per_person + 1) // 2 if split == "train" else images_per_person,
-                "first_id": first_id,
                 "seed": seed,
                 "domain": domain,
                 "version": version,
             },
         )
-        first_id += persons
     return DatasetDict(splits)
 
 

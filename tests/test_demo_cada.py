@@ -35,7 +35,7 @@ def test_start_is_a_complete_checkpoint(splits, tmp_path):
     assert out.logits_per_text.shape == (1, 1)
     captions = [caption for rows in splits.values() for row in rows["captions"] for caption in row]
     lengths = [len(ids) for ids in processor(text=captions, truncation=False, padding=False)["input_ids"]]
-    assert np.mean(np.array(lengths) > model.config.max_text_length) < 0.05  # few captions are cut
+    assert np.mean(np.array(lengths) > model.config.max_text_length) < 0.1  # few captions are cut
 
 
 def test_table_stands_between_chance_and_ceiling():
@@ -84,3 +84,6 @@ def test_demo_learns_and_local_beats_global(tmp_path, capsys):
     assert rank1["chance"] < 2 < rank1["global matching"] < local
     assert local >= 0.7 * rank1["ceiling"]
     assert (tmp_path / "demo" / "results.png").is_file()
+    images = sorted((tmp_path / "demo" / "images").glob("*.png"))
+    assert len(images) == demo_cada.SAVED_IMAGES
+    assert {Image.open(path).size for path in images} == {(IMAGE_SIZE[1], IMAGE_SIZE[0])}

@@ -113,6 +113,17 @@ def test_splits_share_no_person_and_hold_all_columns(drawn):
     assert row["file_name"].startswith("test/")
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nobody_is_in_two_splits(seed):
+    """Also by attributes. With seed 1 the splits would share a person if each were drawn without the others."""
+    splits = load_drawn(train_persons=4000, val_persons=50, test_persons=150, images_per_person=1, seed=seed)
+    looks = [{tuple(sorted(person.items())) for person in rows["attributes"]} for rows in splits.values()]
+    assert sum(map(len, looks)) == len(set.union(*looks)) == 4200
+    alone = draw_persons(150, random.Random(f"{seed}-test"))
+    shared = {tuple(sorted(person.items())) for person in alone} & (looks[0] | looks[1])
+    assert bool(shared) == (seed == 1)
+
+
 def test_seed_decides_everything(drawn):
     again = load_drawn(train_persons=12, val_persons=4, test_persons=5, images_per_person=3, seed=7)
     other = load_drawn(train_persons=12, val_persons=4, test_persons=5, images_per_person=3, seed=8)
