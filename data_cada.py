@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
@@ -314,6 +315,8 @@ def _load_other(dataset: str, data_dir: str | os.PathLike | None, skip_unreadabl
         loaded = load_from_disk(dataset)
     elif "/" not in dataset and data_dir is None and not Path(dataset).exists():
         raise DataError(f"Unknown data set {dataset!r}. {known}")  # a typing error; do not search the Hub for it
+    elif meant := get_close_matches(dataset, [*PEDES_SETS, *DRAWN_SETS], n=1, cutoff=0.8):
+        raise DataError(f"Unknown data set {dataset!r}. Do you mean {meant[0]}? {known}")
     else:
         try:
             loaded = load_dataset(dataset, data_dir=data_dir)
@@ -361,7 +364,7 @@ def hold_out_persons(train: Dataset, persons: int, seed: int = 0) -> DatasetDict
     """Split `persons` random persons off a training set, as validation set of a data set that has none."""
     ids = sorted(set(train["person_id"]))
     if not 0 < persons < len(ids):
-        raise DataError(f"Cannot hold out {persons} of {len(ids)} persons for validation. Give a smaller number.")
+        raise DataError(f"Cannot hold out {persons} of {len(ids)} persons for validation. Lower --holdout_persons.")
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:persons]
     chosen = {ids[index] for index in order.tolist()}
     is_held_out = [person_id in chosen for person_id in train["person_id"]]

@@ -229,8 +229,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, UnidentifiedImageError) as error:
         print(f"error: the image {options.image} cannot be read: {error}", file=sys.stderr)
         return 1
-    model = CADAForTextToImageRetrieval.from_pretrained(options.model)
-    processor = CADAProcessor.from_pretrained(options.model)
+    try:
+        model = CADAForTextToImageRetrieval.from_pretrained(options.model)
+        processor = CADAProcessor.from_pretrained(options.model)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: {error} --model is a folder, or a name on the Hub, which has to be reachable.", file=sys.stderr)
+        return 1
     try:
         attention = word_attention(model, processor, image, options.text, options.layer, options.head)
         predictions = attribute_predictions(model, processor, image, options.text) if model.config.use_ara else []

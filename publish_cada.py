@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from configuration_cada import CADAConfig
 from data_cada import PEDES_SETS
@@ -45,6 +45,7 @@ DRAWN_TITLES = {"drawn": "the drawn set", "drawn_night": "the drawn set at night
 TEMPLATES |= dict.fromkeys(DRAWN_TITLES, "cada-demo.md")
 TITLES = {**{name: pedes.title for name, pedes in PEDES_SETS.items()}, **DRAWN_TITLES}
 RANDOM_START = {"start": "random weights", "licence": None}
+UNKNOWN_START = {"start": "weights whose origin is not recorded", "licence": "not recorded"}
 NO_LICENCE = "none: the authors' repository names no licence"
 RELEASED = (
     *("README.md", RUN_FILE, "config.json", "*_cada.py", "*.safetensors", "model.safetensors.index.json"),
@@ -81,10 +82,11 @@ def read_run(folder: str | os.PathLike) -> dict:
     """
     The record of a run, `cada_run.json` in `folder`:
 
-    - `origin`: `{"start", "licence"}` of the weights before training, or `None` where nobody recorded it.
+    - `origin`: `{"start", "licence", "trained_on"}` of the weights before training, or `None` where nobody recorded
+      it; `trained_on` lists the sets of earlier trainings.
     - `training`: what the model was trained on and how, or `None`; see `train_cada.describe_training`.
-    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "metrics", "weights"}` and
-      [`environment`]; `weights` is the digest of what was evaluated.
+    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "unreadable_images_skipped", "metrics",
+      "weights"}` and [`environment`]; `weights` is the digest of what was evaluated.
 
     Without a record all are empty.
 
@@ -101,6 +103,23 @@ def read_run(folder: str | os.PathLike) -> dict:
         raise PublishError(f"{path} is damaged ({type(error).__name__}: {error}). Delete it, or run again.") from error
 
 
+def read_start(name: str) -> dict:
+    """The record ([`read_run`]) of a checkpoint in a folder or on the Hub."""
+    if Path(name).is_dir():
+        return read_run(name)
+    path = cached_file(name, RUN_FILE, _raise_exceptions_for_missing_entries=False)
+    return read_run(Path(path).parent if path else name)
+
+
+def after_training(run: dict) -> dict | None:
+    """The `origin` of what starts from the weights of a run: its own, and the set that it was trained on."""
+    origin, training = run["origin"], run["training"]
+    if training is None:
+        return origin
+    origin = origin or UNKNOWN_START
+    return {**origin, "trained_on": list(dict.fromkeys([*origin.get("trained_on", []), training["dataset"]]))}
+
+
 def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | None, evaluations: list[dict]) -> None:
     """Write the record of a run; an evaluation takes the place of an older one of the same weights and protocol."""
     run = {"origin": origin, "training": training, "evaluations": _newest(evaluations)}
@@ -109,8 +128,8 @@ def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | N
 
 
 def _newest(evaluations: list[dict]) -> list[dict]:
-    names = ("weights", "dataset", "split", "captions_per_image")
-    rows = {(*(row[name] for name in names), row["metrics"]["rerank_k"]): row for row in evaluations}
+    names = ("weights", "dataset", "split", "captions_per_image", "unreadable_images_skipped")
+    rows = {(*(row.get(name) for name in names), row["metrics"]["rerank_k"]): row for row in evaluations}
     return list(rows.values())
 
 
@@ -186,21 +205,36 @@ def _captions(row: dict) -> str:
     return "all captions of an image" if count is None else f"the first {count} captions of an image"
 
 
+def _departures(row: dict) -> str:
+    """What makes an evaluation another one than the split of the set's authors; empty where it is theirs."""
+    words = ", unreadable images left out" if row.get("unreadable_images_skipped") else ""
+    if row["dataset"] in PEDES_SETS:
+        _, images, captions = PEDES_SETS[row["dataset"]].counts.get(row["split"], (0, 0, 0))
+        queries, gallery = row["metrics"]["queries"], row["metrics"]["gallery"]
+        if gallery != images or (row["captions_per_image"] is None and queries != captions):
+            words += f", NOT the official split ({gallery:,} of {images:,} images)"
+    return words
+
+
 def _protocol(evaluations: list[dict], training: dict | None) -> list[str]:
     """What a reader has to know to compare the figures."""
     notes = ["Every caption of the split searches all images of the split; its own image is among them."]
-    notes += [f"{set_title(row['dataset'])}, {row['split']}: {_captions(row)}." for row in evaluations]
+    notes += [
+        f"{set_title(row['dataset'])}, {row['split']}: {_captions(row)}{_departures(row)}." for row in evaluations
+    ]
     notes.append("Global matching ranks by S_G; local matching ranks the best K of these again by S_G + S_L.")
     if training and training["selected_by"]:
         notes.append(f"The checkpoint was chosen by {training['selected_by']}. The test split chose nothing.")
     elif training:
         notes.append("The last checkpoint was taken; nothing was chosen.")
+    if training:
+        notes.append("One training run with one seed. Others differ; see the spread before you compare.")
     for where in dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations):
         notes.append(f"Evaluated on {where}.")
     return notes
 
 
-def _recipe(training: dict) -> list[tuple[str, str]]:
+def _recipe(training: dict, start: str) -> list[tuple[str, str]]:
     """Rows of the card's table of the training."""
     data = training["data"]
     rows = [
@@ -209,12 +243,12 @@ def _recipe(training: dict) -> list[tuple[str, str]]:
             f"{training['title']}: {data['persons']:,} persons, {data['images']:,} images, {data['pairs']:,} pairs",
         ),
         ("captions", _captions(training)),
-        ("start", training["start"]),
+        ("start", start),
     ]
     rows += [(key.replace("_", " "), value) for key, value in training["recipe"].items()]
     rows.append(("seed", training["seed"]))
     if training["minutes"] is not None:  # of a resumed run nobody knows the whole
-        rows.append(("time", f"{training['minutes']:.0f} minutes"))
+        rows.append(("time", f"{training['minutes']:.1f} minutes"))
     rows += [("hardware", training["hardware"]), ("date", training["date"])]
     rows.append(("versions", ", ".join(f"{name} {number}" for name, number in training["versions"].items())))
     return [(key, str(value)) for key, value in rows]
@@ -256,13 +290,14 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
             k = metrics["rerank_k"] if matching == "local" else "–"
             cells = [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
             sizes = [f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
-            table.append([set_title(row["dataset"]), row["split"], matching, str(k), *sizes, *cells])
+            title = set_title(row["dataset"]) + _departures(row)
+            table.append([title, row["split"], matching, str(k), *sizes, *cells])
             results += [
                 EvalResult(
                     task_type="text-to-image-retrieval",
                     task_name="Text-to-image person retrieval",
                     dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]),
-                    dataset_name=set_title(row["dataset"]),
+                    dataset_name=title,
                     dataset_split=row["split"],
                     metric_type=f"{matching}_{metric}",
                     metric_name=f"{METRIC_TITLES[metric]} ({matching} matching)",
@@ -270,9 +305,17 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
                 )
                 for metric in METRICS
             ]
-    dataset = training["dataset"] if training else None
-    open_licence = dataset in DRAWN_TITLES and run["origin"] == RANDOM_START
-    restricted = dataset in PEDES_SETS
+    origin = run["origin"] or UNKNOWN_START
+    dataset, earlier = training["dataset"] if training else None, origin.get("trained_on", [])
+    sets = {dataset, *earlier}
+    open_licence = sets <= set(DRAWN_TITLES) and origin["start"] == RANDOM_START["start"]
+    restricted = not sets.isdisjoint(PEDES_SETS)
+    if earlier:
+        origin = {**origin, "start": f"{origin['start']}, then trained on {', '.join(map(set_title, earlier))}"}
+    template = TEMPLATES.get(dataset, "base.md") if open_licence or dataset not in DRAWN_TITLES else "base.md"
+    for row in evaluations:
+        if _departures(row):
+            logger.warning(f"{set_title(row['dataset'])}, {row['split']}{_departures(row)}: the card says so.")
     data = ModelCardData(
         language="en",
         license="apache-2.0" if open_licence else "other",
@@ -286,13 +329,13 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
     cards = Environment(
         loader=FileSystemLoader(CARDS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    body = cards.get_template(TEMPLATES.get(dataset, "base.md")).render(
+    body = cards.get_template(template).render(
         name=name,
         repo_id=repo_id,
         revision=revision,
         training=training,
-        recipe=_recipe(training) if training else [],
-        origin=run["origin"] or {"start": "weights whose origin is not recorded", "licence": "not recorded"},
+        recipe=_recipe(training, origin["start"]) if training else [],
+        origin=origin,
         evaluations=evaluations,
         table=table,
         protocol=_protocol(evaluations, training),
@@ -320,9 +363,10 @@ def open_repository(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         present = api.list_repo_files(repo_id)
         tags = {reference.name for reference in api.list_repo_refs(repo_id).tags}
-    except HfHubHTTPError as error:
+    except Exception as error:  # the client raises its own errors and those of its HTTP library
         raise PublishError(
-            f"Cannot open {repo_id} on the Hub: {error}. Run `hf auth login` with a token that may write there."
+            f"Cannot open {repo_id} on the Hub: {error}. Check the connection, and run `hf auth login` with a "
+            "token that may write there."
         ) from error
     if tag in tags:
         raise PublishError(

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, speed_metrics
@@ -49,12 +50,14 @@ from processing_cada import CADAImageProcessor, CADAProcessor
 from publish_cada import (
     RANDOM_START,
     PublishError,
+    after_training,
     check_licence,
     environment,
     model_digest,
     open_repository,
     publish,
     read_run,
+    read_start,
     write_run,
 )
 
@@ -317,13 +320,13 @@ def read_overrides(text: str | None) -> dict:
         return {}
     is_file = not text.lstrip().startswith("{")
     if is_file and not Path(text).is_file():
-        raise ValueError(f"--config_overrides {text!r} is neither a JSON object nor a file.")
+        raise ArgumentError(f"--config_overrides {text!r} is neither a JSON object nor a file.")
     try:
         overrides = json.loads(Path(text).read_text(encoding="utf-8") if is_file else text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--config_overrides {text!r} is not JSON: {error}.") from error
+        raise ArgumentError(f"--config_overrides {text!r} is not JSON: {error}.") from error
     if not isinstance(overrides, dict):
-        raise ValueError(f"--config_overrides {text!r} should be a JSON object with fields of CADAConfig.")
+        raise ArgumentError(f"--config_overrides {text!r} should be a JSON object with fields of CADAConfig.")
     towers = {"vision_config": CADAVisionConfig, "text_config": CADATextConfig}
     parts = [(CADAConfig, overrides), *((kind, overrides.get(name, {})) for name, kind in towers.items())]
     for kind, fields in parts:
@@ -347,7 +350,7 @@ def read_recipe(path: str, given: list[str]) -> list[str]:
     if not isinstance(recipe, dict):
         raise ArgumentError(f"The recipe {path} should be a JSON object of arguments.")
     arguments = []
-    left_out = {"init_from"} if "--model_name_or_path" in given else set()
+    left_out = {"init_from"} if any(word.split("=")[0] == "--model_name_or_path" for word in given) else set()
     for name, value in recipe.items():
         if value is not None and name not in left_out:
             arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
@@ -465,7 +468,7 @@ def find_origin(model: ModelArguments) -> dict | None:
         return describe_origin(model.init_source, model.init_from)
     if model.model_name_or_path is None:
         return RANDOM_START
-    return read_run(model.model_name_or_path)["origin"]
+    return after_training(read_start(model.model_name_or_path))
 
 
 def describe_training(
@@ -482,12 +485,15 @@ def describe_training(
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "warmup_steps": args.warmup_steps,
+        "warmup_steps": args.warmup_steps if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} of all",
         "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
         "negative_sampling": args.negative_sampling,
         "unreadable_images_skipped": data.skip_unreadable,
     }
+    if args.negative_sampling == "annealed":
+        recipe["negative_temperature"] = f"{args.negative_temperature_start} to {args.negative_temperature_end}"
     return {
         "dataset": name_of_set(data, rows),
         "captions_per_image": data.captions_per_image,
@@ -510,15 +516,16 @@ def describe_evaluation(
         "dataset": name_of_set(data, rows),
         "split": split,
         "captions_per_image": data.captions_per_image,
+        "unreadable_images_skipped": data.skip_unreadable,
         "metrics": {k: v for k, v in plain.items() if k in names or k.startswith(("global_", "local_"))},
         "weights": model_digest(trainer.accelerator.unwrap_model(trainer.model)),
         **environment(trainer.args.world_size),
     }
 
 
-def check_hold_out(training: dict | None, data: DataArguments, held_out: int) -> None:
-    """Persons that a model was trained on are no validation set."""
-    if training is not None and training["dataset"] == data.dataset:
+def check_hold_out(training: dict | None, dataset: str, held_out: int) -> None:
+    """Persons that a model was trained on are no validation set. `dataset` is named as by [`name_of_set`]."""
+    if training is not None and training["dataset"] == dataset:
         seen = training["recipe"]["persons_held_out_of_train"]
         if seen != held_out:
             raise ArgumentError(
@@ -537,12 +544,21 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             "or choose one with CUDA_VISIBLE_DEVICES=0."
         )
     set_seed(args.seed)
-    model, processor = load_model_and_processor(model_arguments)
+    try:
+        model, processor = load_model_and_processor(model_arguments)
+    except OSError as error:  # what transformers raises where it finds no file
+        raise ArgumentError(
+            f"Cannot load the start or its tokenizer: {error} Each is a folder (--model_name_or_path, --init_from, "
+            "--tokenizer_name) or a name on the Hub, which has to be reachable."
+        ) from error
+    except StrictDataclassError as error:
+        raise ArgumentError(f"The configuration does not hold together. {error}") from error
     if model_arguments.attn_implementation is not None:
         model.set_attn_implementation(model_arguments.attn_implementation)
     splits, held_out = prepare_data(data, args, processor, find_attributes=model.config.use_ara)
     if held_out and not args.do_train and model_arguments.model_name_or_path is not None:
-        check_hold_out(read_run(model_arguments.model_name_or_path)["training"], data, held_out)
+        training = read_start(model_arguments.model_name_or_path)["training"]
+        check_hold_out(training, name_of_set(data, splits["val"]), held_out)
     if args.do_train and "val" not in splits:
         # Nothing to choose by. The test split must not choose.
         logger.warning("No validation split: the last checkpoint is kept, whatever its score.")
@@ -572,7 +588,11 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     if args.do_train:
         checkpoint = args.resume_from_checkpoint
         if checkpoint == "last":
-            checkpoint = get_last_checkpoint(args.output_dir)
+            checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+            if checkpoint is None:
+                logger.warning(
+                    f"{args.output_dir} holds no checkpoint to resume from: training starts at the beginning."
+                )
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(_internal_call=True)  # the push waits for the evaluation
         trainer.log_metrics("train", result.metrics)
@@ -607,7 +627,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].endswith(".json"):
         arguments = [*read_recipe(arguments[0], arguments[1:]), *arguments[1:]]  # the last of two equal ones counts
-    parsed = parser.parse_args_into_dataclasses(arguments)
+    try:
+        parsed = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:  # an unknown argument, or values that do not go together
+        raise ArgumentError(f"{error} (`python train_cada.py --help` lists all arguments.)") from error
     logging.set_verbosity(parsed[2].get_process_log_level())
     transformers.logging.enable_explicit_format()
     return run(*parsed)

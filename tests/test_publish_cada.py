@@ -224,7 +224,9 @@ def test_further_evaluations_join_the_table(run, trained, tmp_path):
         write_run(tmp_path / name, None, None, [{**row, **more}])
     arguments = ["--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]
     assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "cross")]) == 0
-    assert "| ICFG-PEDES | test | local |" in (run / "README.md").read_text(encoding="utf-8")
+    assert "| ICFG-PEDES, NOT the official split (6 of 19,848 images) | test | local |" in (
+        run / "README.md"
+    ).read_text(encoding="utf-8")
     assert publish_cada.main([*arguments, "--evaluations", str(tmp_path)]) == 1
     assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "foreign")]) == 1
 
@@ -250,6 +252,61 @@ def test_drawn_model_is_open_only_from_random_weights(start, run):
     assert ModelCard(content).data.license == "other"
     assert "No image of a person was used" not in content
     assert (start or "not recorded") in content
+
+
+def test_card_names_every_set_that_the_weights_have_seen(run, trained):
+    """Trained on CUHK-PEDES, then on drawings: research only, and no word of random weights alone."""
+    rename(run, "cuhk_pedes")
+    origin = publish_cada.after_training(read_run(run))
+    assert origin == {"start": "random weights", "licence": None, "trained_on": ["cuhk_pedes"]}
+    again = publish_cada.after_training({"origin": origin, "training": {"dataset": "cuhk_pedes"}})
+    assert again == origin  # a set is named once
+    unknown = publish_cada.after_training({"origin": None, "training": {"dataset": "drawn"}})
+    assert unknown == {**publish_cada.UNKNOWN_START, "trained_on": ["drawn"]}
+    rename(run, "drawn", origin)
+    card = model_card(run, "org/name", "main")
+    assert (card.data.license, card.data.license_name) == ("other", "research-only")
+    assert "| start | random weights, then trained on CUHK-PEDES |" in card.content
+    assert "No image of a person was used" not in card.content
+    rename(run, "drawn", {**publish_cada.RANDOM_START, "trained_on": ["drawn"]})
+    assert model_card(run, "org/name", "main").data.license == "apache-2.0"
+
+
+def test_record_of_a_start_comes_from_its_folder_or_the_hub(run, monkeypatch, tmp_path):
+    assert publish_cada.read_start(str(run)) == read_run(run)
+    monkeypatch.setattr(publish_cada, "cached_file", lambda name, file, **_: str(run / file))
+    assert publish_cada.read_start("org/cada-cuhk") == read_run(run)
+    monkeypatch.setattr(publish_cada, "cached_file", lambda *_, **__: None)
+    assert publish_cada.read_start("org/cada-cuhk")["training"] is None
+
+
+def test_evaluation_without_the_bad_images_does_not_take_the_place_of_the_whole(run):
+    record = read_run(run)
+    whole = next(row for row in record["evaluations"] if row["split"] == "test")
+    part = {**whole, "unreadable_images_skipped": True, "metrics": {**whole["metrics"], "local_R1": 99.0}}
+    content = model_card(run, "org/name", "main", [part]).content
+    assert (
+        f"| RSTPReid, NOT the official split (6 of 1,000 images) | test | local | 3 | 12 | 6 | {whole['metrics']['local_R1']:.2f}"
+        in content
+    )
+    assert (
+        "| RSTPReid, unreadable images left out, NOT the official split (6 of 1,000 images) | test | local" in content
+    )
+
+
+@pytest.mark.parametrize(
+    ("queries", "gallery", "captions", "official"),
+    [(6156, 3074, None, True), (6148, 3074, 2, True), (6148, 3074, None, False), (6156, 3073, None, False)],
+)
+def test_figures_of_a_part_are_not_called_those_of_the_set(run, queries, gallery, captions, official):
+    """CUHK-PEDES' test split: 3,074 images with 6,156 captions."""
+    record = rename(run, "cuhk_pedes")
+    for row in record["evaluations"]:
+        row["captions_per_image"] = captions
+        row["metrics"].update(queries=queries, gallery=gallery)
+    rows = [row for row in record["evaluations"] if row["split"] == "test"]
+    write_run(run, publish_cada.RANDOM_START, record["training"], rows)
+    assert ("NOT the official split" not in model_card(run, "org/name", "main").content) == official
 
 
 def test_weights_without_licence_are_not_published(run, capsys):

@@ -194,6 +194,37 @@ def test_checkpoint_starts_with_another_image_size(start):
         assert name.endswith("position_embedding") or torch.equal(got[name], value)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--do_trian"], "--do_trian"),
+        (["--model_name_or_path", "runs/no-such-run"], "Cannot load the start or its tokenizer"),
+        (["--config_overrides", '{"temperature": 1'], "is not JSON"),
+        (["--config_overrides", '{"group_size": 500}'], "group_size"),
+        (["--dataset", "rstp_ried"], "Do you mean rstp_reid"),
+    ],
+)
+def test_mistakes_of_the_command_line_are_named_in_a_line(start, tmp_path, more, message):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    words = [*command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"), *more]
+    result = subprocess.run(
+        [sys.executable, train_cada.__file__, *words], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().split("error: ")[-1]
+    assert message in last and len(last) < 800
+
+
+def test_held_out_persons_are_compared_by_the_recorded_name_of_the_set():
+    trained = {"dataset": "mine (own data)", "recipe": {"persons_held_out_of_train": 5}}
+    train_cada.check_hold_out(trained, "mine (own data)", 5)
+    train_cada.check_hold_out(trained, "icfg_pedes", 200)
+    train_cada.check_hold_out(None, "icfg_pedes", 200)
+    with pytest.raises(ArgumentError, match="Pass --holdout_persons 5"):
+        train_cada.check_hold_out(trained, "mine (own data)", 7)
+
+
 def test_training_in_chunks_gives_the_same_weights(start, tmp_path):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
@@ -311,6 +342,7 @@ def test_recipe_is_a_file_of_arguments(tmp_path):
         assert model.init_source == "blip_original" and model.init_from
         # A checkpoint on the command line takes the place of the recipe's start.
         assert "--init_from" not in train_cada.read_recipe(str(path), ["--model_name_or_path", "runs/x"])
+        assert "--init_from" not in train_cada.read_recipe(str(path), ["--model_name_or_path=runs/x"])
     (tmp_path / "bad.json").write_text("[1]")
     for name, message in (("bad.json", "JSON object of arguments"), ("none.json", "does not exist")):
         with pytest.raises(ArgumentError, match=message):
@@ -367,5 +399,5 @@ def test_commands_of_the_documentation_are_understood(page, monkeypatch):
     assert len(commands) >= 4
     for words in commands:
         train_cada.main([*words, "--use_cpu"])  # the recipes use bfloat16, which the Trainer checks
-    assert {data.dataset for _, data, _ in runs} == {"cuhk_pedes", "icfg_pedes", "rstp_reid"}
+    assert {data.dataset for _, data, _ in runs} >= {"cuhk_pedes", "icfg_pedes", "rstp_reid"}
     assert all(args.do_predict for _, _, args in runs)
