@@ -315,7 +315,7 @@ def _load_other(dataset: str, data_dir: str | os.PathLike | None, skip_unreadabl
         loaded = load_from_disk(dataset)
     elif "/" not in dataset and data_dir is None and not Path(dataset).exists():
         raise DataError(f"Unknown data set {dataset!r}. {known}")  # a typing error; do not search the Hub for it
-    elif meant := get_close_matches(dataset, [*PEDES_SETS, *DRAWN_SETS], n=1, cutoff=0.8):
+    elif not Path(dataset).exists() and (meant := get_close_matches(dataset, [*PEDES_SETS, *DRAWN_SETS], cutoff=0.8)):
         raise DataError(f"Unknown data set {dataset!r}. Do you mean {meant[0]}? {known}")
     else:
         try:

@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         attention = word_attention(model, processor, image, options.text, options.layer, options.head)
         predictions = attribute_predictions(model, processor, image, options.text) if model.config.use_ara else []
-    except ValueError as error:
+    except (ValueError, LookupError) as error:  # LookupError: NLTK's tagger data are missing
         print(f"error: {error}", file=sys.stderr)
         return 1
     draw_explanation(image, options.text, attention, predictions).save(options.output)

@@ -480,9 +480,10 @@ def main(arguments: list[str] | None = None) -> int:
                 raise PublishError(f"{folder} holds no {RUN_FILE} with an evaluation. Run --do_predict there.")
             further += rows
         if options.card_only:
-            names = release_files(options.checkpoint)
+            release_files(options.checkpoint)  # what is missing shows before anything is written
             card = model_card(options.checkpoint, options.repo_id, options.tag or "main", further)
             card.save(Path(options.checkpoint) / "README.md")
+            names = release_files(options.checkpoint)
             print(f"Wrote {Path(options.checkpoint) / 'README.md'}. A push would publish: {', '.join(names)}")
             return 0
         revision = publish(

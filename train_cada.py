@@ -328,6 +328,9 @@ def read_overrides(text: str | None) -> dict:
     if not isinstance(overrides, dict):
         raise ArgumentError(f"--config_overrides {text!r} should be a JSON object with fields of CADAConfig.")
     towers = {"vision_config": CADAVisionConfig, "text_config": CADATextConfig}
+    for name in towers:
+        if not isinstance(overrides.get(name, {}), dict):
+            raise ArgumentError(f"--config_overrides: `{name}` should be an object with fields of its own.")
     parts = [(CADAConfig, overrides), *((kind, overrides.get(name, {})) for name, kind in towers.items())]
     for kind, fields in parts:
         unknown = sorted(set(fields) - set(kind.__dataclass_fields__))

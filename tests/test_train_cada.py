@@ -201,6 +201,7 @@ def test_checkpoint_starts_with_another_image_size(start):
         (["--model_name_or_path", "runs/no-such-run"], "Cannot load the start or its tokenizer"),
         (["--config_overrides", '{"temperature": 1'], "is not JSON"),
         (["--config_overrides", '{"group_size": 500}'], "group_size"),
+        (["--config_overrides", '{"vision_config": 5}'], "`vision_config` should be an object"),
         (["--dataset", "rstp_ried"], "Do you mean rstp_reid"),
     ],
 )
