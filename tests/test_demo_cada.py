@@ -35,7 +35,7 @@ def test_start_is_a_complete_checkpoint(splits, tmp_path):
     assert out.logits_per_text.shape == (1, 1)
     captions = [caption for rows in splits.values() for row in rows["captions"] for caption in row]
     lengths = [len(ids) for ids in processor(text=captions, truncation=False, padding=False)["input_ids"]]
-    assert np.mean(np.array(lengths) > model.config.max_text_length) < 0.1  # few captions are cut
+    assert np.mean(np.array(lengths) > model.config.max_text_length) < 0.15  # few captions are cut
 
 
 def test_table_stands_between_chance_and_ceiling():
