@@ -107,7 +107,10 @@ def read_start(name: str) -> dict:
     """The record ([`read_run`]) of a checkpoint in a folder or on the Hub."""
     if Path(name).is_dir():
         return read_run(name)
-    path = cached_file(name, RUN_FILE, _raise_exceptions_for_missing_entries=False)
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(name, RUN_FILE, **options)
+    if path is None:
+        logger.warning(f"{name} has no {RUN_FILE} that can be read: the origin of its weights is not recorded.")
     return read_run(Path(path).parent if path else name)
 
 

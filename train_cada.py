@@ -465,13 +465,17 @@ def name_of_set(data: DataArguments, rows: Dataset) -> str:
     return f"{Path(data.dataset).name} (own data)" if Path(data.dataset).exists() else data.dataset
 
 
-def find_origin(model: ModelArguments) -> dict | None:
-    """Where the weights come from, for the record; `None` where the start does not tell."""
+def find_history(model: ModelArguments, do_train: bool) -> tuple[dict | None, dict | None]:
+    """
+    For the record of this run: where the weights come from (`None` where the start does not tell), and how they were
+    trained. A training on top of another moves the earlier one into the origin.
+    """
     if model.init_from is not None:
-        return describe_origin(model.init_source, model.init_from)
+        return describe_origin(model.init_source, model.init_from), None
     if model.model_name_or_path is None:
-        return RANDOM_START
-    return after_training(read_start(model.model_name_or_path))
+        return RANDOM_START, None
+    record = read_start(model.model_name_or_path)
+    return (after_training(record), None) if do_train else (record["origin"], record["training"])
 
 
 def describe_training(
@@ -559,8 +563,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     if model_arguments.attn_implementation is not None:
         model.set_attn_implementation(model_arguments.attn_implementation)
     splits, held_out = prepare_data(data, args, processor, find_attributes=model.config.use_ara)
-    if held_out and not args.do_train and model_arguments.model_name_or_path is not None:
-        training = read_start(model_arguments.model_name_or_path)["training"]
+    origin, training = find_history(model_arguments, args.do_train)
+    if held_out and not args.do_train:
         check_hold_out(training, name_of_set(data, splits["val"]), held_out)
     if args.do_train and "val" not in splits:
         # Nothing to choose by. The test split must not choose.
@@ -568,7 +572,6 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         args.eval_strategy, args.load_best_model_at_end, args.do_eval = "no", False, False
     if not model.config.use_atp and args.metric_for_best_model == "local_R1":
         args.metric_for_best_model = "global_R1"  # without match heads there is no local matching
-    origin = find_origin(model_arguments)
     if args.push_to_hub and args.process_index == 0:
         repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
         check_licence(origin, licence_granted=False)  # now, not after days of training
@@ -603,8 +606,6 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         training = describe_training(model_arguments, data, args, splits["train"], len(train_pairs), trainer.state)
         training["recipe"]["persons_held_out_of_train"] = held_out
         training["minutes"] = None if checkpoint else result.metrics["train_runtime"] / 60
-    else:
-        training = read_run(model_arguments.model_name_or_path or args.output_dir)["training"]
     evaluations = [] if args.do_train else read_run(args.output_dir)["evaluations"]
     metrics: dict[str, float] = {}
     for wanted, split, prefix in ((args.do_eval, "val", "eval"), (args.do_predict, "test", "test")):

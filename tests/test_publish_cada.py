@@ -92,6 +92,7 @@ def test_evaluation_of_a_checkpoint_keeps_how_it_was_trained(trained, tmp_path):
     )
     record = read_run(tmp_path / "again")
     assert record["training"] == read_run(trained)["training"]
+    assert record["origin"] == read_run(trained)["origin"]  # an evaluation adds no training
     assert [(row["split"], row["captions_per_image"]) for row in record["evaluations"]] == [("test", None)]
 
 
@@ -331,6 +332,11 @@ def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_pa
         assert set(release_files(run)) | {".gitattributes"} == set(released)
         assert released["model.safetensors"] == (run / "model.safetensors").read_bytes()
         assert b'revision = "tester/cada", "v1.0"' in released["README.md"]
+
+        code = 'import json, publish_cada; print(json.dumps(publish_cada.read_start("tester/cada")))'
+        environment = {**hub.environment(tmp_path / "other home"), "PYTHONPATH": str(ROOT)}
+        read = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert json.loads(read.stdout.splitlines()[-1]) == read_run(run), read.stderr[-2000:]
 
         again = command(hub, tmp_path / "home", run)
         assert again.returncode == 1
