@@ -132,7 +132,7 @@ class CADAAttention(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of `states`."""
+        """Keys and values `(batch, length, hidden)` of `states` `(batch, length, key_value_size)`."""
         return self.k_proj(states), self.v_proj(states)
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
@@ -404,8 +404,8 @@ class CADATextModel(CADAPreTrainedModel):
 
     def project_images(self, image_states: torch.FloatTensor) -> list[tuple[torch.FloatTensor, torch.FloatTensor]]:
         """
-        Keys and values of patch states in every layer: what several calls of the decoder for the same images share.
-        They take the place of `encoder_hidden_states`, and `2 * layers * hidden / vision hidden` times its memory.
+        Keys and values `(images, 1 + patches, hidden)` of patch states in every layer: what several calls of the
+        decoder for the same images share, in place of `encoder_hidden_states`. Of `2 * layers` times its memory.
         """
         return [layer(None, None, image_states) for layer in self.layers]
 
