@@ -1,6 +1,6 @@
 """Retrieval metrics, and evaluation in two stages: global matching of all images, local matching of the top K."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import datasets
@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from data_cada import read_row
+from data_cada import read_row, undecoded
 
 
 METRICS = ("R1", "R5", "R10", "mAP", "mINP")
 RERANK_MEMORY = 4.0  # GB
 _ROWS_AT_ONCE = 512
-_PAIRS_AT_ONCE = 512
+# Large enough for fast matrix products, small enough that texts of a batch are of one length.
+_TOKENS_AT_ONCE = {"cpu": 1024}
+_TOKENS_ON_ACCELERATOR = 16_384
+_BATCHES_OF_GROUP = 8
 
 
 def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
@@ -138,13 +141,15 @@ class _Images(torch.utils.data.Dataset):
     """The images of a data set as pixel values, so that data loader workers decode them."""
 
     def __init__(self, dataset, processor):
-        self.dataset, self.processor = dataset, processor
+        self.dataset, self.processor = undecoded(dataset), processor
+        size = processor.image_processor.size
+        self.size = size.height, size.width
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        image = read_row(self.dataset, index)["image"]
+        image = read_row(self.dataset, index, self.size)["image"]
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
@@ -203,6 +208,16 @@ def encode_queries(model, processor, captions: list[str], batch_size: int = 256,
     return Queries(embeds, inputs["input_ids"], inputs["attention_mask"])
 
 
+def _batches(lengths: list[int], too_much: Callable[[int, int], bool]) -> Iterator[slice]:
+    """Slices of texts in the order of their `lengths`, as large as `too_much(rows, longest)` allows, 1 at least."""
+    start = 0
+    for end, length in enumerate(lengths):
+        if end > start and too_much(end + 1 - start, length):
+            yield slice(start, end)
+            start = end
+    yield slice(start, len(lengths))
+
+
 @torch.inference_mode()
 def match_candidates(
     model,
@@ -215,9 +230,9 @@ def match_candidates(
     """
     Local scores S_L `(queries, K)` of the candidates `(queries, K)`.
 
-    Pairs are taken image by image. The keys and values of an image are computed once for all its pairs, in groups of
-    images that fill a quarter of `memory` (GB). The pairs of a group are sorted by the length of their text, so that
-    padding is rare, and matched in batches that fill another quarter.
+    Pairs are taken image by image, in groups of images with about eight batches of pairs: the keys and values of an
+    image are computed once for all its pairs. The pairs of a group are sorted by the length of their text, so that
+    padding is rare. A group and a batch take at most a quarter of `memory` (GB) each.
     """
     k, device, text = candidates.shape[1], model.device, model.config.text_config
     lengths = queries.attention_mask.sum(dim=1)
@@ -226,20 +241,30 @@ def match_candidates(
     images, counts = images.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0)
     itemsize = gallery.states.dtype.itemsize
-    # Keys and values of one layer; all layers of a group are kept, and one layer is copied for every pair.
+    # Keys and values of one layer; all layers of a group are kept, and one layer may be copied for every pair.
     projected = 2 * gallery.states.shape[1] * text.hidden_size * itemsize
-    images_at_once = max(1, int(memory / 4 * 1e9 / (projected * text.num_hidden_layers)))
-    for group in torch.arange(len(images)).split(images_at_once):
+    per_token = (2 * text.intermediate_size + 8 * text.hidden_size) * itemsize
+    budget = memory / 4 * 1e9
+    images_at_once = max(1, int(budget / (projected * text.num_hidden_layers)))
+    tokens_at_once = _TOKENS_AT_ONCE.get(device.type, _TOKENS_ON_ACCELERATOR)
+    pairs_of_group = _BATCHES_OF_GROUP * tokens_at_once // int(lengths.median())
+    first = 0
+    while first < len(images):
+        begin = int(ends[first] - counts[first])
+        enough = int(torch.searchsorted(ends, begin + pairs_of_group)) + 1
+        group = slice(first, min(enough, first + images_at_once, len(images)))
+        first = group.stop
         states = model.project_images(gallery.states_of(images[group]).to(device))
-        pairs = order[ends[group[0]] - counts[group[0]] : ends[group[-1]]]
-        image_index = torch.repeat_interleave(torch.arange(len(group)), counts[group])
-        by_length = lengths[pairs // k].argsort(stable=True)
+        pairs = order[begin : ends[first - 1]]
+        image_index = torch.repeat_interleave(torch.arange(len(counts[group])), counts[group])
+        # By length, and the pairs of one text side by side.
+        by_length = (lengths[pairs // k] * len(lengths) + pairs // k).argsort()
         pairs, image_index = pairs[by_length], image_index[by_length]
-        start = 0
-        while start < len(pairs):
-            longest = int(lengths[pairs[start : start + _PAIRS_AT_ONCE] // k].max())
-            per_pair = projected + longest * (2 * text.intermediate_size + 8 * text.hidden_size) * itemsize
-            batch = slice(start, start + max(1, min(_PAIRS_AT_ONCE, int(memory / 4 * 1e9 / per_pair))))
+
+        def too_much(rows: int, length: int) -> bool:
+            return rows * length > tokens_at_once or rows * (projected + length * per_token) > budget
+
+        for batch in _batches(lengths[pairs // k].tolist(), too_much):
             texts, text_index = (pairs[batch] // k).unique(return_inverse=True)
             inputs = (queries.input_ids[texts], queries.attention_mask[texts], text_index, image_index[batch])
             input_ids, attention_mask, text_index, image_of_pair = (tensor.to(device) for tensor in inputs)
@@ -247,7 +272,6 @@ def match_candidates(
             scores[pairs[batch]] = model.local_score(logits).float().cpu()
             if progress is not None:
                 progress.update(len(pairs[batch]))
-            start = batch.stop
     return scores.view_as(candidates)
 
 

@@ -42,6 +42,11 @@ def rank_and_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def own_rows(count: int, device: torch.device) -> torch.Tensor:
+    """Where the `count` rows of this process stand in the batch of all processes."""
+    return torch.arange(count, device=device) + count * rank_and_size()[0]
+
+
 def gather_batch(tensor: torch.Tensor) -> torch.Tensor:
     """The rows of all processes `(processes * rows, ...)`, with gradient; every process must hold equally many."""
     return tensor if rank_and_size()[1] == 1 else _GatherWithGradient.apply(tensor)
@@ -151,6 +156,39 @@ def draw_negatives(
     return (scores / temperature + noise).argmax(dim=1), exists
 
 
+def match_pairs(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    person_ids: torch.Tensor,
+    own: torch.Tensor,
+    temperature: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The pairs of equation (5) for this process: first its own pairs, then every image with its negative text, then every
+    text with its negative image.
+
+    Args:
+        image_features, text_features: `(batch, d)`, of all processes.
+        person_ids: `(batch,)`.
+        own: rows of this process, see [`own_rows`].
+        temperature: as in [`draw_negatives`].
+
+    Returns:
+        Text and image of each pair, as rows of the batch, and 1 for a match, 0 for none: three times `(pairs,)`.
+    """
+    positives = positive_pairs(person_ids[own], person_ids)
+    with torch.autocast(image_features.device.type, enabled=False):
+        to_texts = image_features[own] @ text_features.t()
+        to_images = text_features[own] @ image_features.t()
+    text_of_image, has_text = draw_negatives(to_texts, positives, temperature)
+    image_of_text, has_image = draw_negatives(to_images, positives, temperature)
+    text_index = torch.cat([own, text_of_image[has_text], own[has_image]])
+    image_index = torch.cat([own, own[has_text], image_of_text[has_image]])
+    match_labels = torch.zeros_like(text_index)
+    match_labels[: len(own)] = 1
+    return text_index, image_index, match_labels
+
+
 def group_states(
     states: torch.Tensor, attention_mask: torch.Tensor, size: int, stride: int, pool_padding: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,8 +253,10 @@ __all__ = [
     "draw_negatives",
     "gather_batch",
     "group_states",
+    "match_pairs",
     "ndf_loss",
     "ndf_reference_loss",
+    "own_rows",
     "positive_pairs",
     "rank_and_size",
     "run_in_chunks",

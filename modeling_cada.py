@@ -25,11 +25,12 @@ try:
         ara_loss,
         atp_loss,
         cmpm_loss,
-        draw_negatives,
         gather_batch,
         group_states,
+        match_pairs,
         ndf_loss,
         ndf_reference_loss,
+        own_rows,
         positive_pairs,
         rank_and_size,
         run_in_chunks,
@@ -42,11 +43,12 @@ except ImportError:
         ara_loss,
         atp_loss,
         cmpm_loss,
-        draw_negatives,
         gather_batch,
         group_states,
+        match_pairs,
         ndf_loss,
         ndf_reference_loss,
+        own_rows,
         positive_pairs,
         rank_and_size,
         run_in_chunks,
@@ -144,35 +146,46 @@ class CADAAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
         projected_values: torch.Tensor | None = None,
-        key_value_index: torch.Tensor | None = None,
+        key_value_index: torch.Tensor | list[int] | None = None,
         is_causal: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Queries from `hidden_states` `(batch, length, hidden)`; keys and values from `key_value_states`, by default the
         same; with `projected_values` both come ready from [`project`]. With `key_value_index` `(batch,)` row b reads
-        row `key_value_index[b]` of them: they are computed once, however many queries use them.
+        row `key_value_index[b]` of them: they are computed once, however many queries use them. As a list of numbers
+        it says that the first `key_value_index[0]` rows read row 0, the next ones row 1, and so on: then nothing is
+        copied, but no weights are returned.
         """
         source = hidden_states if key_value_states is None else key_value_states
-        query = self._heads(self.q_proj(hidden_states))
+        query = self.q_proj(hidden_states)
         key, value = self.project(source) if projected_values is None else (source, projected_values)
-        if key_value_index is not None:
-            key, value = key.index_select(0, key_value_index), value.index_select(0, key_value_index)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
-            self,
-            query,
-            self._heads(key),
-            self._heads(value),
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-            **kwargs,
-        )
-        return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+            return attention(
+                self,
+                self._heads(query),
+                self._heads(key),
+                self._heads(value),
+                attention_mask,
+                scaling=self.scaling,
+                dropout=self.dropout if self.training else 0.0,
+                is_causal=is_causal,
+                **kwargs,
+            )
+
+        if isinstance(key_value_index, list):  # the queries that read one row are one long query
+            runs = zip(query.split(key_value_index), key.split(1), value.split(1))
+            parts = [attend(rows.flatten(0, 1)[None], *shared)[0].flatten() for rows, *shared in runs if len(rows)]
+            output, weights = torch.cat(parts), None
+        else:
+            if key_value_index is not None:
+                key, value = key.index_select(0, key_value_index), value.index_select(0, key_value_index)
+            output, weights = attend(query, key, value)
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
 
 
 class CADAVisionAttention(CADAAttention):
@@ -296,7 +309,7 @@ class CADATextLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_values: torch.Tensor | None = None,
-        encoder_index: torch.Tensor | None = None,
+        encoder_index: torch.Tensor | list[int] | None = None,
         text_index: torch.Tensor | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
@@ -429,7 +442,7 @@ class CADATextModel(CADAPreTrainedModel):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.FloatTensor | list[tuple[torch.FloatTensor, torch.FloatTensor]] | None = None,
-        encoder_index: torch.LongTensor | None = None,
+        encoder_index: torch.LongTensor | list[int] | None = None,
         text_index: torch.LongTensor | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
@@ -446,7 +459,8 @@ class CADATextModel(CADAPreTrainedModel):
                 decoder.
             encoder_index, text_index (`torch.LongTensor` of shape `(pairs,)`, *optional*):
                 The pairs that the decoder computes: text `text_index[p]` reads image `encoder_index[p]`. By default
-                text i reads image i.
+                text i reads image i. Where the pairs are in the order of their images, `encoder_index` may be the
+                list of the numbers of pairs of every image, which is faster.
             num_queries (`int`, *optional*):
                 How many first positions the last layer computes. By default all.
             is_causal (`bool`, *optional*, defaults to `False`):
@@ -678,9 +692,9 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     ) -> torch.FloatTensor:
         r"""
         Local matching of the listed pairs, equation (4) with e_cls. Keys and values are computed once per image of
-        `image_states`, or given by [`project_images`] for several calls with the same images. Texts are cut to the
-        longest of the listed ones, the first self-attention is computed once per text of `input_ids`, the last layer
-        computes e_cls only.
+        `image_states`, or given by [`project_images`] for several calls with the same images, and all pairs of an
+        image read them together. Texts are cut to the longest of the listed ones, the first self-attention is computed
+        once per text of `input_ids`, the last layer computes e_cls only.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(texts, length)`):
@@ -702,10 +716,18 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         if len(input_ids if text_index is None else text_index) == 0:
             return self.match_head.weight.new_zeros(0, 2)
         length = int((attention_mask if text_index is None else attention_mask[text_index]).sum(dim=1).max())
-        states = self._decode(
-            input_ids[:, :length], attention_mask[:, :length], image_states, image_index, text_index, num_queries=1
-        )
-        return self.match_head(states[:, 0])
+        inputs = input_ids[:, :length], attention_mask[:, :length], image_states
+        if image_index is None:
+            return self.match_head(self._decode(*inputs, None, None, num_queries=1)[:, 0])
+        images = len(image_states[0][0] if isinstance(image_states, list) else image_states)
+        order = image_index.argsort(stable=True)
+        counts = image_index.bincount(minlength=images)
+        # One attention for all pairs, with copies of keys and values, or one for every image: that pays for several
+        # pairs of an image.
+        few = len(order) < 4 * int(counts.count_nonzero())
+        index = image_index[order] if few else counts.tolist()
+        logits = self.match_head(self._decode(*inputs, index, text_index[order], num_queries=1)[:, 0])
+        return torch.empty_like(logits).index_copy(0, order, logits)
 
     def local_score(self, match_logits: torch.FloatTensor) -> torch.FloatTensor:
         """The local score S_L `(pairs,)` of match logits `(pairs, 2)`, in the form that `match_score` names."""
@@ -789,11 +811,14 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             images = gather_batch(images)
             if chunk_size is None:
                 images = self.project_images(images)  # shared by both decoder passes
-            negatives = self._negatives(person_ids, image_features, text_features, all_ids, negative_temperature)
-            loss_atp = self._atp(input_ids, attention_mask, images, negatives, chunk_size)
+            own = own_rows(len(person_ids), person_ids.device)
+            features = image_features, text_features
+            if self.config.hard_negative_similarity == "cosine":
+                features = tuple(F.normalize(values, dim=-1) for values in features)
+            pairs = match_pairs(*features, all_ids, own, negative_temperature)
+            loss_atp = self._atp(input_ids, attention_mask, images, pairs, chunk_size)
             loss = loss + loss_atp
             if len(all_ids) > len(person_ids):
-                own = self._own_rows(person_ids)
                 images, image_index = (images, own) if chunk_size is None else (images[own], None)
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
             masked = labels != -100
@@ -818,30 +843,6 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
         loss = ndf_loss if self.config.contrastive_loss == "ndf" else ndf_reference_loss
         return loss(similarity, positives, self.config.temperature)
-
-    def _own_rows(self, person_ids) -> torch.Tensor:
-        """Where the pairs of this process stand in the batch of all processes."""
-        return torch.arange(len(person_ids), device=person_ids.device) + len(person_ids) * rank_and_size()[0]
-
-    def _negatives(self, person_ids, image_features, text_features, all_ids, temperature) -> tuple[torch.Tensor, ...]:
-        """
-        The pairs of equation (5) for this process: text and image of each, as rows of the batch of all processes, and
-        1 for a match. First the own pairs, then every image with its negative text, then every text with its image.
-        """
-        if self.config.hard_negative_similarity == "cosine":
-            image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-        own = self._own_rows(person_ids)
-        positives = positive_pairs(person_ids, all_ids)
-        with torch.autocast(image_features.device.type, enabled=False):
-            to_texts = image_features[own] @ text_features.t()
-            to_images = text_features[own] @ image_features.t()
-        text_of_image, has_text = draw_negatives(to_texts, positives, temperature)
-        image_of_text, has_image = draw_negatives(to_images, positives, temperature)
-        text_index = torch.cat([own, text_of_image[has_text], own[has_image]])
-        image_index = torch.cat([own, own[has_text], image_of_text[has_image]])
-        match_labels = torch.zeros_like(text_index)
-        match_labels[: len(own)] = 1
-        return text_index, image_index, match_labels
 
     def _atp(self, input_ids, attention_mask, images, pairs, chunk_size) -> torch.Tensor:
         """Equation (5) for `pairs`; `images` are states or projected, of all processes."""

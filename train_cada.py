@@ -576,7 +576,9 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
         check_licence(origin, licence_granted=False)  # now, not after days of training
         open_repository(repo_id, args.hub_tag, args.hub_private_repo, args.hub_token, args.hub_overwrite)
-    train_pairs = PairDataset(splits["train"]) if args.do_train else None
+    train_pairs = None
+    if args.do_train:
+        train_pairs = PairDataset(splits["train"], model.config.vision_config.image_height_width)
     batch = args.train_batch_size * args.world_size
     if args.do_train and args.dataloader_drop_last and len(train_pairs) < batch:
         raise ArgumentError(
