@@ -530,21 +530,28 @@ def read_row(dataset: Dataset, index: int, size: tuple[int, int] | None = None) 
 
 @dataclass
 class PairCollator:
-    """Batches of samples of [`PairDataset`] as inputs of the model, with augmentation and masking for training."""
+    """
+    Batches of samples of [`PairDataset`] as inputs of the model, and `pair`, their numbers in the data set.
+
+    Args:
+        processor: of the model.
+        augment: whether to augment the images, for training.
+        mask: whether to mask the attributes at `attribute_spans` of the samples, for ARA.
+    """
 
     processor: CADAProcessor
     augment: bool = True
+    mask: bool = True
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         if not samples:  # a process without a part in the last batch: what any sample gives, without its row
             any_sample = {"image": PILImage.new("RGB", (1, 1)), "caption": "", "person_id": 0, "pair": 0}
             any_sample["attribute_spans"] = []
             return {name: values[:0] for name, values in self([any_sample]).items()}
-        spans = [sample["attribute_spans"] for sample in samples] if "attribute_spans" in samples[0] else None
         inputs = self.processor(
             images=[sample["image"] for sample in samples],
             text=[sample["caption"] for sample in samples],
-            attribute_spans=spans,
+            attribute_spans=[sample["attribute_spans"] for sample in samples] if self.mask else None,
             seeds=[sample["seed"] for sample in samples] if "seed" in samples[0] else None,
             do_augment=self.augment,
             return_tensors="pt",

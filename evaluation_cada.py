@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 512
 # Large enough for fast matrix products, small enough that texts of a batch are of one length.
 _TOKENS_AT_ONCE = {"cpu": 1024}
 _TOKENS_ON_ACCELERATOR = 16_384
-_BATCHES_OF_GROUP = 8
+_BATCHES_OF_GROUP = 4
 
 
 def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
@@ -283,7 +283,7 @@ def match_candidates(
     """
     Local scores S_L `(queries, K)` of the candidates `(queries, K)`.
 
-    Pairs are taken image by image, in groups of images with about eight batches of pairs: the keys and values of an
+    Pairs are taken image by image, in groups of images with about four batches of pairs: the keys and values of an
     image are computed once for all its pairs. The pairs of a group are sorted by the length of their text, so that
     padding is rare. A group and a batch take at most a quarter of `memory` (GB) each. Several processes share the
     groups.

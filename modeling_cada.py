@@ -132,7 +132,8 @@ class CADAAttention(nn.Module):
         return self.k_proj(states), self.v_proj(states)
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        heads = self.config.num_attention_heads
+        return states.view(*states.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
     def forward(
         self,
@@ -171,7 +172,9 @@ class CADAAttention(nn.Module):
                 **kwargs,
             )
 
-        if isinstance(key_value_index, list):  # the queries that read one row are one long query
+        if len(query) == 0:  # a process without rows in the last batch; kernels refuse that. Gradients are zero
+            output, weights = query + 0 * (key.sum() + value.sum()), None
+        elif isinstance(key_value_index, list):  # the queries that read one row are one long query
             runs = zip(query.split(key_value_index), key.split(1), value.split(1))
             parts = [attend(rows.flatten(0, 1)[None], *shared)[0].flatten() for rows, *shared in runs if len(rows)]
             output, weights = torch.cat(parts), None
@@ -612,6 +615,9 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     """CADA with its three losses for training, and with global and local matching for retrieval."""
 
     _tied_weights_keys = {"vocabulary_head.decoder.weight": "cada.text_model.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = (
+        False  # read by the Trainer: the losses are means over pairs, no number of tokens scales them
+    )
 
     def __init__(self, config: CADAConfig):
         super().__init__(config)

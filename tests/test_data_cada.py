@@ -332,6 +332,7 @@ def test_batches_have_the_inputs_of_the_model(laid_out, processor):
         "masked_input_ids",
         "labels",
         "person_ids",
+        "pair",
     }
     plain = PairCollator(processor, augment=False)([pairs[0]])["pixel_values"]
     assert torch.equal(plain, processor(images=pairs[0]["image"], return_tensors="pt")["pixel_values"])

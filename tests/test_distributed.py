@@ -8,18 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import save_tiny_start
-from datasets import Dataset, DatasetDict
-from PIL import Image
+from conftest import save_colour_set, save_tiny_start
 from safetensors.torch import load_file
 
 import train_cada
 
 
-COLOURS = ("red", "green", "blue", "black", "white", "yellow", "brown")
 PAIRS = 19  # two batches of 8 and one of 3: of four processes, one gets nothing of the last batch
 BATCH = 8
-EXACT = ("--optim", "sgd", "--learning_rate", "0.1", "--lr_scheduler_type", "constant")
+EXACT = ("--optim", "sgd", "--learning_rate", "0.01", "--lr_scheduler_type", "constant")
 CASES = {
     "padded": (),
     "chunked": ("--chunk_size", "3"),
@@ -32,19 +29,8 @@ CASES = {
 def folder(tmp_path_factory) -> Path:
     """A checkpoint `start` and a data set `data`."""
     folder = tmp_path_factory.mktemp("distributed")
-    save_tiny_start(folder / "start")
-
-    def rows(count: int) -> Dataset:
-        people = [COLOURS[row % len(COLOURS)] for row in range(count)]
-        sides = [Image.new("RGB", (16 + row, 32), colour) for row, colour in enumerate(people)]
-        captions = [
-            [f"a person in a {colour} coat" + " and grey trousers" * (row % 2)] for row, colour in enumerate(people)
-        ]
-        return Dataset.from_dict(
-            {"image": sides, "captions": captions, "person_id": [row % 7 for row in range(count)]}
-        )
-
-    DatasetDict({"train": rows(PAIRS), "val": rows(9), "test": rows(11)}).save_to_disk(folder / "data")
+    save_tiny_start(folder / "start", initializer_range=0.2)
+    save_colour_set(folder / "data", train=PAIRS, val=9, test=11)
     return folder
 
 

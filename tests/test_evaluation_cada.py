@@ -240,7 +240,7 @@ def test_images_beyond_the_memory_are_encoded_again(small_model, processor, imag
     whole = encode_gallery(small_model, processor, small_set(), progress=False)
     assert (len(gallery.states), len(whole.states)) == (images, 6)
     wanted = torch.tensor([0, 3, 5])
-    torch.testing.assert_close(gallery.states_of(wanted), whole.states[wanted])
+    assert torch.equal(torch.cat(list(gallery.states_of([wanted[:1], wanted[1:]]))), whole.states[wanted])
     whole = evaluate_retrieval(small_model, processor, small_set(), rerank_k=3, progress=False)
     less = evaluate_retrieval(small_model, processor, small_set(), rerank_k=3, progress=False, memory=1e-9)
     assert less == pytest.approx(whole)
