@@ -44,7 +44,9 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     else:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"{pickles[0]} is a pickle, which is not read. " if pickles else ""
-        raise CheckpointError(f"{folder} holds no weights in safetensors form. {found}Load the model and save it again.")
+        raise CheckpointError(
+            f"{folder} holds no weights in safetensors form. {found}Load the model and save it again."
+        )
     for path in files:
         try:
             with safe_open(path, "pt") as file:
@@ -134,8 +136,13 @@ def load_model(
     """
     if os.path.exists(name):
         check_config(name)
-        weight_files(name)
+        files = weight_files(name)
+    else:
+        files = []
     own = load_config(name, revision)
+    with torch.device("meta"):
+        shapes = {key: tuple(tensor.shape) for key, tensor in CADAForTextToImageRetrieval(own).state_dict().items()}
+    _check_shapes(files, shapes)
     try:
         model, report = CADAForTextToImageRetrieval.from_pretrained(
             name,
@@ -145,13 +152,9 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:  # the library raises many kinds
-        raise CheckpointError(
-            f"The weights of {name} do not load: {one_line(error)} {'' if os.path.isdir(name) else _WHERE}"
-        ) from error
-    missing = set(report["missing_keys"]) - set(model.all_tied_weights_keys)
-    if config is not None and missing:
-        with torch.device("meta"):
-            missing &= set(CADAForTextToImageRetrieval(own).state_dict())
+        remedy = "Do the fields of --config_overrides fit it?" if os.path.isdir(name) else _WHERE
+        raise CheckpointError(f"The weights of {name} do not load: {one_line(error)} {remedy}") from error
+    missing = (set(report["missing_keys"]) & set(shapes)) - set(model.all_tied_weights_keys)
     if missing:
         raise CheckpointError(
             f"The weights of {name} lack {_some(missing)}. The checkpoint is not complete: save or fetch it again."
@@ -162,6 +165,18 @@ def load_model(
             f"The weights of {name} hold NaN or infinite numbers in {_some(broken)}. Take an earlier checkpoint."
         )
     return model
+
+
+def _check_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> None:
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                found = tuple(file.get_slice(key).get_shape())
+                if found != shapes.get(key, found):
+                    raise CheckpointError(
+                        f"{path}: {key} is of the shape {found}, config.json asks for {shapes[key]}. Take both from the "
+                        "same checkpoint."
+                    )
 
 
 def _some(names) -> str:

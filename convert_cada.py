@@ -153,9 +153,13 @@ def convert_state_dict(
         _check_tensor(key, tensor)
         names = [name.replace(".qkv.", f".{part}_proj.") for part in "qkv"] if ".qkv." in name else [name]
         if len(names) > 1 and (tensor.ndim == 0 or len(tensor) % len(names)):
-            raise ConversionError(f"{key!r} of the shape {tuple(tensor.shape)} is not made of q, k and v, equally large.")
-        for part, chunk in zip(names, tensor.chunk(len(names))):  # ViTs of BLIP keep q, k and v in one matrix
-            converted[part] = chunk.clone() if len(names) > 1 else chunk
+            raise ConversionError(
+                f"{key!r} of the shape {tuple(tensor.shape)} is not made of q, k and v, equally large."
+            )
+        if len(names) == 1:
+            converted[name] = tensor
+        else:  # ViTs of BLIP keep q, k and v in one matrix
+            converted |= {part: chunk.clone() for part, chunk in zip(names, tensor.chunk(len(names)))}
         report.converted[key] = names
     return converted
 
@@ -181,9 +185,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConversionError(
-            f"The checkpoint {path} {'is not a file. Give the file itself' if os.path.exists(path) else 'does not exist'}."
-        )
+        problem = "is not a file. Give the file itself" if os.path.exists(path) else "does not exist"
+        raise ConversionError(f"The checkpoint {path} {problem}.")
     try:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
@@ -193,8 +196,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ConversionError(f"The checkpoint {path} cannot be read: {error.strerror or one_line(error)}.") from error
     except Exception as error:  # the readers raise many kinds on damaged files
         raise ConversionError(
-            f"{path} cannot be read with weights_only=True ({one_line(error)[:200]}). It is damaged, or holds more than "
-            "tensors; ask for a file of tensors only."
+            f"{path} cannot be read with weights_only=True ({one_line(error)[:200]}). It is damaged, or holds more "
+            "than tensors; ask for a file of tensors only."
         ) from error
     for name in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
@@ -232,7 +235,9 @@ def infer_sizes(
     def layers(prefix: str) -> int:
         numbers = {int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix)}
         if numbers != set(range(len(numbers))):
-            raise ConversionError(f"The layers {prefix}* are not numbered from 0 without gaps: the last is {max(numbers)}.")
+            raise ConversionError(
+                f"The layers {prefix}* are not numbered from 0 without gaps: the last is {max(numbers)}."
+            )
         return len(numbers)
 
     vocabulary, text_hidden = weights[f"{text}embeddings.word_embeddings.weight"].shape
@@ -338,8 +343,8 @@ def _load_blip(kind: type, name: str, revision: str | None) -> tuple[dict[str, t
         )
     except Exception as error:  # the library raises many kinds
         raise ConversionError(
-            f"BLIP cannot be loaded from {name}: {one_line(error)} Give a folder, or a name on the Hub, which has to be "
-            "reachable."
+            f"BLIP cannot be loaded from {name}: {one_line(error)} Give a folder, or a name on the Hub, which has to "
+            "be reachable."
         ) from error
     missing = sorted(set(report["missing_keys"]) - set(model.all_tied_weights_keys))
     if missing:
@@ -432,7 +437,9 @@ def _load(
     """Fill the model; what the source cannot have is new, everything else has to be there."""
     unused = [name for name in weights if name not in model.state_dict()]
     if unused and not may_leave_out:
-        raise ConversionError(f"The model has no place for {', '.join(unused[:3])}. Is this a checkpoint of {source!r}?")
+        raise ConversionError(
+            f"The model has no place for {', '.join(unused[:3])}. Is this a checkpoint of {source!r}?"
+        )
     if unused:  # a switched-off loss has no head
         for name in unused:
             del weights[name]

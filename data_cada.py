@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from io import BytesIO
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -33,14 +33,13 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
-from PIL import ImageOps
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import processing_cada
 from drawn_cada import load_drawn
 from files_cada import CADAError, FileError, Parser, one_line, read_json, run_command
-from processing_cada import AttributeMasker, CADAProcessor, clean_caption, to_rgb
+from processing_cada import AttributeMasker, CADAProcessor, clean_caption, to_rgb, upright
 
 
 logger = logging.get_logger(__name__)
@@ -166,8 +165,8 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, lis
         first = rows_of_names.setdefault(os.path.normpath(path), row)
         if first != row:
             raise DataError(
-                f"{where}: the image {record[pedes.path_key]!r} stands in row {first} already. It would count twice in "
-                "every score. Take one of the rows out."
+                f"{where}: the image {record[pedes.path_key]!r} stands in row {first} already. It would count twice "
+                "in every score. Take one of the rows out."
             )
         splits[record["split"]].append(
             {
@@ -195,8 +194,8 @@ def _image_path(name, root: Path, where: str) -> Path:
         raise DataError(f"{where}: the image path is {name!r:.80}, not a text. Correct the row.")
     if "\\" in name or not name.isprintable():
         raise DataError(
-            f"{where}: the image path {name!r:.200} holds a backslash or a control character. Write / between folders, "
-            "and correct the row."
+            f"{where}: the image path {name!r:.200} holds a backslash or a control character. Write / between "
+            "folders, and correct the row."
         )
     path = root / name
     # The folder itself may be a link, as often on clusters; what counts is that the name stays inside.
@@ -360,8 +359,8 @@ def _load_other(
             loaded = load_from_disk(dataset)
         except Exception as error:  # the library raises many kinds
             raise DataError(
-                f"The data set in {dataset} is damaged ({type(error).__name__}: {one_line(error)}). Write it again with "
-                "`save_to_disk`."
+                f"The data set in {dataset} is damaged or empty ({type(error).__name__}: {one_line(error)}). Write it again "
+                "with `save_to_disk`."
             ) from error
     elif "/" not in dataset and data_dir is None and not Path(dataset).exists():
         raise DataError(f"Unknown data set {dataset!r}. {known}")  # a typing error; do not search the Hub for it
@@ -555,8 +554,7 @@ def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Ima
             if size is not None and opened.format == "JPEG":
                 side = 2 * max(size)  # the file may lie on its side
                 opened.draft(None, (side, side))
-            opened.load()
-            return to_rgb(ImageOps.exif_transpose(opened))
+            return to_rgb(upright(opened))
     except DataError:
         raise
     except PILImage.UnidentifiedImageError as error:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from checkpoint_cada import load_model, load_processor
 from data_cada import DataError, open_image
 from files_cada import CADAError, Parser, make_output_folder, run_command, written_whole
 from modeling_cada import CADAForTextToImageRetrieval
-from processing_cada import CADAProcessor, clean_caption, to_rgb
+from processing_cada import CADAProcessor, clean_caption, to_rgb, upright
 
 
 COLUMNS = 6  # word maps in a row of the picture
@@ -198,7 +198,7 @@ def draw_explanation(
     The picture: the image, a map for every word, and the predictions as lines of text. Long lines are cut, and an
     image that is more than three times as wide as high is shown narrower.
     """
-    image = to_rgb(ImageOps.exif_transpose(image))  # upright, as the processor sees it
+    image = to_rgb(upright(image))  # upright, as the processor sees it
     # A panorama would make a picture of any width, a strip none that can be seen.
     width = min(max(8, round(height * image.width / image.height)), 3 * height)
     image = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -19,7 +19,7 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 class CADAError(ValueError):
-    """Something that the user can put right. The message names the file, row or argument, what is wrong, the remedy."""
+    """Something that the user can put right. The message names file, row or argument, what is wrong, the remedy."""
 
 
 class FileError(CADAError):

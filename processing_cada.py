@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, PILImageResampling
@@ -36,6 +36,12 @@ def clean_caption(caption: str) -> str:
     if not caption.isprintable():  # BERT's tokenizer leaves them out too, and breaks on halves of surrogate pairs
         caption = "".join(character for character in caption if character.isprintable() or character.isspace())
     return " ".join(_STRIPPED.sub(" ", caption.lower()).split())
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A photograph as its camera was held, by its EXIF tag; another image as it is."""
+    image.load()
+    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -120,7 +126,7 @@ class CADAImageProcessor(PilBackend):
         [`to_rgb`] converts the colours.
         """
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
+            image = upright(image)
             image = to_rgb(image) if do_convert_rgb else image
         pixels = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if not pixels.size:
@@ -345,8 +351,11 @@ class CADAProcessor(ProcessorMixin):
             and `labels` with `attribute_spans`.
         """
         if text is not None:
-            if not isinstance(text, str) and not all(isinstance(caption, str) for caption in text):
-                raise TypeError("`text` should be a string or a list of strings. Turn other values into strings first.")
+            captions = [text] if isinstance(text, str) else text
+            if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
+                raise TypeError(
+                    f"`text` should be a string or a list of strings, not {text!r:.80}. Turn it into these."
+                )
             text = clean_caption(text) if isinstance(text, str) else [clean_caption(caption) for caption in text]
             # Some tokenizers come with a `max_length` of their own, which may be longer than the model can read.
             own = self.tokenizer.init_kwargs.get("max_length")
@@ -368,4 +377,4 @@ class CADAProcessor(ProcessorMixin):
 CADAImageProcessor.register_for_auto_class("AutoImageProcessor")
 CADAProcessor.register_for_auto_class()
 
-__all__ = ["AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption", "to_rgb"]
+__all__ = ["AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption", "to_rgb", "upright"]

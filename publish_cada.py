@@ -410,8 +410,8 @@ def open_repository(
         tags = {reference.name for reference in api.list_repo_refs(repo_id).tags}
     except Exception as error:  # the client raises its own errors and those of its HTTP library
         raise PublishError(
-            f"Cannot open {repo_id} on the Hub: {one_line(error)} Check the connection, and run `hf auth login` with a "
-            "token that may write there."
+            f"Cannot open {repo_id} on the Hub: {one_line(error)} Check the connection, and run `hf auth login` with "
+            "a token that may write there."
         ) from error
     if tag in tags:
         raise PublishError(
@@ -466,7 +466,8 @@ def publish(
         raise
     except Exception as error:  # the client raises its own errors and those of its HTTP library
         raise PublishError(
-            f"The push to {repo_id} broke off: {one_line(error)} Run the command again with --overwrite; nothing is tagged yet."
+            f"The push to {repo_id} broke off: {one_line(error)} Run the command again with --overwrite; nothing is "
+            "tagged yet."
         ) from error
 
 
