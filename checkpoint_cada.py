@@ -174,8 +174,8 @@ def _check_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> None
                 found = tuple(file.get_slice(key).get_shape())
                 if found != shapes.get(key, found):
                     raise CheckpointError(
-                        f"{path}: {key} is of the shape {found}, config.json asks for {shapes[key]}. Take both from the "
-                        "same checkpoint."
+                        f"{path}: {key} is of the shape {found}, config.json asks for {shapes[key]}. Take both from "
+                        "the same checkpoint."
                     )
 
 

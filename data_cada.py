@@ -359,8 +359,8 @@ def _load_other(
             loaded = load_from_disk(dataset)
         except Exception as error:  # the library raises many kinds
             raise DataError(
-                f"The data set in {dataset} is damaged or empty ({type(error).__name__}: {one_line(error)}). Write it again "
-                "with `save_to_disk`."
+                f"The data set in {dataset} is damaged or empty ({type(error).__name__}: {one_line(error)}). Write it "
+                "again with `save_to_disk`."
             ) from error
     elif "/" not in dataset and data_dir is None and not Path(dataset).exists():
         raise DataError(f"Unknown data set {dataset!r}. {known}")  # a typing error; do not search the Hub for it
