@@ -18,6 +18,7 @@ from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import (
     Dataset,
@@ -491,9 +492,51 @@ def _split_spans(row: dict) -> dict:
     return {"attribute_spans": split}
 
 
+class GlobalBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
+    """
+    The batches of one of several processes, as (pair, seed of its augmentation and masking).
+
+    Order and seeds follow from `seed`, epoch and pair alone. A batch of all processes is cut into as equal parts as
+    possible, one for each: n processes train on the batches of one process with the n-fold batch size, the last batch
+    of an epoch too. Of a last batch that is smaller than the number of processes, some get an empty part.
+
+    Args:
+        pairs: number of pairs.
+        batch_size: of one process.
+        seed: of the run.
+        rank, processes: number of this process, and how many there are.
+        drop_last: whether to leave out the last batch of an epoch where it is smaller than the others.
+    """
+
+    def __init__(
+        self, pairs: int, batch_size: int, seed: int = 0, rank: int = 0, processes: int = 1, drop_last: bool = True
+    ):
+        self.pairs, self.batch_size, self.seed, self.epoch = pairs, batch_size, seed, 0
+        self.rank, self.processes, self.drop_last = rank, processes, drop_last
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is that of `epoch`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.pairs, self.batch_size * self.processes)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = [self.seed, self.epoch]
+        order = np.random.default_rng(epoch).permutation(self.pairs)
+        for batch in range(len(self)):
+            size = self.batch_size * self.processes
+            part = np.array_split(order[batch * size : (batch + 1) * size], self.processes)[self.rank].tolist()
+            # 63 bits: what torch takes as a seed without complaint.
+            seeds = (np.random.SeedSequence([*epoch, pair]).generate_state(1, np.uint64)[0] >> 1 for pair in part)
+            yield [(pair, int(seed)) for pair, seed in zip(part, seeds)]
+
+
 class PairDataset(torch.utils.data.Dataset):
     """
-    The pairs (image, caption) of a data set with one row per image: every caption is one sample.
+    The pairs (image, caption) of a data set with one row per image: every caption is one sample. An index is the
+    number of a pair, or (pair, seed) from [`GlobalBatches`].
 
     Args:
         dataset: rows with `image`, `captions`, `person_id`, and optionally `file_name`, `attribute_spans`.
@@ -508,13 +551,23 @@ class PairDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        index, *seed = index if isinstance(index, tuple) else (index,)
         row_index, number = self.pairs[index]
         row = read_row(self.dataset, row_index, self.image_size)
         sample = {"image": row["image"], "caption": row["captions"][number], "person_id": row["person_id"]}
+        sample["pair"] = index
         if "attribute_spans" in row:
             sample["attribute_spans"] = row["attribute_spans"][number]
+        if seed:
+            sample["seed"] = seed[0]
         return sample
+
+    def name_of(self, index: int) -> str:
+        """What a reader needs to find a pair: file (where the data set names it), row, person and caption."""
+        row_index, number = self.pairs[index]
+        row = self.dataset.select_columns([name for name in self.dataset.column_names if name != "image"])[row_index]
+        return f"{row.get('file_name', 'image')} (row {row_index}, person {row['person_id']}, caption {number + 1})"
 
 
 def undecoded(dataset: Dataset) -> Dataset:
@@ -588,15 +641,21 @@ class PairCollator:
     augment: bool = True
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        if not samples:  # a process without a part in the last batch: what any sample gives, without its row
+            any_sample = {"image": PILImage.new("RGB", (1, 1)), "caption": "", "person_id": 0, "pair": 0}
+            any_sample["attribute_spans"] = []
+            return {name: values[:0] for name, values in self([any_sample]).items()}
         spans = [sample["attribute_spans"] for sample in samples] if "attribute_spans" in samples[0] else None
         inputs = self.processor(
             images=[sample["image"] for sample in samples],
             text=[sample["caption"] for sample in samples],
             attribute_spans=spans,
+            seeds=[sample["seed"] for sample in samples] if "seed" in samples[0] else None,
             do_augment=self.augment,
             return_tensors="pt",
         )
-        return {**inputs, "person_ids": torch.tensor([sample["person_id"] for sample in samples])}
+        numbers = {"person_ids": "person_id", "pair": "pair"}
+        return {**inputs, **{name: torch.tensor([sample[key] for sample in samples]) for name, key in numbers.items()}}
 
 
 def check(dataset: str, data_dir: str | os.PathLike, quick: bool = False) -> bool:

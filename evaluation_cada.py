@@ -1,16 +1,18 @@
 """Retrieval metrics, and evaluation in two stages: global matching of all images, local matching of the top K."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import datasets
 import evaluate
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from data_cada import read_row, undecoded
+from losses_cada import rank_and_size
 
 
 METRICS = ("R1", "R5", "R10", "mAP", "mINP")
@@ -111,21 +113,38 @@ class Gallery:
 
     Args:
         embeds: normalised features `(images, d)`.
-        states: patch states `(kept, 1 + patches, hidden)` of the first images, as many as the memory allows.
-        encode: gives the patch states of images by their indices, for those that were not kept.
+        states: patch states `(kept, 1 + patches, hidden)` of the images from `first` on, as many as the memory allows.
+        first: number of the first image whose states are kept; with several processes each keeps its own part.
+        own: images whose pairs this process matches; by default all.
+        batch_size, encode: the size of batches, and a function that gives the patch states of batches by their number,
+            for images whose states were not kept.
     """
 
     embeds: torch.Tensor
     states: torch.Tensor
-    encode: Callable[[list[int]], torch.Tensor] | None = None
+    first: int = 0
+    own: range | None = None
+    batch_size: int = 1
+    encode: Callable[[list[int]], Iterable[torch.Tensor]] | None = None
 
-    def states_of(self, images: torch.Tensor) -> torch.Tensor:
-        """Patch states `(len(images), 1 + patches, hidden)`; `images` are ascending indices."""
-        kept = images[images < len(self.states)]
-        states = self.states[kept]
-        if len(kept) == len(images):
-            return states
-        return torch.cat([states, self.encode(images[len(kept) :].tolist()).to(states)])
+    def states_of(self, groups: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Patch states `(images, 1 + patches, hidden)` of each group; all indices together are ascending."""
+        kept = range(self.first, self.first + len(self.states))
+        missing = sorted(
+            {image // self.batch_size for images in groups for image in images.tolist() if image not in kept}
+        )
+        encoded, number, states = zip(missing, self.encode(missing)) if missing else iter(()), -1, self.states
+        for images in groups:
+            if int(images[0]) in kept and int(images[-1]) in kept:
+                yield self.states[images - self.first]
+                continue
+            rows = []
+            for image in images.tolist():
+                if image not in kept:
+                    while number < image // self.batch_size:
+                        number, states = next(encoded)
+                rows.append(self.states[image - self.first] if image in kept else states[image % self.batch_size])
+            yield torch.stack(rows)
 
 
 @dataclass
@@ -143,7 +162,7 @@ class _Images(torch.utils.data.Dataset):
     def __init__(self, dataset, processor):
         self.dataset, self.processor = undecoded(dataset), processor
         size = processor.image_processor.size
-        self.size = size.height, size.width
+        self.size = size["height"], size["width"]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -151,6 +170,15 @@ class _Images(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         image = read_row(self.dataset, index, self.size)["image"]
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def _sum_over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum, on the CPU. Where every entry but one is 0 it is that one, exactly."""
+    if rank_and_size()[1] == 1:
+        return tensor
+    tensor = tensor.to(device)
+    dist.all_reduce(tensor)
+    return tensor.cpu()
 
 
 @torch.inference_mode()
@@ -165,47 +193,60 @@ def encode_gallery(
 ) -> Gallery:
     """
     Encode the column `image` of a data set. Patch states are kept for half of `memory` (GB); images beyond that are
-    encoded again where local matching needs them. Results are on the CPU.
+    encoded again where local matching needs them, in the same batches. Several processes share the batches, and each
+    keeps the patch states of its part. Results are on the CPU.
     """
     images, device = _Images(dataset, processor), model.device
-    loader = torch.utils.data.DataLoader(images, batch_size=batch_size, num_workers=num_workers)
     vision = model.config.vision_config
     rows, columns = vision.grid_size
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
     bytes_per_image = (1 + rows * columns) * vision.hidden_size * dtype.itemsize
-    kept = min(len(images), int(memory / 2 * 1e9 / bytes_per_image)) if model.config.use_atp else 0
+    starts = list(range(0, len(images), batch_size))
+    rank, size = rank_and_size()
+    own = np.array_split(range(len(starts)), size)[rank].tolist()
+    first, last = (starts[own[0]], min(starts[own[-1]] + batch_size, len(images))) if own else (0, 0)
+    kept = min(last - first, int(memory / 2 * 1e9 / bytes_per_image)) if model.config.use_atp else 0
+
+    def load(batches: list[int]) -> Iterator[torch.Tensor]:
+        indices = [list(range(starts[batch], min(starts[batch] + batch_size, len(images)))) for batch in batches]
+        loader = torch.utils.data.DataLoader(images, batch_sampler=indices, num_workers=num_workers)
+        return (pixel_values.to(device) for pixel_values in loader)
+
     states = torch.empty(kept, 1 + rows * columns, vision.hidden_size, dtype=dtype)
-    embeds = torch.empty(len(images), model.config.projection_dim)
-    start = 0
-    for pixel_values in tqdm(loader, desc="Encoding images", unit="batch", disable=not progress, leave=False):
-        outputs = model.get_image_features(pixel_values.to(device))
+    embeds = torch.zeros(len(images), model.config.projection_dim)
+    start = first
+    bar = tqdm(load(own), total=len(own), desc="Encoding images", unit="batch", disable=not progress, leave=False)
+    for pixel_values in bar:
+        outputs = model.get_image_features(pixel_values)
         end = start + len(pixel_values)
         embeds[start:end] = F.normalize(outputs.pooler_output.float(), dim=-1)
-        states[start:end] = outputs.last_hidden_state[: max(0, kept - start)]
+        states[start - first : end - first] = outputs.last_hidden_state[: max(0, first + kept - start)]
         start = end
 
-    def encode(indices: list[int]) -> torch.Tensor:
-        parts = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(images, indices), batch_size, num_workers=num_workers
-        )
-        return torch.cat([model.encode_images(pixel_values.to(device)).to(dtype).cpu() for pixel_values in parts])
+    def encode(batches: list[int]) -> Iterator[torch.Tensor]:
+        return (model.encode_images(pixel_values).to(dtype).cpu() for pixel_values in load(batches))
 
-    return Gallery(embeds, states, encode)
+    embeds = _sum_over_processes(embeds, device)
+    return Gallery(embeds, states, first, range(first, last), batch_size, encode)
 
 
 @torch.inference_mode()
 def encode_queries(model, processor, captions: list[str], batch_size: int = 256, progress: bool = True) -> Queries:
-    """Encode captions, in batches of similar length. Results are on the CPU, in the order of `captions`."""
+    """
+    Encode captions, in batches of similar length, which several processes share. Results are on the CPU, in the order
+    of `captions`.
+    """
     inputs = processor(text=captions, return_tensors="pt")
     lengths = inputs["attention_mask"].sum(dim=1)
-    embeds = torch.empty(len(captions), model.config.projection_dim)
-    batches = lengths.argsort().split(batch_size)
+    embeds = torch.zeros(len(captions), model.config.projection_dim)
+    rank, size = rank_and_size()
+    batches = lengths.argsort(stable=True).split(batch_size)[rank::size]
     for rows in tqdm(batches, desc="Encoding captions", unit="batch", disable=not progress, leave=False):
         cut = slice(int(lengths[rows].max()))
         input_ids, attention_mask = inputs["input_ids"][rows, cut], inputs["attention_mask"][rows, cut]
         outputs = model.get_text_features(input_ids.to(model.device), attention_mask.to(model.device))
         embeds[rows] = F.normalize(outputs.pooler_output.float(), dim=-1).cpu()
-    return Queries(embeds, inputs["input_ids"], inputs["attention_mask"])
+    return Queries(_sum_over_processes(embeds, model.device), inputs["input_ids"], inputs["attention_mask"])
 
 
 def _batches(lengths: list[int], too_much: Callable[[int, int], bool]) -> Iterator[slice]:
@@ -218,6 +259,18 @@ def _batches(lengths: list[int], too_much: Callable[[int, int], bool]) -> Iterat
     yield slice(start, len(lengths))
 
 
+def _groups(counts: torch.Tensor, pairs: int, images: float) -> list[torch.Tensor]:
+    """Indices of `counts` in groups that add up to about `pairs`, of at most `images`, 1 at least."""
+    groups, group, total = [], [], 0
+    for index, count in enumerate(counts.tolist()):
+        if group and (total >= pairs or len(group) + 1 > images):
+            groups.append(torch.tensor(group))
+            group, total = [], 0
+        group.append(index)
+        total += count
+    return [*groups, torch.tensor(group)] if group else groups
+
+
 @torch.inference_mode()
 def match_candidates(
     model,
@@ -225,58 +278,59 @@ def match_candidates(
     gallery: Gallery,
     candidates: torch.Tensor,
     memory: float = RERANK_MEMORY,
-    progress=None,
+    progress: bool = False,
 ) -> torch.Tensor:
     """
     Local scores S_L `(queries, K)` of the candidates `(queries, K)`.
 
     Pairs are taken image by image, in groups of images with about eight batches of pairs: the keys and values of an
     image are computed once for all its pairs. The pairs of a group are sorted by the length of their text, so that
-    padding is rare. A group and a batch take at most a quarter of `memory` (GB) each.
+    padding is rare. A group and a batch take at most a quarter of `memory` (GB) each. Several processes share the
+    groups.
     """
     k, device, text = candidates.shape[1], model.device, model.config.text_config
     lengths = queries.attention_mask.sum(dim=1)
-    images, order = candidates.flatten().sort(stable=True)
-    scores = torch.empty(candidates.numel())
-    images, counts = images.unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0)
-    itemsize = gallery.states.dtype.itemsize
+    scores = torch.zeros(candidates.numel())
     # Keys and values of one layer; all layers of a group are kept, and one layer may be copied for every pair.
-    projected = 2 * gallery.states.shape[1] * text.hidden_size * itemsize
-    per_token = (2 * text.intermediate_size + 8 * text.hidden_size) * itemsize
+    projected = 2 * gallery.states.shape[1] * text.hidden_size * gallery.states.dtype.itemsize
+    per_token = (2 * text.intermediate_size + 8 * text.hidden_size) * gallery.states.dtype.itemsize
     budget = memory / 4 * 1e9
-    images_at_once = max(1, int(budget / (projected * text.num_hidden_layers)))
     tokens_at_once = _TOKENS_AT_ONCE.get(device.type, _TOKENS_ON_ACCELERATOR)
-    pairs_of_group = _BATCHES_OF_GROUP * tokens_at_once // int(lengths.median())
-    first = 0
-    while first < len(images):
-        begin = int(ends[first] - counts[first])
-        enough = int(torch.searchsorted(ends, begin + pairs_of_group)) + 1
-        group = slice(first, min(enough, first + images_at_once, len(images)))
-        first = group.stop
-        states = model.project_images(gallery.states_of(images[group]).to(device))
-        pairs = order[begin : ends[first - 1]]
-        image_index = torch.repeat_interleave(torch.arange(len(counts[group])), counts[group])
-        # By length, and the pairs of one text side by side.
-        by_length = (lengths[pairs // k] * len(lengths) + pairs // k).argsort()
-        pairs, image_index = pairs[by_length], image_index[by_length]
 
-        def too_much(rows: int, length: int) -> bool:
-            return rows * length > tokens_at_once or rows * (projected + length * per_token) > budget
+    def too_much(rows: int, length: int) -> bool:
+        return rows * length > tokens_at_once or rows * (projected + length * per_token) > budget
 
-        for batch in _batches(lengths[pairs // k].tolist(), too_much):
-            texts, text_index = (pairs[batch] // k).unique(return_inverse=True)
-            inputs = (queries.input_ids[texts], queries.attention_mask[texts], text_index, image_index[batch])
-            input_ids, attention_mask, text_index, image_of_pair = (tensor.to(device) for tensor in inputs)
-            logits = model.match(input_ids, attention_mask, states, text_index, image_of_pair)
-            scores[pairs[batch]] = model.local_score(logits).float().cpu()
-            if progress is not None:
-                progress.update(len(pairs[batch]))
-    return scores.view_as(candidates)
+    images, order = candidates.flatten().sort(stable=True)
+    images, counts = images.unique_consecutive(return_counts=True)
+    groups = _groups(
+        counts,
+        _BATCHES_OF_GROUP * tokens_at_once // int(lengths.median()),
+        budget / projected / text.num_hidden_layers,
+    )
+    if gallery.own is not None:
+        groups = [group for group in groups if int(images[group[0]]) in gallery.own]
+    ends = counts.cumsum(0)
+    total = sum(int(counts[group].sum()) for group in groups)
+    with tqdm(total=total, desc="Re-ranking", unit="pair", disable=not progress, leave=False) as bar:
+        for group, states in zip(groups, gallery.states_of([images[group] for group in groups])):
+            projections = model.project_images(states.to(device))
+            pairs = order[ends[group[0]] - counts[group[0]] : ends[group[-1]]]
+            image_index = torch.repeat_interleave(torch.arange(len(group)), counts[group])
+            # By length, and the pairs of one text side by side.
+            by_length = (lengths[pairs // k] * len(lengths) + pairs // k).argsort(stable=True)
+            pairs, image_index = pairs[by_length], image_index[by_length]
+            for batch in _batches(lengths[pairs // k].tolist(), too_much):
+                texts, text_index = (pairs[batch] // k).unique(return_inverse=True)
+                inputs = (queries.input_ids[texts], queries.attention_mask[texts], text_index, image_index[batch])
+                input_ids, attention_mask, text_index, image_of_pair = (tensor.to(device) for tensor in inputs)
+                logits = model.match(input_ids, attention_mask, projections, text_index, image_of_pair)
+                scores[pairs[batch]] = model.local_score(logits).float().cpu()
+                bar.update(len(pairs[batch]))
+    return _sum_over_processes(scores, device).view_as(candidates)
 
 
 def score_gallery(
-    model, queries: Queries, gallery: Gallery, rerank_k: int, memory: float = RERANK_MEMORY, progress=None
+    model, queries: Queries, gallery: Gallery, rerank_k: int, memory: float = RERANK_MEMORY, progress: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Scores `(queries, gallery)` of global matching, and of local matching of the top K; `None` for the latter where
@@ -337,10 +391,7 @@ def evaluate_retrieval(
             stages = ("global", "local")
             similarities = (queries.embeds[rows] @ gallery.embeds.t() for rows in parts)
             candidates = torch.cat([top_candidates(similarity, rerank_k) for similarity in similarities])
-            with tqdm(
-                total=candidates.numel(), desc="Re-ranking", unit="pair", disable=not progress, leave=False
-            ) as bar:
-                local_scores = match_candidates(model, queries, gallery, candidates, memory, bar)
+            local_scores = match_candidates(model, queries, gallery, candidates, memory, progress)
         sums = {stage: torch.zeros(len(METRICS), dtype=torch.float64) for stage in stages}
         for rows in parts:  # the whole matrix of scores may be too large
             similarity = queries.embeds[rows] @ gallery.embeds.t()

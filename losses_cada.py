@@ -21,18 +21,19 @@ class _GatherWithGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        ctx.rows = tensor.shape[0]
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+    def forward(ctx, tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        ctx.rows = rows
+        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, rows)])
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         grad = grad.clone()  # autograd may hand the same tensor to others
         dist.all_reduce(grad)
-        start = ctx.rows * dist.get_rank()
-        return grad[start : start + ctx.rows]
+        return grad.split(ctx.rows)[dist.get_rank()], None
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -42,14 +43,38 @@ def rank_and_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def own_rows(count: int, device: torch.device) -> torch.Tensor:
-    """Where the `count` rows of this process stand in the batch of all processes."""
-    return torch.arange(count, device=device) + count * rank_and_size()[0]
+def count_rows(own: int, device: torch.device) -> list[int]:
+    """How many rows of the batch every process holds, of which this one holds `own`; it may be none."""
+    rank, size = rank_and_size()
+    if size == 1:
+        return [own]
+    rows = torch.zeros(size, dtype=torch.long, device=device)
+    rows[rank] = own
+    dist.all_reduce(rows)
+    return rows.tolist()
 
 
-def gather_batch(tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes `(processes * rows, ...)`, with gradient; every process must hold equally many."""
-    return tensor if rank_and_size()[1] == 1 else _GatherWithGradient.apply(tensor)
+def own_rows(rows: list[int], device: torch.device) -> torch.Tensor:
+    """Where the rows of this process stand in the batch of all processes, which hold `rows` each."""
+    rank, _ = rank_and_size()
+    return torch.arange(rows[rank], device=device) + sum(rows[:rank])
+
+
+def gather_batch(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """The rows of all processes `(sum(rows), ...)`, with gradient; the number of each is in `rows`."""
+    return tensor if len(rows) == 1 else _GatherWithGradient.apply(tensor, rows)
+
+
+def batch_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """
+    `total / count`. Of several processes each has a part of both: then the mean over the processes of what they get,
+    as DDP takes it, is the mean over the whole batch. 0 where there is nothing to count.
+    """
+    _, size = rank_and_size()
+    if size > 1:
+        count = count.clone()
+        dist.all_reduce(count)
+    return size * total / count.clamp(min=1)
 
 
 def run_in_chunks(function: Callable, size: int, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -129,6 +154,22 @@ def cmpm_loss(image_features: torch.Tensor, text_features: torch.Tensor, positiv
     )
 
 
+def contrastive_loss(
+    kind: str,
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    person_ids: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """The loss that `CADAConfig.contrastive_loss` names, of unnormalised features `(batch, d)` of `person_ids`."""
+    positives = positive_pairs(person_ids, person_ids)
+    if kind == "cmpm":
+        return cmpm_loss(image_features, text_features, positives)
+    similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
+    loss = ndf_loss if kind == "ndf" else ndf_reference_loss
+    return loss(similarity, positives, temperature)
+
+
 def draw_negatives(
     similarity: torch.Tensor, positives: torch.Tensor, temperature: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,8 +205,8 @@ def match_pairs(
     temperature: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The pairs of equation (5) for this process: first its own pairs, then every image with its negative text, then every
-    text with its negative image.
+    The pairs of equation (5) for this process: first its own pairs, then every image with its negative text, then
+    every text with its negative image.
 
     Args:
         image_features, text_features: `(batch, d)`, of all processes.
@@ -225,12 +266,13 @@ def atp_loss(
         group_mask: boolean `(pairs, groups)`, true for groups that count.
         labels: `(pairs,)`, 1 for a match.
     """
-    loss = F.cross_entropy(match_logits.float(), labels)
+    total = F.cross_entropy(match_logits.float(), labels, reduction="sum")
+    loss = batch_mean(total, torch.ones_like(labels).sum())
     per_group = F.cross_entropy(
         group_logits.float().flatten(0, 1), labels.repeat_interleave(group_logits.shape[1]), reduction="none"
     )
     counts = group_mask.flatten().to(per_group.dtype)
-    return loss + (per_group * counts).sum() / counts.sum().clamp(min=1)
+    return loss + batch_mean((per_group * counts).sum(), counts.sum())
 
 
 def ara_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -241,15 +283,16 @@ def ara_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits: `(masked, vocabulary)`, at masked positions only.
         labels: `(masked,)`, the ids that were masked.
     """
-    if labels.numel() == 0:
-        return logits.float().sum()
-    return F.cross_entropy(logits.float(), labels)
+    return batch_mean(F.cross_entropy(logits.float(), labels, reduction="sum"), torch.ones_like(labels).sum())
 
 
 __all__ = [
     "ara_loss",
     "atp_loss",
+    "batch_mean",
     "cmpm_loss",
+    "contrastive_loss",
+    "count_rows",
     "draw_negatives",
     "gather_batch",
     "group_states",

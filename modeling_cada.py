@@ -24,15 +24,12 @@ try:
     from .losses_cada import (
         ara_loss,
         atp_loss,
-        cmpm_loss,
+        contrastive_loss,
+        count_rows,
         gather_batch,
         group_states,
         match_pairs,
-        ndf_loss,
-        ndf_reference_loss,
         own_rows,
-        positive_pairs,
-        rank_and_size,
         run_in_chunks,
     )
 except ImportError:
@@ -42,15 +39,12 @@ except ImportError:
     from losses_cada import (
         ara_loss,
         atp_loss,
-        cmpm_loss,
+        contrastive_loss,
+        count_rows,
         gather_batch,
         group_states,
         match_pairs,
-        ndf_loss,
-        ndf_reference_loss,
         own_rows,
-        positive_pairs,
-        rank_and_size,
         run_in_chunks,
     )
 
@@ -800,25 +794,31 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             )
 
         # In float32, also under autocast: divided by τ = 0.02, half precision would leave steps of 0.2 in the logits.
-        image_features = gather_batch(self.cada.visual_projection(outputs.vision_model_output.pooler_output).float())
-        text_features = gather_batch(self.cada.text_projection(outputs.text_model_output.pooler_output).float())
-        all_ids = gather_batch(person_ids)
-        images = outputs.vision_model_output.last_hidden_state
+        rows = count_rows(len(person_ids), person_ids.device)
+        vision, text = outputs.vision_model_output, outputs.text_model_output
+        image_features = gather_batch(self.cada.visual_projection(vision.pooler_output).float(), rows)
+        text_features = gather_batch(self.cada.text_projection(text.pooler_output).float(), rows)
+        all_ids = gather_batch(person_ids, rows)
+        images = vision.last_hidden_state
         with torch.autocast(image_features.device.type, enabled=False):
-            loss = loss_ndf = self._contrastive_loss(image_features, text_features, all_ids)
+            kind, temperature = self.config.contrastive_loss, self.config.temperature
+            loss = loss_ndf = contrastive_loss(kind, image_features, text_features, all_ids, temperature)
         loss_atp = loss_ara = image_index = None
         if self.config.use_atp:
-            images = gather_batch(images)
-            if chunk_size is None:
-                images = self.project_images(images)  # shared by both decoder passes
-            own = own_rows(len(person_ids), person_ids.device)
+            own = own_rows(rows, person_ids.device)
             features = image_features, text_features
             if self.config.hard_negative_similarity == "cosine":
                 features = tuple(F.normalize(values, dim=-1) for values in features)
-            pairs = match_pairs(*features, all_ids, own, negative_temperature)
-            loss_atp = self._atp(input_ids, attention_mask, images, pairs, chunk_size)
+            text_of_pair, image_of_pair, match_labels = match_pairs(*features, all_ids, own, negative_temperature)
+            if len(rows) > 1:  # of other processes' images, those that are a negative here
+                used, image_of_pair = image_of_pair.unique(return_inverse=True)
+                images, own = gather_batch(images, rows)[used], torch.searchsorted(used, own)
+            if chunk_size is None:
+                images = self.project_images(images)  # shared by both decoder passes
+            pairs = text_of_pair, image_of_pair, match_labels
+            loss_atp = self._atp(input_ids, attention_mask, images, pairs, rows, chunk_size)
             loss = loss + loss_atp
-            if len(all_ids) > len(person_ids):
+            if len(rows) > 1:
                 images, image_index = (images, own) if chunk_size is None else (images[own], None)
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
             masked = labels != -100
@@ -828,24 +828,19 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 outputs = self.cada.text_model(input_ids, attention_mask, images, image_index, **options)
                 return outputs.last_hidden_state[masked]
 
-            rows = (masked_input_ids, attention_mask, masked, images)
-            states = decode(*rows) if chunk_size is None else run_in_chunks(decode, chunk_size, *rows)
+            inputs = (masked_input_ids, attention_mask, masked, images)
+            states = decode(*inputs) if chunk_size is None else run_in_chunks(decode, chunk_size, *inputs)
             loss_ara = ara_loss(self.vocabulary_head(states), labels[masked])
             loss = loss + self.config.ara_weight * loss_ara
         return CADAOutput(
             **{**outputs, "loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
         )
 
-    def _contrastive_loss(self, image_features, text_features, person_ids) -> torch.Tensor:
-        positives = positive_pairs(person_ids, person_ids)
-        if self.config.contrastive_loss == "cmpm":
-            return cmpm_loss(image_features, text_features, positives)
-        similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
-        loss = ndf_loss if self.config.contrastive_loss == "ndf" else ndf_reference_loss
-        return loss(similarity, positives, self.config.temperature)
-
-    def _atp(self, input_ids, attention_mask, images, pairs, chunk_size) -> torch.Tensor:
-        """Equation (5) for `pairs`; `images` are states or projected, of all processes."""
+    def _atp(self, input_ids, attention_mask, images, pairs, rows, chunk_size) -> torch.Tensor:
+        """
+        Equation (5) for `pairs`: text (of all processes, which hold `rows` each), image (of `images`, which are states
+        or projected) and label of each.
+        """
         config = self.config
         text_index, image_index, match_labels = pairs
         if config.pool_padding and is_flash_attention_requested(config.text_config):
@@ -854,11 +849,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 'Train with `attn_implementation="sdpa"`, or set `pool_padding=False`.'
             )
         texts, masks = input_ids, attention_mask
-        if config.pool_padding or rank_and_size()[1] > 1:
+        if config.pool_padding or len(rows) > 1:
             missing = config.max_text_length - input_ids.shape[1]
-            texts = gather_batch(F.pad(input_ids, (0, missing), value=config.text_config.pad_token_id or 0))
-            masks = gather_batch(F.pad(attention_mask, (0, missing)))
-        if not config.pool_padding and rank_and_size()[1] > 1:  # nobody reads the padding
+            texts = gather_batch(F.pad(input_ids, (0, missing), value=config.text_config.pad_token_id or 0), rows)
+            masks = gather_batch(F.pad(attention_mask, (0, missing)), rows)
+        if not config.pool_padding and len(rows) > 1:  # nobody reads the padding
             longest = int(masks.sum(dim=1).max())
             texts, masks = texts[:, :longest], masks[:, :longest]
 

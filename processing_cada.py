@@ -82,6 +82,8 @@ class CADAImageProcessorKwargs(ImagesKwargs, total=False):
         Share of images of which a rectangle is replaced by the mean colour.
     erase_area (`list[float]`, *optional*):
         Smallest and largest area of the rectangle, as a share of the image.
+    seeds (`list[int]`, *optional*):
+        A seed for every image: its augmentation then follows from it, whatever was drawn before.
     """
 
     do_augment: bool | None
@@ -89,6 +91,7 @@ class CADAImageProcessorKwargs(ImagesKwargs, total=False):
     crop_padding: int | None
     erase_probability: float | None
     erase_area: list[float] | tuple[float, float] | None
+    seeds: list[int] | None
 
 
 class CADAImageProcessor(PilBackend):
@@ -96,7 +99,7 @@ class CADAImageProcessor(PilBackend):
     Image transforms of the paper: bilinear resize, CLIP's mean and standard deviation; with `do_augment=True` also
     the training augmentation (flip 0.5, pad 10 and random crop, random erasing 0.5 of an area of 0.02 to 0.4).
 
-    Random numbers come from torch's generator, which the Trainer seeds, in data loader workers too.
+    Random numbers come from torch's generator, or for each image from its own of `seeds`.
     """
 
     valid_kwargs = CADAImageProcessorKwargs
@@ -151,15 +154,17 @@ class CADAImageProcessor(PilBackend):
         crop_padding: int,
         erase_probability: float,
         erase_area: tuple[float, float],
+        seeds: list[int] | None,
         return_tensors,
         **kwargs,
     ) -> BatchFeature:
         processed = []
-        for image in images:  # (channels, height, width), 0..255
+        for image, generator in zip(images, _generators(seeds, len(images)), strict=True):
+            # (channels, height, width), 0..255
             if do_resize and image.shape[1:] != (size.height, size.width):
                 image = self.resize(image=image, size=size, resample=resample)
             if do_augment:
-                image = _flip_and_crop(image, flip_probability, crop_padding)
+                image = _flip_and_crop(image, flip_probability, crop_padding, generator)
             if do_rescale:
                 image = image.astype(np.float32) * np.float32(rescale_factor)
             if do_normalize:
@@ -167,36 +172,45 @@ class CADAImageProcessor(PilBackend):
                 image = (image - mean) / std
             if do_augment:
                 # Zero is the mean colour after normalisation.
-                image = _erase(image, erase_probability, erase_area)
+                image = _erase(image, erase_probability, erase_area, generator)
             processed.append(image)
         if len({image.shape for image in processed}) == 1:
             processed = np.stack(processed)
         return BatchFeature(data={"pixel_values": processed}, tensor_type=return_tensors)
 
 
-def _flip_and_crop(image: np.ndarray, flip_probability: float, padding: int) -> np.ndarray:
-    if torch.rand(()) < flip_probability:
+def _generators(seeds: list[int] | None, count: int) -> list[torch.Generator | None]:
+    """A source of random numbers for each of `count` rows; `None` is the one of the process."""
+    return [None] * count if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _flip_and_crop(
+    image: np.ndarray, flip_probability: float, padding: int, generator: torch.Generator | None = None
+) -> np.ndarray:
+    if torch.rand((), generator=generator) < flip_probability:
         image = image[:, :, ::-1]
     if padding:
         height, width = image.shape[1:]
-        top, left = torch.randint(0, 2 * padding + 1, (2,)).tolist()
+        top, left = torch.randint(0, 2 * padding + 1, (2,), generator=generator).tolist()
         image = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
         image = image[:, top : top + height, left : left + width]
     return np.ascontiguousarray(image)
 
 
-def _erase(image: np.ndarray, probability: float, area: tuple[float, float]) -> np.ndarray:
+def _erase(
+    image: np.ndarray, probability: float, area: tuple[float, float], generator: torch.Generator | None = None
+) -> np.ndarray:
     """Random erasing (Zhong et al., AAAI 2020): a rectangle of side ratio 0.3 to 3.3; ten tries to make it fit."""
-    if torch.rand(()) >= probability:
+    if torch.rand((), generator=generator) >= probability:
         return image
     height, width = image.shape[1:]
     for _ in range(10):
-        share = float(torch.empty(()).uniform_(*area))
-        ratio = float(torch.empty(()).uniform_(np.log(0.3), np.log(3.3)).exp())
+        share = float(torch.empty(()).uniform_(*area, generator=generator))
+        ratio = float(torch.empty(()).uniform_(np.log(0.3), np.log(3.3), generator=generator).exp())
         rows, columns = round((share * height * width * ratio) ** 0.5), round((share * height * width / ratio) ** 0.5)
         if 0 < rows < height and 0 < columns < width:
-            top = int(torch.randint(0, height - rows + 1, ()))
-            left = int(torch.randint(0, width - columns + 1, ()))
+            top = int(torch.randint(0, height - rows + 1, (), generator=generator))
+            left = int(torch.randint(0, width - columns + 1, (), generator=generator))
             image[:, top : top + rows, left : left + columns] = 0
             break
     return image
@@ -241,7 +255,12 @@ class AttributeMasker:
         return spans
 
     def mask(
-        self, input_ids: torch.Tensor, offsets: torch.Tensor, spans: list[list[list[int]]], mask_token_id: int
+        self,
+        input_ids: torch.Tensor,
+        offsets: torch.Tensor,
+        spans: list[list[list[int]]],
+        mask_token_id: int,
+        seeds: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Mask a random share `rate` of the units; all word pieces of a unit together.
@@ -251,13 +270,14 @@ class AttributeMasker:
             offsets: `(texts, length, 2)`, start and end of every word piece in its caption; both 0 for special tokens.
             spans: the units of every text.
             mask_token_id: id of `[MASK]`.
+            seeds: a seed for every text, from which the choice in it follows; by default torch's generator draws.
 
         Returns:
             Masked ids `(texts, length)`, and labels of the same shape: the masked ids, -100 elsewhere.
         """
         chosen = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, row_spans in enumerate(spans):
-            for (start, end), draw in zip(row_spans, torch.rand(len(row_spans)).tolist()):
+        for row, (row_spans, generator) in enumerate(zip(spans, _generators(seeds, len(spans)), strict=True)):
+            for (start, end), draw in zip(row_spans, torch.rand(len(row_spans), generator=generator).tolist()):
                 if draw < self.rate:
                     chosen[row] |= (offsets[row, :, 0] < end) & (offsets[row, :, 1] > start)
         masked = input_ids.masked_fill(chosen, mask_token_id)
@@ -332,6 +352,7 @@ class CADAProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
         attribute_spans: list[list[list[int]]] | None = None,
+        seeds: list[int] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
@@ -343,6 +364,8 @@ class CADAProcessor(ProcessorMixin):
             attribute_spans (`list[list[list[int]]]`, *optional*):
                 Attribute units of every caption as [start, end) in the cleaned caption, see
                 [`AttributeMasker.find_spans`]. With them some units are masked for ARA.
+            seeds (`list[int]`, *optional*):
+                A seed for every row of the batch, from which its augmentation and masking follow.
             kwargs:
                 Options of image processor (`do_augment=True` for training) and tokenizer (`return_tensors="pt"`).
 
@@ -361,6 +384,8 @@ class CADAProcessor(ProcessorMixin):
             own = self.tokenizer.init_kwargs.get("max_length")
             if own is not None and "max_length" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
                 kwargs["max_length"] = min(own, self.tokenizer.model_max_length)
+        if seeds is not None and images is not None:
+            kwargs["seeds"] = seeds
         if attribute_spans is None:
             return super().__call__(images=images, text=text, **kwargs)
         if text is None or isinstance(text, str) or len(text) != len(attribute_spans):
@@ -369,7 +394,7 @@ class CADAProcessor(ProcessorMixin):
             raise ValueError('Masking works on tensors: pass `return_tensors="pt"` with `attribute_spans`.')
         outputs = super().__call__(images=images, text=text, return_offsets_mapping=True, **kwargs)
         outputs["masked_input_ids"], outputs["labels"] = self.attribute_masker.mask(
-            outputs["input_ids"], outputs.pop("offset_mapping"), attribute_spans, self.tokenizer.mask_token_id
+            outputs["input_ids"], outputs.pop("offset_mapping"), attribute_spans, self.tokenizer.mask_token_id, seeds
         )
         return outputs
 

@@ -12,18 +12,24 @@ the batch size is then per process, and the paper's 96 is the product of both.
 import json
 import math
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint, speed_metrics
+from safetensors import SafetensorError
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.image_utils import SizeDict
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints, speed_metrics
 from transformers.utils import logging
 
 from checkpoint_cada import load_config, load_model, load_processor, load_tokenizer
@@ -39,6 +45,7 @@ from convert_cada import (
 from data_cada import (
     PEDES_SETS,
     DataError,
+    GlobalBatches,
     PairCollator,
     PairDataset,
     add_attribute_spans,
@@ -74,6 +81,11 @@ from publish_cada import (
 logger = logging.get_logger(__name__)
 
 LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
+UNFINISHED, DELETED = ".unfinished", ".deleted"  # folders beside the checkpoints
+
+
+class TrainingError(CADAError):
+    """Training cannot go on. The message says where it stands and what to do."""
 
 
 class ArgumentError(CADAError):
@@ -231,6 +243,68 @@ class CADATrainingArguments(TrainingArguments):
             )
 
 
+class SaveOnSigterm(TrainerCallback):
+    """
+    SIGTERM, by which clusters announce the end, saves a checkpoint after the present step and ends the process with
+    status 143. `--resume_from_checkpoint last` goes on from there.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.previous = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            self.previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all processes save after the same step
+            received = torch.tensor(int(self.received), device=args.device)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+            self.received = bool(received)
+        # The end of an epoch evaluates and saves by itself. A checkpoint before that would leave the evaluation out.
+        if self.received and not (args.save_strategy == "epoch" and state.epoch % 1 == 0):
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.received:
+            logger.warning(f"SIGTERM: saved at step {state.global_step}. Go on with --resume_from_checkpoint last.")
+            sys.exit(128 + signal.SIGTERM)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, which loses its name first: nobody finds a part of it."""
+    hidden = folder.parent / DELETED
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def replace_folder(written: Path, folder: Path) -> None:
+    """Give the folder `written` the name `folder` once all is on the disk, in place of what has it now."""
+    for path in [*written.rglob("*"), written]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    if folder.exists():
+        remove_folder(folder)
+    written.rename(folder)
+
+
+class EpochLoader(torch.utils.data.DataLoader):
+    """A data loader that tells its batch sampler the epoch, as the Trainer expects."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
 class CADATrainer(Trainer):
     """
     `Trainer` for CADA: logs every loss part, anneals the negatives of ATP, and evaluates by retrieval.
@@ -249,6 +323,33 @@ class CADATrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
         self._part_count = 0
+        self._unfinished: Path | None = None  # folder of the checkpoint that is being written
+        self.add_callback(SaveOnSigterm())
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """
+        Batches of [`GlobalBatches`], which knows the processes: the loader is not for accelerate to prepare. It draws
+        from a generator of its own, so that the process's random numbers are those of the model alone.
+        """
+        args = self.args
+        batches = GlobalBatches(
+            len(self.train_dataset),
+            args.train_batch_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            args.process_index,
+            args.world_size,
+            args.dataloader_drop_last,
+        )
+        return EpochLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator(),
+        )
 
     def negative_temperature(self) -> float | None:
         """T of this step: falls geometrically over the run; `None` for the hardest negatives."""
@@ -261,17 +362,73 @@ class CADATrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Equation (8). `num_items_in_batch` counts tokens of language models, and is not used."""
         outputs = model(
-            **inputs,
+            **{name: values for name, values in inputs.items() if name != "pair"},
             return_loss=True,
             negative_temperature=self.negative_temperature(),
             chunk_size=self.args.chunk_size,
         )
+        if not torch.isfinite(outputs.loss):
+            raise TrainingError(self._describe_divergence(outputs, inputs))
         self._part_count += 1
         for name in LOSS_PARTS:
             part = outputs.get(name)
             if part is not None:
                 self._part_sums[name] = self._part_sums[name] + part.detach()
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def _describe_divergence(self, outputs, inputs) -> str:
+        """Which loss is not finite, and for which samples: those with damaged features, else all of the batch."""
+        losses = ", ".join(f"{name} {outputs[name].item()}" for name in LOSS_PARTS if outputs.get(name) is not None)
+        finite = outputs.image_embeds.isfinite().all(dim=1) & outputs.text_embeds.isfinite().all(dim=1)
+        rows = list(range(len(finite))) if finite.all() else (~finite).nonzero().flatten().tolist()
+        samples = [self.train_dataset.name_of(int(inputs["pair"][row])) for row in rows]
+        return (
+            f"The loss is not finite at step {self.state.global_step + 1}: {losses}. Samples: {'; '.join(samples)}. "
+            "Look at these, lower --learning_rate, or train in float32 (without --fp16)."
+        )
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """
+        As in `Trainer`, but a checkpoint is complete or absent: it is written into a hidden folder, flushed to the
+        disk, and then gets its name. One that is deleted loses its name first.
+        """
+        args, folder = self.args, Path(self.args.output_dir)
+        name, limit = f"checkpoint-{self.state.global_step}", args.save_total_limit
+        self._unfinished, args.save_total_limit = folder / UNFINISHED, None
+        try:
+            if args.should_save:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(folder / name)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                self.state.save_to_json(str(self._unfinished / name / TRAINER_STATE_NAME))
+                replace_folder(self._unfinished / name, folder / name)
+                args.save_total_limit = limit
+                self._delete_old_checkpoints(folder)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise TrainingError(
+                f"The checkpoint of step {self.state.global_step} cannot be written to {folder}: {error}. The last "
+                f"complete one is {get_last_checkpoint(folder)}. Make room, or give access, and run again with "
+                "--resume_from_checkpoint last."
+            ) from error
+        finally:
+            self._unfinished, args.save_total_limit = None, limit
+
+    def _delete_old_checkpoints(self, folder: Path) -> None:
+        """Keep `save_total_limit` checkpoints, the last and the best one among them."""
+        limit, checkpoints = self.args.save_total_limit, sort_checkpoints(str(folder))
+        if limit is not None and limit > 0:
+            kept = {checkpoints[-1], str(self.state.best_model_checkpoint)}
+            others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
+            for checkpoint in others[: max(0, len(checkpoints) - limit)]:
+                remove_folder(Path(checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss part since the last line, over all processes."""
@@ -436,7 +593,7 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
         image_processor = CADAImageProcessor()
     # What both sides have to agree on follows the model.
     height, width = model.config.vision_config.image_height_width
-    image_processor.size = {"height": height, "width": width}
+    image_processor.size = SizeDict(height=height, width=width)
     tokenizer.model_max_length = model.config.max_text_length
     return model, CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-import modeling_cada
+import losses_cada
 from configuration_cada import CADAConfig
 from losses_cada import cmpm_loss, draw_negatives, ndf_loss, ndf_reference_loss
 from modeling_cada import CADAForTextToImageRetrieval, CADAModel, CADATextLayer, CADAVisionLayer, gather_batch
@@ -397,8 +397,8 @@ def test_losses_under_autocast(dtype):
         return lambda scores, *more: seen.append(scores.dtype) or function(scores, *more)
 
     with torch.autocast("cpu", dtype=dtype), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_cada, "ndf_loss", record(ndf_loss))
-        patch.setattr(modeling_cada, "draw_negatives", record(draw_negatives))
+        patch.setattr(losses_cada, "ndf_loss", record(ndf_loss))
+        patch.setattr(losses_cada, "draw_negatives", record(draw_negatives))
         half = losses(model, batch)
     assert seen == [torch.float32] * 3
     for name in LOSSES:
@@ -938,7 +938,7 @@ def one_process(rank: int, folder: str) -> None:
     # Process r holds x = r + 1 and y = 10 (r + 1), and weighs the gathered sum with (1 + r) * [1, 2].
     x = torch.tensor([rank + 1.0], requires_grad=True)
     y = torch.tensor([10 * (rank + 1.0)], requires_grad=True)
-    total = gather_batch(x) + gather_batch(y)
+    total = gather_batch(x, [1, 1]) + gather_batch(y, [1, 1])
     total.backward((1 + rank) * torch.tensor([1.0, 2.0]))
     torch.save((results, total.detach(), x.grad, y.grad), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
