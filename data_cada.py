@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -270,6 +271,18 @@ def find_bad_images(records: list[dict], decode: bool, description: str) -> list
     return bad
 
 
+@contextmanager
+def _writing_to_the_cache(what: str) -> Iterator[None]:
+    """`datasets` keeps tables in files; what keeps it from that is said in our words."""
+    try:
+        yield
+    except (OSError, DatasetGenerationError) as error:
+        raise DataError(
+            f"{what} cannot be written to the cache {config.HF_DATASETS_CACHE}: {one_line(error.__cause__ or error)}. "
+            "Free some space, or set HF_HOME to another folder."
+        ) from error
+
+
 def _load_pedes(dataset: str, data_dir: str | os.PathLike, skip_unreadable: bool) -> DatasetDict:
     loaded = {}
     for split, records in read_annotations(dataset, data_dir).items():
@@ -289,13 +302,8 @@ def _load_pedes(dataset: str, data_dir: str | os.PathLike, skip_unreadable: bool
             records = [record for record in records if record["row"] not in left_out]
             if not records:
                 raise DataError(f"No image of split {split!r} in {data_dir} can be read. Is imgs/ complete?")
-        try:
+        with _writing_to_the_cache(f"The table of split {split!r}"):
             loaded[split] = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"records": records})
-        except (OSError, DatasetGenerationError) as error:
-            raise DataError(
-                f"The table of split {split!r} cannot be written to the cache {config.HF_DATASETS_CACHE}: "
-                f"{one_line(error.__cause__ or error)}. Free some space, or set HF_HOME to another folder."
-            ) from error
     return DatasetDict(loaded)
 
 
@@ -336,11 +344,12 @@ def load_pairs_dataset(
     if captions_per_image is not None:
         if captions_per_image < 1:
             raise DataError(f"`captions_per_image` is {captions_per_image}. Give 1 or more.")
-        loaded = loaded.map(
-            _first_captions,
-            fn_kwargs={"count": captions_per_image},
-            desc=f"first {captions_per_image} captions",
-        )
+        with _writing_to_the_cache("The table of captions"):
+            loaded = loaded.map(
+                _first_captions,
+                fn_kwargs={"count": captions_per_image},
+                desc=f"first {captions_per_image} captions",
+            )
     return loaded
 
 
@@ -463,15 +472,17 @@ def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int
     """
     if "attribute_spans" not in dataset.column_names:
         masker.find_spans("a red coat")  # loads, or reports missing tagger data, before any worker starts
-        return dataset.map(
-            _tag_row,
-            # `datasets` hashes the arguments, not the code: phrases found by other code or NLTK are not reused.
-            fn_kwargs={"unit": masker.unit, "version": f"{_MASKER_CODE} nltk {version('nltk')}"},
-            num_proc=num_proc,
-            desc="Tagging captions",
-        )
+        with _writing_to_the_cache("The table of attribute phrases"):
+            return dataset.map(
+                _tag_row,
+                # `datasets` hashes the arguments, not the code: phrases found by other code or NLTK are not reused.
+                fn_kwargs={"unit": masker.unit, "version": f"{_MASKER_CODE} nltk {version('nltk')}"},
+                num_proc=num_proc,
+                desc="Tagging captions",
+            )
     if masker.unit == "word":
-        return dataset.map(_split_spans, desc="Splitting phrases")
+        with _writing_to_the_cache("The table of attribute phrases"):
+            return dataset.map(_split_spans, desc="Splitting phrases")
     return dataset
 
 

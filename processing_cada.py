@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, PILImageResampling
@@ -38,10 +38,32 @@ def clean_caption(caption: str) -> str:
     return " ".join(_STRIPPED.sub(" ", caption.lower()).split())
 
 
+_TURNS = {  # what turns an image upright, by EXIF's tag of its orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def upright(image: Image.Image) -> Image.Image:
-    """A photograph as its camera was held, by its EXIF tag; another image as it is."""
+    """
+    A photograph as its camera was held, by its EXIF tag; another image as it is. Damaged EXIF turns nothing, as in any
+    viewer; `ImageOps.exif_transpose` breaks on it.
+    """
     image.load()
-    return image if image.getexif().get(ExifTags.Base.Orientation, 1) == 1 else ImageOps.exif_transpose(image)
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's reader of EXIF raises many kinds
+        turn = None
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # not to turn it twice
+    return turned
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -124,6 +124,8 @@ def _check_record(run) -> None:
     for number, row in enumerate(run["evaluations"]):
         where = f"evaluation {number}"
         _check_fields(row, _EVALUATION, where)
+        if not isinstance(row.get("unreadable_images_skipped", False), bool):
+            raise ValueError(f"`unreadable_images_skipped` of {where} is {row['unreadable_images_skipped']!r:.80}")
         metrics = row["metrics"]
         _check_fields(metrics, dict.fromkeys(("queries", "gallery", "rerank_k"), int), f"`metrics` of {where}")
         stages = [stage for stage in ("global", "local") if f"{stage}_R1" in metrics]

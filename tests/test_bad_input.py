@@ -31,9 +31,9 @@ import explain_cada
 import publish_cada
 import train_cada
 from convert_cada import ConversionError, convert, read_checkpoint
-from data_cada import DataError, load_pairs_dataset, open_image, read_annotations, read_row
+from data_cada import DataError, add_attribute_spans, load_pairs_dataset, open_image, read_annotations, read_row
 from files_cada import CADAError, run_command
-from processing_cada import AttributeMasker, clean_caption
+from processing_cada import AttributeMasker, clean_caption, upright
 from publish_cada import PublishError, model_card, read_run, write_run
 
 
@@ -146,6 +146,33 @@ def test_photographs_are_turned_upright(orientation, corner):
     turned = opened(in_format(image, "PNG", exif=exif))
     assert turned.size == ((2, 3) if orientation < 5 else (3, 2))
     assert turned.getpixel(corner) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_make_an_image_unreadable(kind):
+    """The pixels are sound. Where the tag can still be read it counts."""
+    image, read = Image.new("RGB", (2, 3), "red"), 0
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    sound = bytes(exif.tobytes())
+    for position in range(6, len(sound)):
+        for value in (0, 1, 77, 255):
+            damaged = sound[:position] + bytes([value]) + sound[position + 1 :]
+            size = opened(in_format(image, kind, exif=damaged)).size
+            assert size in ((2, 3), (3, 2))
+            read += size == (3, 2)
+    assert read > 50
+
+
+def test_an_image_is_turned_once():
+    image = Image.new("RGB", (2, 3), "lime")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = in_format(image, "PNG", exif=exif)
+    turned = opened(content)
+    assert upright(turned).size == turned.size == (3, 2)
+    rows = Dataset.from_dict({"image": [{"bytes": content, "path": None}]})
+    assert read_row(rows, 0)["image"].size == (3, 2)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (3, 3), (4, 1), (1, 4), (20000, 2), (2, 20000), (20000, 1)])
@@ -501,10 +528,17 @@ class Bomb:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_no_space_for_the_table(cuhk, tmp_path, monkeypatch):
+def test_no_space_for_the_tables(cuhk, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    with small_disk(100), pytest.raises(DataError, match="cannot be written to the cache .*Free some space"):
-        load_pairs_dataset("cuhk_pedes", cuhk)
+    rows = load_pairs_dataset("cuhk_pedes", cuhk)["train"]
+    with small_disk(100):
+        with pytest.raises(DataError, match="table of attribute phrases cannot be written to the cache .*Free some"):
+            add_attribute_spans(rows, AttributeMasker())
+        with pytest.raises(DataError, match="table of captions cannot be written to the cache .*Free some space"):
+            load_pairs_dataset("cuhk_pedes", cuhk, captions_per_image=1)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "another cache")
+        with pytest.raises(DataError, match="table of split 'train' cannot be written to the cache .*Free some space"):
+            load_pairs_dataset("cuhk_pedes", cuhk)
 
 
 # Texts
