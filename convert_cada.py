@@ -16,6 +16,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -195,9 +196,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise ConversionError(f"The checkpoint {path} cannot be read: {error.strerror or one_line(error)}.") from error
     except Exception as error:  # the readers raise many kinds on damaged files
+        said = one_line(error)
+        if isinstance(error, UnpicklingError):  # torch goes on to advise to run the code of the pickle
+            said = said.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
         raise ConversionError(
-            f"{path} cannot be read with weights_only=True ({one_line(error)[:200]}). It is damaged, or holds more "
-            "than tensors; ask for a file of tensors only."
+            f"{path} cannot be read with weights_only=True ({said[:200] or 'no file of tensors'}). It is damaged, or "
+            "holds more than tensors; ask for a file of tensors only."
         ) from error
     for name in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):

@@ -180,6 +180,11 @@ def run_code_of_a_reader(code: str, folder: Path, **environment: str) -> list:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+def tried(quick: int, long: int):
+    """Marks for a property: its trials in every run, and many more in the slow one."""
+    return pytest.mark.parametrize("trials", [quick, pytest.param(long, marks=pytest.mark.slow)])
+
+
 @contextmanager
 def small_disk(size: int):
     """No file may grow beyond `size` bytes: what a full disk does, without one."""

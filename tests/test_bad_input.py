@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import bert_tokenizer, save_tiny_start, small_disk, tiny_processor, without_rights
+from conftest import bert_tokenizer, save_tiny_start, small_disk, tiny_processor, tried, without_rights
 from datasets import Dataset, DatasetDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -35,14 +35,6 @@ from data_cada import DataError, add_attribute_spans, load_pairs_dataset, open_i
 from files_cada import CADAError, run_command
 from processing_cada import AttributeMasker, clean_caption, upright
 from publish_cada import PublishError, model_card, read_run, write_run
-
-
-QUICK, LONG = 150, 5000  # trials of a property
-
-
-def tried(quick: int = QUICK, long: int = LONG):
-    """Marks for a property: few trials in every run, many in the slow one."""
-    return pytest.mark.parametrize("trials", [quick, pytest.param(long, marks=pytest.mark.slow)])
 
 
 # Images
@@ -283,7 +275,7 @@ def test_a_truncated_file_gives_the_whole_image_or_an_error(name):
     assert read < len(content) / 4
 
 
-@tried()
+@tried(150, 50_000)
 def test_any_damage_gives_an_image_or_a_data_error(trials):
     files = {name: sound_file(name) for name in FORMATS}
 
@@ -414,7 +406,7 @@ JUNK = st.recursive(
 )
 
 
-@tried()
+@tried(150, 5000)
 def test_any_annotation_file_is_read_right_or_named(laid_out, tmp_path_factory, trials):
     """Values of any type in any place, and bytes of the file changed, added or removed."""
     root = tmp_path_factory.mktemp("fuzz")
@@ -686,7 +678,7 @@ def test_sizes_that_give_no_model(foreign, tmp_path, arguments):
         convert("cada_original", saved(tmp_path, foreign), num_attention_heads=2, image_size=arguments)
 
 
-@tried()
+@tried(150, 5000)
 def test_any_damage_to_a_foreign_file_is_named(tmp_path_factory, trials):
     folder = tmp_path_factory.mktemp("foreign")
     weights = {"a.weight": torch.arange(6.0).view(2, 3), "b.bias": torch.ones(2)}
@@ -715,6 +707,33 @@ def test_any_damage_to_a_foreign_file_is_named(tmp_path_factory, trials):
         assert all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in read.items())
 
     damage()
+
+
+@tried(40, 2000)
+def test_any_tensor_in_any_place_is_named_or_fits(foreign, tmp_path_factory, trials):
+    """A model is whole and of finite numbers, whatever shape, type or name a tensor of the file has."""
+    path = tmp_path_factory.mktemp("tensors") / "weights.pth"
+
+    @settings(max_examples=trials, deadline=None, database=None)
+    @given(st.data())
+    def change(data):
+        weights = dict(foreign)
+        key = data.draw(st.sampled_from(sorted(weights)))
+        shape = data.draw(st.lists(st.integers(0, 33), max_size=4))
+        kind = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]))
+        name = data.draw(st.sampled_from([key, f"module.{key}", key.replace("0", "1"), f"{key}.more", key[:-1]]))
+        del weights[key]
+        weights[name] = torch.ones(shape, dtype=kind)
+        torch.save(weights, path)
+        source = data.draw(st.sampled_from(["blip_original", "cada_original"]))
+        try:
+            model, _ = convert(source, path, num_attention_heads=2)
+        except ConversionError as error:
+            assert str(error)
+            return
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+    change()
 
 
 # The record of a run and its card
