@@ -4,11 +4,14 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import bert_tokenizer, save_tiny_start, tiny_config, tried
+from hub_stand_in import HubStandIn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -373,3 +376,33 @@ def test_any_damage_to_a_small_file_is_named_or_harmless(saved, tmp_path_factory
                 assert all(tensor.isfinite().all() for tensor in loaded.state_dict().values())
 
     damage()
+
+
+def test_a_revision_is_what_is_loaded(saved, tmp_path):
+    """Two commits of a repository: the weights, the processor's settings and the record are those of the one named."""
+    files = {path.name: path.read_bytes() for path in saved.iterdir()}
+    first = {**files, "cada_run.json": b'{"origin": null, "training": null, "evaluations": []}'}
+    second = {**first, "processor_config.json": files["processor_config.json"].replace(b"phrase", b"word")}
+    second["cada_run.json"] = b'{"origin": {"start": "x", "licence": null}, "training": null, "evaluations": []}'
+    tensors = {name: tensor + 1 for name, tensor in load_file(saved / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    second["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    code = (
+        "import json, sys; from checkpoint_cada import load_model, load_processor\n"
+        "from publish_cada import read_start\n"
+        "for revision in (sys.argv[1], None):\n"
+        "    model = load_model('tester/model', revision)\n"
+        "    bias = model.match_head.bias.tolist()\n"
+        "    unit = load_processor('tester/model', revision).mask_unit\n"
+        "    print(json.dumps([bias, unit, read_start('tester/model', revision)['origin']]))\n"
+    )
+    with HubStandIn() as hub:
+        commit = hub.add("tester/model", first)
+        hub.add("tester/model", second)
+        environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": str(Path(train_cada.__file__).parent)}
+        result = subprocess.run([sys.executable, "-c", code, commit], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    pinned, newest = map(json.loads, result.stdout.splitlines()[-2:])
+    bias = load_file(saved / "model.safetensors")[BIAS]
+    assert pinned == [bias.tolist(), "phrase", None]
+    assert newest == [(bias + 1).tolist(), "word", {"start": "x", "licence": None}]
