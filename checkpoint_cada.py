@@ -200,6 +200,31 @@ def load_processor(name: str | os.PathLike, revision: str | None = None) -> CADA
         ) from error
 
 
+def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
+    """
+    A processor of another model gives inputs that are read without complaint, and wrong scores.
+
+    Raises:
+        CheckpointError: names what the two do not agree in.
+    """
+    size, tokenizer, text = dict(processor.image_processor.size), processor.tokenizer, config.text_config
+    pairs = {
+        "images of (height, width)": (
+            (size.get("height"), size.get("width")),
+            config.vision_config.image_height_width,
+        ),
+        "[ENC] as": (processor.enc_token_id, text.enc_token_id),
+        "[PAD] as": (tokenizer.pad_token_id, text.pad_token_id),
+        "texts of at most": (tokenizer.model_max_length, min(tokenizer.model_max_length, config.max_text_length)),
+        "words up to": (len(tokenizer), min(len(tokenizer), text.vocab_size)),
+    }
+    for name, (given, wanted) in pairs.items():
+        if given != wanted:
+            raise CheckpointError(
+                f"The processor gives {name} {given}, the model reads {wanted}. Are both of the same checkpoint?"
+            )
+
+
 def load_tokenizer(name: str | os.PathLike):
     """
     A tokenizer by the name of a folder or on the Hub.

@@ -471,7 +471,10 @@ def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int
     that the data set brings along is kept, and split into words where the masker masks words.
     """
     if "attribute_spans" not in dataset.column_names:
-        masker.find_spans("a red coat")  # loads, or reports missing tagger data, before any worker starts
+        try:
+            masker.find_spans("a red coat")  # loads the tagger before any worker starts
+        except (ImportError, LookupError, ValueError) as error:  # it is missing, or its data are missing or damaged
+            raise DataError(f"Attribute phrases cannot be found: {one_line(error)}") from error
         with _writing_to_the_cache("The table of attribute phrases"):
             return dataset.map(
                 _tag_row,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from checkpoint_cada import load_model, load_processor
+from checkpoint_cada import check_processor, load_model, load_processor
 from data_cada import DataError, open_image
 from files_cada import CADAError, Parser, make_output_folder, run_command, written_whole
 from modeling_cada import CADAForTextToImageRetrieval
@@ -245,6 +245,7 @@ def _explain(options: argparse.Namespace) -> None:
         raise ExplainError(f"The image {options.image} cannot be read: {error}.") from error
     model = load_model(options.model, options.revision)
     processor = load_processor(options.model, options.revision)
+    check_processor(processor, model.config)
     try:
         attention = word_attention(model, processor, image, options.text, options.layer, options.head)
         predictions = attribute_predictions(model, processor, image, options.text) if model.config.use_ara else []

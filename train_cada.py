@@ -32,7 +32,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints, speed_metrics
 from transformers.utils import logging
 
-from checkpoint_cada import load_config, load_model, load_processor, load_tokenizer
+from checkpoint_cada import check_processor, load_config, load_model, load_processor, load_tokenizer
 from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
 from convert_cada import (
     SOURCES,
@@ -595,7 +595,9 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
     height, width = model.config.vision_config.image_height_width
     image_processor.size = SizeDict(height=height, width=width)
     tokenizer.model_max_length = model.config.max_text_length
-    return model, CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
+    processor = CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
+    check_processor(processor, model.config)
+    return model, processor
 
 
 def count_long_captions(dataset, processor: CADAProcessor) -> int:

@@ -15,12 +15,21 @@ from hub_stand_in import HubStandIn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers.image_utils import SizeDict
 
 import convert_cada
 import explain_cada
 import publish_cada
 import train_cada
-from checkpoint_cada import CheckpointError, load_config, load_model, load_processor, load_tokenizer, weight_files
+from checkpoint_cada import (
+    CheckpointError,
+    check_processor,
+    load_config,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    weight_files,
+)
 from files_cada import CADAError, run_command
 from modeling_cada import CADAForTextToImageRetrieval
 
@@ -406,3 +415,27 @@ def test_a_revision_is_what_is_loaded(saved, tmp_path):
     bias = load_file(saved / "model.safetensors")[BIAS]
     assert pinned == [bias.tolist(), "phrase", None]
     assert newest == [(bias + 1).tolist(), "word", {"start": "x", "licence": None}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda processor: setattr(processor.image_processor, "size", SizeDict(height=64, width=16)),
+            r"images of .* \(64, 16\), the model",
+        ),
+        (lambda processor: processor.tokenizer.add_tokens(["turquoise overcoat"]), "words up to 30525"),
+        (lambda processor: setattr(processor.tokenizer, "model_max_length", 99), "texts of at most 99, .* 13"),
+        (lambda processor: setattr(processor.tokenizer, "pad_token", "[MASK]"), r"\[PAD\] as 103, the model reads 0"),
+    ],
+)
+def test_a_processor_of_another_model_is_refused(start, tmp_path, change, message, capsys):
+    """Its inputs would be read without complaint."""
+    processor = load_processor(start)
+    check_processor(processor, load_config(start))
+    change(processor)
+    with pytest.raises(CheckpointError, match=message):
+        check_processor(processor, load_config(start))
+    processor.save_pretrained(start)
+    assert commands(start, tmp_path)["explain"]() == 1
+    assert "Are both of the same checkpoint?" in one_error(capsys)
