@@ -709,7 +709,7 @@ def test_any_damage_to_a_foreign_file_is_named(tmp_path_factory, trials):
     damage()
 
 
-@tried(40, 2000)
+@tried(40, 500)
 def test_any_tensor_in_any_place_is_named_or_fits(foreign, tmp_path_factory, trials):
     """A model is whole and of finite numbers, whatever shape, type or name a tensor of the file has."""
     path = tmp_path_factory.mktemp("tensors") / "weights.pth"
