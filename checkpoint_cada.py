@@ -114,9 +114,8 @@ def load_config(name: str | os.PathLike, revision: str | None = None, **override
     try:
         return CADAConfig.from_pretrained(name, revision=revision or "main", **overrides)
     except Exception as error:  # the library raises many kinds
-        raise CheckpointError(
-            f"The configuration of {name} cannot be used: {one_line(error)} {'' if os.path.isdir(name) else _WHERE}"
-        ) from error
+        remedy = "Correct the file." if os.path.isdir(name) else _WHERE
+        raise CheckpointError(f"The configuration of {name} cannot be used: {one_line(error)} {remedy}") from error
 
 
 def load_model(
