@@ -12,18 +12,21 @@ files are read with `weights_only=True`.
 
 import argparse
 import os
-import pickle
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval, set_seed
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, set_seed
 
+from checkpoint_cada import check_config, load_tokenizer, weight_files
 from configuration_cada import CADAConfig
+from files_cada import CADAError, Parser, checkpoint_written_whole, make_output_folder, one_line, run_command
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
 from publish_cada import NO_LICENCE, write_run
@@ -95,7 +98,7 @@ _LEFT_OUT = [
 ]
 
 
-class ConversionError(ValueError):
+class ConversionError(CADAError):
     """A checkpoint does not fit. The message names the key or file and the remedy."""
 
 
@@ -132,7 +135,7 @@ def convert_state_dict(
         report: filled with what became of every key.
 
     Raises:
-        ConversionError: for an unknown source, or a key that no rule knows.
+        ConversionError: for an unknown source, a key that no rule knows, or a tensor that holds no finite numbers.
     """
     if source not in SOURCES:
         raise ConversionError(f"Unknown source {source!r}. Known: {', '.join(SOURCES)}.")
@@ -148,36 +151,71 @@ def convert_state_dict(
             raise ConversionError(f"No rule for the key {key!r}. Is this a checkpoint of the kind {source!r}?")
         for pattern, replacement in _ATTENTION:
             name = re.sub(pattern, replacement, name)
+        _check_tensor(key, tensor)
         names = [name.replace(".qkv.", f".{part}_proj.") for part in "qkv"] if ".qkv." in name else [name]
-        for part, chunk in zip(names, tensor.chunk(len(names))):  # ViTs of BLIP keep q, k and v in one matrix
-            converted[part] = chunk.clone() if len(names) > 1 else chunk
+        if len(names) > 1 and (tensor.ndim == 0 or len(tensor) % len(names)):
+            raise ConversionError(
+                f"{key!r} of the shape {tuple(tensor.shape)} is not made of q, k and v, equally large."
+            )
+        if len(names) == 1:
+            converted[name] = tensor
+        else:  # ViTs of BLIP keep q, k and v in one matrix
+            converted |= {part: chunk.clone() for part, chunk in zip(names, tensor.chunk(len(names)))}
         report.converted[key] = names
     return converted
+
+
+def _check_tensor(key: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided or not tensor.is_floating_point():
+        raise ConversionError(f"{key!r} is of the type {tensor.dtype}, not of plain floating-point numbers.")
+    # A file of a few bytes may claim a tensor of any size, by repeating one number.
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        raise ConversionError(f"{key!r} of the shape {tuple(tensor.shape)} is not stored whole.")
+    if not tensor.float().isfinite().all():
+        raise ConversionError(f"{key!r} holds NaN or infinite numbers. Take another checkpoint.")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     The tensors of a `.pth` or `.safetensors` file; the weights may stand under `model` or `state_dict`, and the names
-    may begin with `module.`, as `DistributedDataParallel` writes them.
+    may begin with `module.`, as `DistributedDataParallel` writes them. No code of a pickle is run: torch's reader of
+    weights builds tensors and plain containers only.
+
+    Raises:
+        ConversionError: where the file is missing, damaged, or holds something else.
     """
     path = Path(path)
     if not path.is_file():
-        raise ConversionError(f"The checkpoint {path} does not exist.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
+        problem = "is not a file. Give the file itself" if os.path.exists(path) else "does not exist"
+        raise ConversionError(f"The checkpoint {path} {problem}.")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        if path.suffix == ".safetensors":
+            loaded = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConversionError(f"The checkpoint {path} cannot be read: {error.strerror or one_line(error)}.") from error
+    except Exception as error:  # the readers raise many kinds on damaged files
+        said = one_line(error)
+        if isinstance(error, UnpicklingError):  # torch goes on to advise to run the code of the pickle
+            said = said.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
         raise ConversionError(
-            f"{path} cannot be read with weights_only=True ({str(error).splitlines()[0]}). It is damaged, or holds "
-            "more than tensors; ask for a file of tensors only."
+            f"{path} cannot be read with weights_only=True ({said[:200] or 'no file of tensors'}). It is damaged, or "
+            "holds more than tensors; ask for a file of tensors only."
         ) from error
     for name in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded = loaded[name]
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items())
+    ):
         raise ConversionError(f"{path} holds no dictionary of tensors. Is this a checkpoint?")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
+    weights = {key.removeprefix("module."): value for key, value in loaded.items()}
+    if len(weights) < len(loaded):
+        raise ConversionError(f"{path} holds the same tensors with and without `module.`. Keep one of the two.")
+    return weights
 
 
 def infer_sizes(
@@ -199,7 +237,12 @@ def infer_sizes(
         image_size = (side * patch_size, side * patch_size)
 
     def layers(prefix: str) -> int:
-        return 1 + max(int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix))
+        numbers = {int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix)}
+        if numbers != set(range(len(numbers))):
+            raise ConversionError(
+                f"The layers {prefix}* are not numbered from 0 without gaps: the last is {max(numbers)}."
+            )
+        return len(numbers)
 
     vocabulary, text_hidden = weights[f"{text}embeddings.word_embeddings.weight"].shape
     return {
@@ -275,13 +318,14 @@ def _join(*parts: dict) -> dict:
     return joined
 
 
-def _read_blip(checkpoint: str, vocabulary_head: str | None) -> tuple[dict[str, torch.Tensor], dict]:
+def _read_blip(
+    checkpoint: str, vocabulary_head: str | None, revision: str | None
+) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors, and the fields of its configuration that shapes do not tell, of BLIP in transformers."""
-    state_dict = BlipForImageTextRetrieval.from_pretrained(checkpoint).state_dict()
+    state_dict, config = _load_blip(BlipForImageTextRetrieval, checkpoint, revision)
     if vocabulary_head is not None:
-        captioner = BlipForConditionalGeneration.from_pretrained(vocabulary_head).state_dict()
+        captioner, _ = _load_blip(BlipForConditionalGeneration, vocabulary_head, None)
         state_dict |= {key: value for key, value in captioner.items() if key.startswith("text_decoder.cls.")}
-    config = AutoConfig.from_pretrained(checkpoint)
     fields = {}
     for tower, names in (
         ("vision_config", ("num_attention_heads", "hidden_act", "layer_norm_eps")),
@@ -289,6 +333,30 @@ def _read_blip(checkpoint: str, vocabulary_head: str | None) -> tuple[dict[str, 
     ):
         fields[tower] = {name: getattr(getattr(config, tower), name) for name in names}
     return state_dict, fields
+
+
+def _load_blip(kind: type, name: str, revision: str | None) -> tuple[dict[str, torch.Tensor], BlipConfig]:
+    """The tensors of a BLIP model, whole: `transformers` alone would fill gaps with random numbers."""
+    if os.path.exists(name):
+        check_config(name, BlipConfig.model_type)
+        if any(Path(name).glob("*.safetensors*")):  # older copies hold pickles, of which tensors alone are built
+            weight_files(name)
+    try:
+        model, report = kind.from_pretrained(
+            name, revision=revision or "main", weights_only=True, output_loading_info=True
+        )
+    except Exception as error:  # the library raises many kinds
+        raise ConversionError(
+            f"BLIP cannot be loaded from {name}: {one_line(error)} Give a folder, or a name on the Hub, which has to "
+            "be reachable."
+        ) from error
+    missing = sorted(set(report["missing_keys"]) - set(model.all_tied_weights_keys))
+    if missing:
+        raise ConversionError(
+            f"{name} lacks {missing[0]} ({len(missing)} tensor(s) in all) of {kind.__name__}. Is it complete, and the "
+            "right kind of BLIP?"
+        )
+    return model.state_dict(), model.config
 
 
 def convert(
@@ -299,6 +367,7 @@ def convert(
     checkpoint_image_size: tuple[int, int] | None = None,
     num_attention_heads: int | None = None,
     config_overrides: dict | None = None,
+    revision: str | None = None,
 ) -> tuple[CADAForTextToImageRetrieval, ConversionReport]:
     """
     A model with the weights of a checkpoint, whole or not at all.
@@ -312,6 +381,7 @@ def convert(
         checkpoint_image_size: the size the checkpoint was trained with, where it is not square.
         num_attention_heads: of both towers, for files that do not tell; by default the width divided by 64.
         config_overrides: further fields of [`CADAConfig`].
+        revision: tag, branch or commit of a `"blip"` checkpoint on the Hub.
 
     Raises:
         ConversionError: for a checkpoint that does not fit; the message names the key.
@@ -319,7 +389,8 @@ def convert(
     report = ConversionReport()
     told: dict = {}
     if source == "blip":
-        state_dict, told = _read_blip(str(checkpoint), None if vocabulary_head is None else str(vocabulary_head))
+        vocabulary_head = None if vocabulary_head is None else str(vocabulary_head)
+        state_dict, told = _read_blip(str(checkpoint), vocabulary_head, revision)
     elif vocabulary_head is not None:
         raise ConversionError("--vocabulary_head goes with --source blip; the other files hold their own.")
     else:
@@ -329,7 +400,24 @@ def convert(
         fields = _join(infer_sizes(weights, num_attention_heads, checkpoint_image_size), told, settings_of(source))
     except KeyError as error:
         raise ConversionError(f"{checkpoint} lacks {error.args[0]!r}. Is this a checkpoint of {source!r}?") from error
+    except ConversionError:
+        raise
+    except (IndexError, TypeError, ValueError) as error:
+        raise ConversionError(f"{checkpoint} holds a tensor of another shape than {source!r}: {error}.") from error
+    try:
+        model = _build(weights, fields, image_size, config_overrides or {}, report)
+    except (StrictDataclassError, RuntimeError, ValueError) as error:
+        raise ConversionError(
+            f"The sizes of {checkpoint} and the arguments give no model: {one_line(error)} Is it of {source!r}?"
+        ) from error
+    _load(model, weights, source, report, may_leave_out=bool(config_overrides))
+    return model, report
 
+
+def _build(
+    weights: dict, fields: dict, image_size: int | tuple[int, int] | None, overrides: dict, report: ConversionReport
+) -> CADAForTextToImageRetrieval:
+    """The model that the `weights` go into; these get the rows and positions that they lack."""
     added = grow_vocabulary(weights, VOCABULARY_SIZE, std=0.02)
     if added:
         report.notes.append(f"The vocabulary grew by {added} word(s) to {VOCABULARY_SIZE}.")
@@ -344,14 +432,18 @@ def convert(
         weights[name] = resize_positions(weights[name], old, new)
         if old != new:
             report.notes.append(f"Position embeddings were interpolated from {old} to {new} patches.")
-    model = CADAForTextToImageRetrieval(CADAConfig(**_join(fields, config_overrides or {})))
-    _load(model, weights, source, report)
-    return model, report
+    return CADAForTextToImageRetrieval(CADAConfig(**_join(fields, overrides)))
 
 
-def _load(model: CADAForTextToImageRetrieval, weights: dict, source: str, report: ConversionReport) -> None:
+def _load(
+    model: CADAForTextToImageRetrieval, weights: dict, source: str, report: ConversionReport, may_leave_out: bool
+) -> None:
     """Fill the model; what the source cannot have is new, everything else has to be there."""
     unused = [name for name in weights if name not in model.state_dict()]
+    if unused and not may_leave_out:
+        raise ConversionError(
+            f"The model has no place for {', '.join(unused[:3])}. Is this a checkpoint of {source!r}?"
+        )
     if unused:  # a switched-off loss has no head
         for name in unused:
             del weights[name]
@@ -359,7 +451,7 @@ def _load(model: CADAForTextToImageRetrieval, weights: dict, source: str, report
     try:
         missing = model.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
-        raise ConversionError(f"The sizes do not fit: {error}") from error
+        raise ConversionError(f"The sizes do not fit: {one_line(error)}") from error
     tied = set(model.all_tied_weights_keys)
     may_be_new = ("group_match_head.", "vocabulary_head.") if source != "cada_original" else ()
     report.new = [name for name in missing if name not in tied]
@@ -386,7 +478,7 @@ def describe_origin(source: str, checkpoint: str | os.PathLike) -> dict:
 
 def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -> CADAProcessor:
     """The processor of a converted model: CLIP's normalisation, as BLIP and the authors' code have it."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    tokenizer = load_tokenizer(tokenizer_name)
     tokenizer.model_max_length = model.config.max_text_length
     height, width = model.config.vision_config.image_height_width
     image_processor = CADAImageProcessor(size={"height": height, "width": width})
@@ -399,11 +491,34 @@ def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -
     return processor
 
 
+def _convert_and_save(options: argparse.Namespace) -> None:
+    folder = make_output_folder(options.output_dir).resolve()  # what keeps from saving shows before the work
+    if Path(options.checkpoint).resolve() in (folder, folder / "model.safetensors"):
+        raise ConversionError(f"--output_dir {folder} would overwrite --checkpoint. Choose another folder.")
+    set_seed(options.seed)
+    model, report = convert(
+        options.source,
+        options.checkpoint,
+        vocabulary_head=options.vocabulary_head,
+        image_size=options.image_size or default_image_size(options.source),
+        checkpoint_image_size=options.checkpoint_image_size,
+        num_attention_heads=options.num_attention_heads,
+        revision=options.revision,
+    )
+    processor = convert_processor(model, options.tokenizer_name)
+    with checkpoint_written_whole(options.output_dir) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_run(folder, describe_origin(options.source, options.checkpoint), None, [])
+    print(f"{report}\nSaved to {options.output_dir}.")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True, choices=SOURCES)
     parser.add_argument("--checkpoint", required=True, help="folder or Hub name (blip), or file (the others)")
+    parser.add_argument("--revision", help="tag, branch or commit of --checkpoint on the Hub")
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--vocabulary_head", help="BlipForConditionalGeneration whose vocabulary head ARA starts from")
     parser.add_argument(
@@ -418,25 +533,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of weights that the checkpoint does not have")
     parser.add_argument("--tokenizer_name", default="bert-base-uncased", help="folder or Hub name")
     options = parser.parse_args(arguments)
-    set_seed(options.seed)
-    try:
-        model, report = convert(
-            options.source,
-            options.checkpoint,
-            vocabulary_head=options.vocabulary_head,
-            image_size=options.image_size or default_image_size(options.source),
-            checkpoint_image_size=options.checkpoint_image_size,
-            num_attention_heads=options.num_attention_heads,
-        )
-        processor = convert_processor(model, options.tokenizer_name)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    model.save_pretrained(options.output_dir)
-    processor.save_pretrained(options.output_dir)
-    write_run(options.output_dir, describe_origin(options.source, options.checkpoint), None, [])
-    print(f"{report}\nSaved to {options.output_dir}.")
-    return 0
+    return run_command(lambda: _convert_and_save(options))
 
 
 if __name__ == "__main__":

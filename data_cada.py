@@ -8,11 +8,11 @@ One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -28,17 +28,20 @@ from datasets import (
     Image,
     List,
     Value,
+    config,
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetGenerationError
+from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
-from PIL import ImageOps
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import processing_cada
 from drawn_cada import load_drawn
-from processing_cada import AttributeMasker, CADAProcessor, clean_caption
+from files_cada import CADAError, FileError, Parser, one_line, read_json, run_command
+from processing_cada import AttributeMasker, CADAProcessor, clean_caption, to_rgb, upright
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +49,14 @@ logger = logging.get_logger(__name__)
 SPLITS = ("train", "val", "test")
 _MASKER_CODE = hashlib.sha256(Path(processing_cada.__file__).read_bytes()).hexdigest()
 # The longest caption of the three sets has about a hundred words. More than this is a damaged file.
-MAX_CAPTION_WORDS = 500
+MAX_CAPTION_WORDS, MAX_CAPTION_CHARACTERS = 500, 5000
+# What Pillow may try to read a file as. Its other formats are rare, and some start programs, such as Ghostscript.
+PILImage.init()
+IMAGE_FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM") if name in PILImage.OPEN
+)
+# A file of a few kilobytes may claim any size. 90 million pixels are more than any camera at a street has.
+MAX_PIXELS = 90_000_000
 
 
 @dataclass(frozen=True)
@@ -91,18 +101,18 @@ FEATURES = Features(
 )
 
 
-class DataError(ValueError):
+class DataError(CADAError):
     """Something is wrong with the data on disk. The message names the file, the row and the remedy."""
 
 
 def _annotation_file(pedes: PedesSet, data_dir: Path) -> Path:
-    if not data_dir.is_dir():
+    if not os.path.isdir(data_dir):
         raise DataError(
             f"The data folder {data_dir} does not exist. Pass the folder of {pedes.title} that holds "
             f"{pedes.annotations[0]} and imgs/ as --data_dir."
         )
     for name in pedes.annotations:
-        if (data_dir / name).is_file():
+        if os.path.isfile(data_dir / name):
             return data_dir / name
     raise DataError(
         f"{data_dir} holds no annotation file of {pedes.title}: looked for {' and '.join(pedes.annotations)}. "
@@ -110,11 +120,11 @@ def _annotation_file(pedes: PedesSet, data_dir: Path) -> Path:
     )
 
 
-def _read_json(path: Path) -> list:
+def _read_records(path: Path) -> list:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a JSON file: {error}. Is the download complete? Fetch it again.") from error
+        records = read_json(path)
+    except FileError as error:
+        raise DataError(str(error)) from error
     if not isinstance(records, list) or not records:
         raise DataError(f"{path} should be a JSON list with one object per image. Fetch it again.")
     return records
@@ -130,11 +140,12 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, lis
     """
     pedes, data_dir = PEDES_SETS[dataset], Path(data_dir)
     annotation_file = _annotation_file(pedes, data_dir)
-    root = (data_dir / "imgs").resolve()
-    if not root.is_dir():
+    root = Path(os.path.realpath(data_dir / "imgs"))
+    if not os.path.isdir(root):
         raise DataError(f"{data_dir} holds no folder imgs/ with the images of {pedes.title}. Put the images there.")
     splits: dict[str, list[dict]] = {split: [] for split in pedes.counts}
-    for row, record in enumerate(_read_json(annotation_file)):
+    rows_of_names: dict[str, int] = {}
+    for row, record in enumerate(_read_records(annotation_file)):
         where = f"{annotation_file}, row {row}"
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object, found {type(record).__name__}. Fetch the file again.")
@@ -148,13 +159,20 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, lis
         for key in ("id", "captions", pedes.path_key):
             if key not in record:
                 raise DataError(f"{where} has no `{key}`. Is this the annotation file of {pedes.title}?")
-        if record["split"] not in splits:
+        if not isinstance(record["split"], str) or record["split"] not in splits:
             raise DataError(
                 f"{where}: unknown split {record['split']!r}. {pedes.title} has {', '.join(splits)}. Correct the row."
             )
+        path = _image_path(record[pedes.path_key], root, where)
+        first = rows_of_names.setdefault(os.path.normpath(path), row)
+        if first != row:
+            raise DataError(
+                f"{where}: the image {record[pedes.path_key]!r} stands in row {first} already. It would count twice "
+                "in every score. Take one of the rows out."
+            )
         splits[record["split"]].append(
             {
-                "path": str(_image_path(record[pedes.path_key], root, where)),
+                "path": str(path),
                 "captions": _check_captions(record["captions"], where),
                 "person_id": _check_person(record["id"], where),
                 "file_name": record[pedes.path_key],
@@ -175,17 +193,24 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, lis
 
 def _image_path(name, root: Path, where: str) -> Path:
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: the image path is {name!r}. Correct the row.")
+        raise DataError(f"{where}: the image path is {name!r:.80}, not a text. Correct the row.")
+    if "\\" in name or not name.isprintable():
+        raise DataError(
+            f"{where}: the image path {name!r:.200} holds a backslash or a control character. Write / between "
+            "folders, and correct the row."
+        )
     path = root / name
     # The folder itself may be a link, as often on clusters; what counts is that the name stays inside.
-    if not path.resolve().is_relative_to(root):
-        raise DataError(f"{where}: the path {name!r} leaves the data folder {root}. Correct the row.")
+    if not Path(os.path.realpath(path)).is_relative_to(root):
+        raise DataError(f"{where}: the path {name!r:.200} leaves the data folder {root}. Correct the row.")
     return path
 
 
 def _check_person(person_id, where: str) -> int:
-    if isinstance(person_id, bool) or not isinstance(person_id, int):
-        raise DataError(f"{where}: the person id is {person_id!r}, not a whole number. Correct the row.")
+    if isinstance(person_id, bool) or not isinstance(person_id, int) or abs(person_id) >= 2**63:
+        raise DataError(
+            f"{where}: the person id is {person_id!r:.80}, not a whole number of at most 18 digits. Correct the row."
+        )
     return person_id
 
 
@@ -193,13 +218,21 @@ def _check_captions(captions, where: str) -> list[str]:
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise DataError(f"{where}: `captions` should be a list of strings with at least one. Correct the row.")
     for number, caption in enumerate(captions):
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: caption {number} holds half a character at position {error.start} (a lone surrogate). "
+                "Correct the row."
+            ) from error
         if not clean_caption(caption):
             raise DataError(f"{where}: caption {number} is empty. Write one, or take it out of the row.")
         words = len(caption.split())
-        if words > MAX_CAPTION_WORDS:
+        if words > MAX_CAPTION_WORDS or len(caption) > MAX_CAPTION_CHARACTERS:
             raise DataError(
-                f"{where}: caption {number} has {words} words, at most {MAX_CAPTION_WORDS} are accepted (the model "
-                "reads about 70). Shorten it."
+                f"{where}: caption {number} has {words} words and {len(caption)} characters, at most "
+                f"{MAX_CAPTION_WORDS} and {MAX_CAPTION_CHARACTERS} are accepted (the model reads about 70 words). "
+                "Shorten it."
             )
     return captions
 
@@ -217,14 +250,13 @@ def _rows(records: list[dict]) -> Iterator[dict]:
 def _image_problem(path: str, decode: bool) -> str | None:
     """What is wrong with an image file, or `None`. Without `decode` only its presence and size are looked at."""
     if not os.path.isfile(path):
-        return "is missing"
+        return "is not a file" if os.path.exists(path) else "is missing"
     if os.path.getsize(path) == 0:
         return "is empty"
     if decode:
         try:
-            with PILImage.open(path) as image:
-                image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+            open_image({"path": path, "bytes": None})
+        except DataError as error:
             return f"cannot be decoded ({error})"
     return None
 
@@ -237,6 +269,18 @@ def find_bad_images(records: list[dict], decode: bool, description: str) -> list
         if problem:
             bad.append((record, problem))
     return bad
+
+
+@contextmanager
+def _writing_to_the_cache(what: str) -> Iterator[None]:
+    """`datasets` keeps tables in files; what keeps it from that is said in our words."""
+    try:
+        yield
+    except (OSError, DatasetGenerationError) as error:
+        raise DataError(
+            f"{what} cannot be written to the cache {config.HF_DATASETS_CACHE}: {one_line(error.__cause__ or error)}. "
+            "Free some space, or set HF_HOME to another folder."
+        ) from error
 
 
 def _load_pedes(dataset: str, data_dir: str | os.PathLike, skip_unreadable: bool) -> DatasetDict:
@@ -258,7 +302,8 @@ def _load_pedes(dataset: str, data_dir: str | os.PathLike, skip_unreadable: bool
             records = [record for record in records if record["row"] not in left_out]
             if not records:
                 raise DataError(f"No image of split {split!r} in {data_dir} can be read. Is imgs/ complete?")
-        loaded[split] = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"records": records})
+        with _writing_to_the_cache(f"The table of split {split!r}"):
+            loaded[split] = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"records": records})
     return DatasetDict(loaded)
 
 
@@ -268,6 +313,7 @@ def load_pairs_dataset(
     captions_per_image: int | None = None,
     skip_unreadable: bool = False,
     seed: int = 0,
+    revision: str | None = None,
 ) -> DatasetDict:
     """
     A data set as `DatasetDict` with one row per image.
@@ -280,6 +326,7 @@ def load_pairs_dataset(
         captions_per_image: use the first n captions of each image only. The paper uses two; `None` uses all.
         skip_unreadable: decode all images first, and leave out those that cannot be read, with a list.
         seed: of the drawn set.
+        revision: tag, branch or commit of a set on the Hub.
 
     Raises:
         DataError: names the file, the row and the remedy.
@@ -293,15 +340,16 @@ def load_pairs_dataset(
     elif dataset in DRAWN_SETS:
         loaded = load_drawn(seed=seed, domain=DRAWN_SETS[dataset])
     else:
-        loaded = _load_other(dataset, data_dir, skip_unreadable)
+        loaded = _load_other(dataset, data_dir, skip_unreadable, revision)
     if captions_per_image is not None:
         if captions_per_image < 1:
             raise DataError(f"`captions_per_image` is {captions_per_image}. Give 1 or more.")
-        loaded = loaded.map(
-            _first_captions,
-            fn_kwargs={"count": captions_per_image},
-            desc=f"first {captions_per_image} captions",
-        )
+        with _writing_to_the_cache("The table of captions"):
+            loaded = loaded.map(
+                _first_captions,
+                fn_kwargs={"count": captions_per_image},
+                desc=f"first {captions_per_image} captions",
+            )
     return loaded
 
 
@@ -309,23 +357,31 @@ def _first_captions(row: dict, count: int) -> dict:
     return {name: row[name][:count] for name in ("captions", "attribute_spans") if name in row}
 
 
-def _load_other(dataset: str, data_dir: str | os.PathLike | None, skip_unreadable: bool) -> DatasetDict:
+def _load_other(
+    dataset: str, data_dir: str | os.PathLike | None, skip_unreadable: bool, revision: str | None
+) -> DatasetDict:
     known = (
         f"Known: {', '.join([*PEDES_SETS, *DRAWN_SETS])}, a folder written by `save_to_disk`, or a name that "
         "`datasets.load_dataset` takes."
     )
     if (Path(dataset) / "dataset_dict.json").is_file():
-        loaded = load_from_disk(dataset)
+        try:
+            loaded = load_from_disk(dataset)
+        except Exception as error:  # the library raises many kinds
+            raise DataError(
+                f"The data set in {dataset} is damaged or empty ({type(error).__name__}: {one_line(error)}). Write it "
+                "again with `save_to_disk`."
+            ) from error
     elif "/" not in dataset and data_dir is None and not Path(dataset).exists():
         raise DataError(f"Unknown data set {dataset!r}. {known}")  # a typing error; do not search the Hub for it
     elif not Path(dataset).exists() and (meant := get_close_matches(dataset, [*PEDES_SETS, *DRAWN_SETS], cutoff=0.8)):
         raise DataError(f"Unknown data set {dataset!r}. Do you mean {meant[0]}? {known}")
     else:
         try:
-            loaded = load_dataset(dataset, data_dir=data_dir)
+            loaded = load_dataset(dataset, data_dir=data_dir, revision=revision)
         except Exception as error:  # the library raises many kinds
             raise DataError(
-                f"Cannot load the data set {dataset!r} ({type(error).__name__}: {error}). {known}"
+                f"Cannot load the data set {dataset!r} ({type(error).__name__}: {one_line(error)}). {known}"
             ) from error
     if not isinstance(loaded, DatasetDict):
         raise DataError(f"{dataset} has no splits. Save a DatasetDict with train, val and test.")
@@ -337,22 +393,52 @@ def _load_other(dataset: str, data_dir: str | os.PathLike | None, skip_unreadabl
                 f"{dataset}, split {split!r} lacks the column(s) {', '.join(sorted(missing))}. Every row needs an "
                 "`image`, a list of `captions` and the `person_id`."
             )
-        for row, (captions, person_id) in enumerate(zip(rows["captions"], rows["person_id"])):
-            _check_captions(captions, f"{dataset}, split {split!r}, row {row}")
-            _check_person(person_id, f"{dataset}, split {split!r}, row {row}")
+        if not len(rows):
+            raise DataError(f"{dataset}, split {split!r} has no rows. Fill it, or leave the split out.")
+        _check_rows(rows, f"{dataset}, split {split!r}")
         if not isinstance(rows.features["image"], Image):  # file names or bytes
-            loaded[split] = rows = rows.cast_column("image", Image())
+            try:
+                loaded[split] = rows = rows.cast_column("image", Image())
+            except Exception as error:  # the library raises many kinds
+                raise DataError(
+                    f"{dataset}, split {split!r}: the column `image` is of the type {rows.features['image']}. Give "
+                    "images, file names, or the content of image files."
+                ) from error
         if skip_unreadable:
             loaded[split] = _leave_out_unreadable(split, rows)
     return loaded
 
 
+def _check_rows(rows: Dataset, where: str) -> None:
+    """Captions, person and, where the set brings them, attribute spans of every row."""
+    spans_of_rows = rows["attribute_spans"] if "attribute_spans" in rows.column_names else [None] * len(rows)
+    for row, (captions, person_id, spans) in enumerate(zip(rows["captions"], rows["person_id"], spans_of_rows)):
+        _check_captions(captions, f"{where}, row {row}")
+        _check_person(person_id, f"{where}, row {row}")
+        if spans is not None and not _fits(spans, captions):
+            raise DataError(
+                f"{where}, row {row}: `attribute_spans` should have, for every caption, a list of [start, end) inside "
+                "the cleaned caption. Correct the row, or leave the column out: the phrases are then found with NLTK."
+            )
+
+
+def _fits(spans, captions: list[str]) -> bool:
+    if not isinstance(spans, list) or len(spans) != len(captions):
+        return False
+    lengths = [len(clean_caption(caption)) for caption in captions]
+    try:
+        return all(0 <= start < end <= length for own, length in zip(spans, lengths) for start, end in own)
+    except (TypeError, ValueError):  # not lists of two numbers
+        return False
+
+
 def _leave_out_unreadable(split: str, rows: Dataset) -> Dataset:
     """The rows whose image can be decoded; the others are counted and listed."""
     good, problems = [], []
+    undecoded_rows = undecoded(rows)
     for row in tqdm(range(len(rows)), desc=f"{split}: images", unit="image", disable=len(rows) < 1000):
         try:
-            read_row(rows, row)
+            read_row(undecoded_rows, row)
             good.append(row)
         except DataError as error:
             problems.append(str(error))
@@ -360,6 +446,8 @@ def _leave_out_unreadable(split: str, rows: Dataset) -> Dataset:
         logger.warning(f"{split}: left out {len(problems)} of {len(rows)} images that cannot be read:")
         for problem in problems:
             logger.warning(f"  {problem}")
+    if not good:  # so there are problems
+        raise DataError(f"No image of split {split!r} can be read: {problems[0]}")
     return rows.select(good)
 
 
@@ -383,16 +471,21 @@ def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int
     that the data set brings along is kept, and split into words where the masker masks words.
     """
     if "attribute_spans" not in dataset.column_names:
-        masker.find_spans("a red coat")  # loads, or reports missing tagger data, before any worker starts
-        return dataset.map(
-            _tag_row,
-            # `datasets` hashes the arguments, not the code: phrases found by other code or NLTK are not reused.
-            fn_kwargs={"unit": masker.unit, "version": f"{_MASKER_CODE} nltk {version('nltk')}"},
-            num_proc=num_proc,
-            desc="Tagging captions",
-        )
+        try:
+            masker.find_spans("a red coat")  # loads the tagger before any worker starts
+        except (ImportError, LookupError, ValueError) as error:  # it is missing, or its data are missing or damaged
+            raise DataError(f"Attribute phrases cannot be found: {one_line(error)}") from error
+        with _writing_to_the_cache("The table of attribute phrases"):
+            return dataset.map(
+                _tag_row,
+                # `datasets` hashes the arguments, not the code: phrases found by other code or NLTK are not reused.
+                fn_kwargs={"unit": masker.unit, "version": f"{_MASKER_CODE} nltk {version('nltk')}"},
+                num_proc=num_proc,
+                desc="Tagging captions",
+            )
     if masker.unit == "word":
-        return dataset.map(_split_spans, desc="Splitting phrases")
+        with _writing_to_the_cache("The table of attribute phrases"):
+            return dataset.map(_split_spans, desc="Splitting phrases")
     return dataset
 
 
@@ -493,23 +586,48 @@ class PairDataset(torch.utils.data.Dataset):
 
 def undecoded(dataset: Dataset) -> Dataset:
     """The same rows, whose images [`read_row`] decodes."""
-    is_image = isinstance(dataset.features["image"], Image)
-    return dataset.cast_column("image", Image(decode=False)) if is_image else dataset
+    feature = dataset.features["image"]
+    is_decoded = isinstance(feature, Image) and feature.decode
+    return dataset.cast_column("image", Image(decode=False)) if is_decoded else dataset
 
 
 def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Image:
     """
-    The image of an undecoded row, upright. A JPEG file that is much larger than `size` (height, width) is decoded at
-    a half, a quarter or an eighth, but at no less than twice `size`: several times faster, and hardly another image.
+    The image of an undecoded row, upright and in RGB (see [`to_rgb`]); the first frame of an animation. A JPEG file
+    that is much larger than `size` (height, width) is decoded at a half, a quarter or an eighth, but at no less than
+    twice `size`: several times faster, and hardly another image.
+
+    Raises:
+        DataError: what is wrong with it; whoever calls names the row.
     """
-    if image["bytes"] is None and not os.path.isfile(image["path"]):
-        return Image().decode_example(image)  # of an archive, or remote
-    opened = PILImage.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
-    if size is not None and opened.format == "JPEG":
-        side = 2 * max(size)  # the file may lie on its side
-        opened.draft(None, (side, side))
-    opened.load()
-    return ImageOps.exif_transpose(opened)
+    content, path = image["bytes"], image["path"]
+    try:
+        if content is not None:
+            file = BytesIO(content)
+        elif path is None:
+            raise DataError("there is neither a file name nor content")
+        elif os.path.isfile(path):
+            file = path
+        elif os.path.exists(path):  # to open a named pipe would wait for ever
+            raise DataError("it is not a file but a folder or a device")
+        elif "://" not in path:
+            raise DataError("there is no such file")
+        else:  # of an archive, or remote
+            with xopen(path, "rb") as remote:
+                file = BytesIO(remote.read())
+        with PILImage.open(file, formats=IMAGE_FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise DataError(f"it has {opened.width}×{opened.height} pixels, more than {MAX_PIXELS:,}")
+            if size is not None and opened.format == "JPEG":
+                side = 2 * max(size)  # the file may lie on its side
+                opened.draft(None, (side, side))
+            return to_rgb(upright(opened))
+    except DataError:
+        raise
+    except PILImage.UnidentifiedImageError as error:
+        raise DataError(f"it is no {', '.join(IMAGE_FORMATS)} file, or its beginning is damaged") from error
+    except Exception as error:  # Pillow's readers of the formats raise many kinds on damaged files
+        raise DataError(one_line(error)) from error
 
 
 def read_row(dataset: Dataset, index: int, size: tuple[int, int] | None = None) -> dict:
@@ -517,14 +635,15 @@ def read_row(dataset: Dataset, index: int, size: tuple[int, int] | None = None) 
     A row with its image decoded, see [`open_image`]; an image that cannot be decoded is reported with file, row and
     remedy.
     """
+    row = undecoded(dataset)[index]
+    if not isinstance(row["image"], dict):
+        return row
     try:
-        row = dataset[index]
-        return {**row, "image": open_image(row["image"], size)} if isinstance(row["image"], dict) else row
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        rows = dataset.select_columns([name for name in dataset.column_names if name != "image"])[index]
+        return {**row, "image": open_image(row["image"], size)}
+    except DataError as error:
         raise DataError(
-            f"The image {rows.get('file_name', '')!r} in row {index} cannot be decoded: {error}. Replace the file, or "
-            "leave such images out with --skip_unreadable."
+            f"The image {row.get('file_name') or row['image']['path'] or ''!r} in row {index} cannot be decoded: "
+            f"{error}. Replace the file, or leave such images out with --skip_unreadable."
         ) from error
 
 
@@ -603,18 +722,14 @@ def check(dataset: str, data_dir: str | os.PathLike, quick: bool = False) -> boo
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     check_parser = commands.add_parser("check", help="compare a data folder with the official numbers")
     check_parser.add_argument("--dataset", required=True, choices=sorted(PEDES_SETS))
     check_parser.add_argument("--data_dir", required=True)
     check_parser.add_argument("--quick", action="store_true", help="look for the image files without decoding them")
     options = parser.parse_args(arguments)
-    try:
-        return 0 if check(options.dataset, options.data_dir, options.quick) else 1
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run_command(lambda: 0 if check(options.dataset, options.data_dir, options.quick) else 1)
 
 
 if __name__ == "__main__":

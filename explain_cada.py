@@ -7,6 +7,7 @@ The picture is for the reader; `--arrays why.npz` and the functions below give t
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
-import register_cada  # noqa: F401  # checkpoints load with the code beside this file
+from checkpoint_cada import check_processor, load_model, load_processor
+from data_cada import DataError, open_image
+from files_cada import CADAError, Parser, make_output_folder, run_command, written_whole
 from modeling_cada import CADAForTextToImageRetrieval
-from processing_cada import CADAProcessor, clean_caption
+from processing_cada import CADAProcessor, clean_caption, to_rgb, upright
 
 
 COLUMNS = 6  # word maps in a row of the picture
 _HOT = np.array([[0, 0, 60], [90, 0, 140], [215, 60, 60], [255, 165, 0], [255, 255, 160]], dtype=np.float32)
+# Characters of a line in the picture.
+MAX_LINE = 160
+
+
+class ExplainError(CADAError):
+    """An image, a sentence or an argument that cannot be explained with. The message names it and the remedy."""
 
 
 @dataclass
@@ -71,10 +80,10 @@ def _eager(model: CADAForTextToImageRetrieval) -> Iterator[None]:
 
 def _encode(model, processor, image: Image.Image, text: str):
     """Inputs on the model's device, patch states, and the word pieces' offsets in the cleaned sentence."""
-    if not clean_caption(text):
-        raise ValueError("The sentence is empty. Describe a person.")
     inputs = processor(images=image, text=[text], return_tensors="pt", return_offsets_mapping=True)
     offsets = inputs.pop("offset_mapping")[0].tolist()
+    if not clean_caption(text) or not any(first < last for first, last in offsets):
+        raise ExplainError("The sentence is empty. Describe a person.")
     inputs = inputs.to(model.device)
     return inputs, model.encode_images(inputs["pixel_values"]), offsets
 
@@ -178,12 +187,22 @@ def _heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
     return Image.fromarray((0.45 * grey + 0.55 * colour).clip(0, 255).astype(np.uint8))
 
 
+def _shorten(line: str) -> str:
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
+
+
 def draw_explanation(
     image: Image.Image, text: str, attention: WordAttention, predictions: list[AttributePrediction], height: int = 192
 ) -> Image.Image:
-    """The picture: the image, a map for every word, and the predictions as lines of text."""
-    image = ImageOps.exif_transpose(image).convert("RGB")  # upright, as the processor sees it
-    image = image.resize((max(1, round(height * image.width / image.height)), height), Image.Resampling.LANCZOS)
+    """
+    The picture: the image, a map for every word, and the predictions as lines of text. Long lines are cut, and an
+    image that is more than three times as wide as high is shown narrower.
+    """
+    image = to_rgb(upright(image))  # upright, as the processor sees it
+    # A panorama would make a picture of any width, a strip none that can be seen.
+    width = min(max(8, round(height * image.width / image.height)), 3 * height)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    text = _shorten(" ".join(text.split()))
     cell_width, cell_height, margin = max(image.width, 96) + 12, height + 30, 12
     panels = [("image", image)]
     panels += [(word, _heat(image, weights)) for word, weights in zip(attention.words, attention.maps)]
@@ -192,7 +211,7 @@ def draw_explanation(
     lines = []
     for prediction in predictions:
         pieces = [", ".join(f"{word} {chance:.2f}" for word, chance in guesses) for guesses in prediction.guesses]
-        lines.append(f"{prediction.phrase}:  {'  |  '.join(pieces)}")
+        lines.append(_shorten(f"{prediction.phrase}:  {'  |  '.join(pieces)}"))
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     text_width = max([measure.textlength(text, font=large), *(measure.textlength(line, font=small) for line in lines)])
     width = max(COLUMNS * cell_width, round(text_width)) + 2 * margin
@@ -204,7 +223,7 @@ def draw_explanation(
     for number, (label, panel) in enumerate(panels):
         left, upper = margin + number % COLUMNS * cell_width, top + number // COLUMNS * cell_height
         canvas.paste(panel, (left, upper))
-        draw.text((left, upper + height + 4), label, fill="black", font=small)
+        draw.text((left, upper + height + 4), label[: cell_width // 8], fill="black", font=small)
     if lines:
         draw.text((margin, lines_top), "masked: what the image suggests", fill="#57606a", font=small)
         for number, line in enumerate(lines):
@@ -212,10 +231,42 @@ def draw_explanation(
     return canvas
 
 
+def _explain(options: argparse.Namespace) -> None:
+    outputs = [options.output] if options.arrays is None else [options.output, options.arrays]
+    for name, path, ending in zip(("--output", "--arrays"), outputs, (".png", ".npz")):
+        if path.suffix.lower() != ending:
+            raise ExplainError(f"{name} {path} should end in {ending}.")
+        if path.is_dir():
+            raise ExplainError(f"{name} {path} is a folder. Give the name of a file.")
+        make_output_folder(path.parent)
+    try:
+        image = open_image({"path": os.fspath(options.image), "bytes": None})
+    except DataError as error:
+        raise ExplainError(f"The image {options.image} cannot be read: {error}.") from error
+    model = load_model(options.model, options.revision)
+    processor = load_processor(options.model, options.revision)
+    check_processor(processor, model.config)
+    try:
+        attention = word_attention(model, processor, image, options.text, options.layer, options.head)
+        predictions = attribute_predictions(model, processor, image, options.text) if model.config.use_ara else []
+    except (ValueError, LookupError) as error:  # LookupError: NLTK's tagger data are missing
+        raise ExplainError(str(error)) from error
+    with written_whole(options.output) as path:
+        draw_explanation(image, options.text, attention, predictions).save(path)
+    if options.arrays is not None:
+        with written_whole(options.arrays) as path:
+            np.savez(path, words=np.array(attention.words), maps=attention.maps)
+    for prediction in predictions:
+        best = " ".join(piece[0][0] for piece in prediction.guesses)
+        print(f"{prediction.phrase}: the image suggests {best}")
+    print(f"Wrote {options.output}.")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of a CADA checkpoint")
+    parser.add_argument("--revision", help="tag, branch or commit of --model on the Hub")
     parser.add_argument("--image", required=True, type=Path)
     parser.add_argument("--text", required=True, help="a sentence")
     parser.add_argument("--output", required=True, type=Path, help="the picture, a PNG")
@@ -223,33 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layer", type=int, help="of the decoder; the mean of all by default")
     parser.add_argument("--head", type=int, help="of the layer; the mean of all by default")
     options = parser.parse_args(arguments)
-    try:
-        image = Image.open(options.image)
-        image.load()
-    except (OSError, UnidentifiedImageError) as error:
-        print(f"error: the image {options.image} cannot be read: {error}", file=sys.stderr)
-        return 1
-    try:
-        model = CADAForTextToImageRetrieval.from_pretrained(options.model)
-        processor = CADAProcessor.from_pretrained(options.model)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"error: {error} --model is a folder, or a name on the Hub, which has to be reachable.", file=sys.stderr)
-        return 1
-    try:
-        attention = word_attention(model, processor, image, options.text, options.layer, options.head)
-        predictions = attribute_predictions(model, processor, image, options.text) if model.config.use_ara else []
-    except (ValueError, LookupError) as error:  # LookupError: NLTK's tagger data are missing
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    draw_explanation(image, options.text, attention, predictions).save(options.output)
-    if options.arrays is not None:
-        np.savez(options.arrays, words=np.array(attention.words), maps=attention.maps)
-    for prediction in predictions:
-        best = " ".join(piece[0][0] for piece in prediction.guesses)
-        print(f"{prediction.phrase}: the image suggests {best}")
-    print(f"Wrote {options.output}.")
-    return 0
+    return run_command(lambda: _explain(options))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, PILImageResampling
@@ -29,8 +29,67 @@ _NOUNS = {"NN", "NNS", "NNP", "NNPS"}
 
 
 def clean_caption(caption: str) -> str:
-    """Lower case, without ``. ! " ( ) * # : ; ~``, single spaces: the text that tokenizer and tagger read."""
+    """
+    Lower case, without ``. ! " ( ) * # : ; ~`` and control characters, single spaces: the text that tokenizer and
+    tagger read.
+    """
+    if not caption.isprintable():  # BERT's tokenizer leaves them out too, and breaks on halves of surrogate pairs
+        caption = "".join(character for character in caption if character.isprintable() or character.isspace())
     return " ".join(_STRIPPED.sub(" ", caption.lower()).split())
+
+
+_TURNS = {  # what turns an image upright, by EXIF's tag of its orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """
+    A photograph as its camera was held, by its EXIF tag; another image as it is. Damaged EXIF turns nothing, as in any
+    viewer; `ImageOps.exif_transpose` breaks on it.
+    """
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow's reader of EXIF raises many kinds
+        turn = None
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # not to turn it twice
+    return turned
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """
+    An image of any mode in RGB. Transparent parts show white, as in most viewers, and not the colours that lie hidden
+    under them. Of 16 bits of grey the upper eight count, as Pillow does with 16 bits of colour; its own conversion
+    would show everything above 255 as white.
+
+    Raises:
+        ValueError: for a mode whose white is not defined, such as floating-point numbers.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        if "transparency" in image.info:  # the grey that stands for "nothing here"
+            grey[values == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"pixels are {'32-bit whole' if image.mode == 'I' else 'floating-point'} numbers, which say not what is "
+            "white; save it with 8 bits for each colour"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 class CADAImageProcessorKwargs(ImagesKwargs, total=False):
@@ -84,11 +143,22 @@ class CADAImageProcessor(PilBackend):
     def __init__(self, **kwargs: Unpack[CADAImageProcessorKwargs]):
         super().__init__(**kwargs)
 
-    def process_image(self, image: ImageInput, *args, **kwargs: Unpack[ImagesKwargs]) -> np.ndarray:
-        """As in every image processor; photographs are turned upright first, as `datasets` does when it decodes."""
+    def process_image(
+        self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs: Unpack[ImagesKwargs]
+    ) -> np.ndarray:
+        """
+        As in every image processor, but photographs are turned upright first, as `datasets` does when it decodes, and
+        [`to_rgb`] converts the colours.
+        """
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-        return super().process_image(image, *args, **kwargs)
+            image = upright(image)
+            image = to_rgb(image) if do_convert_rgb else image
+        pixels = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        if not pixels.size:
+            raise ValueError(f"An image has the shape {pixels.shape}, so no pixels. Leave it out.")
+        if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+            raise ValueError("An image holds NaN or infinite numbers. Give pixels from 0 to 255.")
+        return pixels
 
     def _preprocess(
         self,
@@ -326,6 +396,11 @@ class CADAProcessor(ProcessorMixin):
             and `labels` with `attribute_spans`.
         """
         if text is not None:
+            captions = [text] if isinstance(text, str) else text
+            if not isinstance(captions, (list, tuple)) or not all(isinstance(caption, str) for caption in captions):
+                raise TypeError(
+                    f"`text` should be a string or a list of strings, not {text!r:.80}. Turn it into these."
+                )
             text = clean_caption(text) if isinstance(text, str) else [clean_caption(caption) for caption in text]
             # Some tokenizers come with a `max_length` of their own, which may be longer than the model can read.
             own = self.tokenizer.init_kwargs.get("max_length")
@@ -349,4 +424,4 @@ class CADAProcessor(ProcessorMixin):
 CADAImageProcessor.register_for_auto_class("AutoImageProcessor")
 CADAProcessor.register_for_auto_class()
 
-__all__ = ["AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption"]
+__all__ = ["AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption", "to_rgb", "upright"]

@@ -23,17 +23,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.utils import HfHubHTTPError
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import cached_file, logging
 
-from configuration_cada import CADAConfig
+from checkpoint_cada import check_config, load_config, weight_files
 from data_cada import PEDES_SETS
 from evaluation_cada import METRICS
+from files_cada import CADAError, Parser, one_line, read_json, run_command, written_whole
 
 
 logger = logging.get_logger(__name__)
@@ -56,7 +55,7 @@ REPORTED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "pillow"
 METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 
-class PublishError(ValueError):
+class PublishError(CADAError):
     """Something keeps a model from being published. The message names it and the remedy."""
 
 
@@ -94,21 +93,64 @@ def read_run(folder: str | os.PathLike) -> dict:
         PublishError: where the file is damaged.
     """
     path = Path(folder) / RUN_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {"origin": None, "training": None, "evaluations": []}
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        return {"origin": run["origin"], "training": run["training"], "evaluations": list(run["evaluations"])}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise PublishError(f"{path} is damaged ({type(error).__name__}: {error}). Delete it, or run again.") from error
+        run = read_json(path)
+        _check_record(run)
+    except ValueError as error:
+        raise PublishError(f"{path} is damaged ({one_line(error)}). Delete it, or run again.") from error
+    return {name: run[name] for name in ("origin", "training", "evaluations")}
 
 
-def read_start(name: str) -> dict:
-    """The record ([`read_run`]) of a checkpoint in a folder or on the Hub."""
+_NUMBER, _TEXT_OR_NONE, _COUNT_OR_NONE = (int, float), (str, type(None)), (int, type(None))
+_MEASURED = {"dataset": str, "captions_per_image": _COUNT_OR_NONE, "date": str, "hardware": str, "versions": dict}
+_TRAINING = {**_MEASURED, "data": dict, "recipe": dict, "selected_by": _TEXT_OR_NONE, "seed": int}
+_TRAINING |= {"minutes": (*_NUMBER, type(None))}
+_EVALUATION = {**_MEASURED, "split": str, "metrics": dict, "weights": str}
+
+
+def _check_record(run) -> None:
+    _check_fields(run, {"origin": (dict, type(None)), "training": (dict, type(None)), "evaluations": list}, "it")
+    origin, training = run["origin"], run["training"]
+    if origin is not None:
+        _check_fields(origin, {"start": str, "licence": _TEXT_OR_NONE}, "`origin`")
+        earlier = origin.get("trained_on", [])
+        if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
+            raise ValueError(f"`trained_on` of `origin` is {earlier!r:.80}")
+    if training is not None:
+        _check_fields(training, _TRAINING, "`training`")
+        _check_fields(training["data"], dict.fromkeys(("persons", "images", "pairs"), int), "`data` of `training`")
+    for number, row in enumerate(run["evaluations"]):
+        where = f"evaluation {number}"
+        _check_fields(row, _EVALUATION, where)
+        if not isinstance(row.get("unreadable_images_skipped", False), bool):
+            raise ValueError(f"`unreadable_images_skipped` of {where} is {row['unreadable_images_skipped']!r:.80}")
+        metrics = row["metrics"]
+        _check_fields(metrics, dict.fromkeys(("queries", "gallery", "rerank_k"), int), f"`metrics` of {where}")
+        stages = [stage for stage in ("global", "local") if f"{stage}_R1" in metrics]
+        _check_fields(
+            metrics, {f"{stage}_{name}": _NUMBER for stage in stages for name in METRICS}, f"`metrics` of {where}"
+        )
+
+
+def _check_fields(value, kinds: dict, where: str) -> None:
+    """`value` is an object that has the fields of `kinds`, each of its kind."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no object")
+    for name, kind in kinds.items():
+        if name not in value:
+            raise ValueError(f"{where} has no `{name}`")
+        if not isinstance(value[name], kind) or isinstance(value[name], bool):
+            raise ValueError(f"`{name}` of {where} is {value[name]!r:.80}")
+
+
+def read_start(name: str, revision: str | None = None) -> dict:
+    """The record ([`read_run`]) of a checkpoint in a folder or, at a tag, branch or commit, on the Hub."""
     if Path(name).is_dir():
         return read_run(name)
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(name, RUN_FILE, **options)
+    path = cached_file(name, RUN_FILE, revision=revision, **options)
     if path is None:
         logger.warning(f"{name} has no {RUN_FILE} that can be read: the origin of its weights is not recorded.")
     return read_run(Path(path).parent if path else name)
@@ -126,8 +168,8 @@ def after_training(run: dict) -> dict | None:
 def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | None, evaluations: list[dict]) -> None:
     """Write the record of a run; an evaluation takes the place of an older one of the same weights and protocol."""
     run = {"origin": origin, "training": training, "evaluations": _newest(evaluations)}
-    path = Path(folder) / RUN_FILE
-    path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with written_whole(Path(folder) / RUN_FILE) as path:
+        path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _newest(evaluations: list[dict]) -> list[dict]:
@@ -154,7 +196,7 @@ def model_digest(model: PreTrainedModel) -> str:
 def checkpoint_digest(folder: str | os.PathLike) -> str:
     """[`weights_digest`] of the files of a checkpoint."""
     tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in weight_files(folder):
         tensors |= load_file(path)
     return weights_digest(tensors.items())
 
@@ -181,26 +223,28 @@ def release_files(folder: str | os.PathLike) -> list[str]:
                 f"{folder} holds no {needed}. Save model and processor there: model.save_pretrained, "
                 "processor.save_pretrained."
             )
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if not weights:
-        raise PublishError(f"{folder} holds no weights in safetensors form. Load the model and save it again.")
-    for name in weights:
-        try:
-            with safe_open(folder / name, "pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise PublishError(f"{folder / name} is damaged ({error}). Save the model again.") from error
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    code = {f"{reference.split('.')[0]}.py" for reference in config.get("auto_map", {}).values()}
-    for name in sorted(code & set(names)):
-        code |= {f"{module}.py" for module in get_relative_imports(folder / name)}
+    try:
+        weights = {path.name for path in weight_files(folder)}
+        references = check_config(folder).get("auto_map", {})
+        if not isinstance(references, dict) or not all(isinstance(name, str) for name in references.values()):
+            raise PublishError(f"`auto_map` in {folder / 'config.json'} is damaged. Save the model again.")
+        code = {f"{reference.split('.')[0]}.py" for reference in references.values()}
+        for name in sorted(code & set(names)):
+            code |= {f"{module}.py" for module in get_relative_imports(folder / name)}
+    except PublishError:
+        raise
+    except CADAError as error:
+        raise PublishError(str(error)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PublishError(f"The code in {folder} cannot be read: {one_line(error)}. Save the model again.") from error
     missing = sorted(code - set(names)) if code else ["auto_map in config.json"]
     if missing:
         raise PublishError(
             f"{folder} lacks {', '.join(missing)}, so nobody can load the model without this package. Save it again "
             "with model.save_pretrained and processor.save_pretrained."
         )
-    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in RELEASED)]
+    released = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in RELEASED)]
+    return [name for name in released if not name.endswith(".safetensors") or name in weights]
 
 
 def _captions(row: dict) -> str:
@@ -267,7 +311,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
         revision: what the snippet pins: a tag, a commit, or a branch.
         evaluations: further ones, from the records of other runs.
     """
-    run, config = read_run(folder), CADAConfig.from_pretrained(folder)
+    run, config = read_run(folder), load_config(folder)
     training = run["training"]
     digest = checkpoint_digest(folder)
     own = [row for row in run["evaluations"] if row["weights"] == digest]
@@ -368,8 +412,8 @@ def open_repository(
         tags = {reference.name for reference in api.list_repo_refs(repo_id).tags}
     except Exception as error:  # the client raises its own errors and those of its HTTP library
         raise PublishError(
-            f"Cannot open {repo_id} on the Hub: {error}. Check the connection, and run `hf auth login` with a "
-            "token that may write there."
+            f"Cannot open {repo_id} on the Hub: {one_line(error)} Check the connection, and run `hf auth login` with "
+            "a token that may write there."
         ) from error
     if tag in tags:
         raise PublishError(
@@ -420,9 +464,12 @@ def publish(
     repo_id, present = open_repository(repo_id, tag, private, token, overwrite)
     try:
         return _push(api, folder, repo_id, tag, evaluations, [name for name in present if name.endswith(PICKLES)])
-    except HfHubHTTPError as error:
+    except CADAError:
+        raise
+    except Exception as error:  # the client raises its own errors and those of its HTTP library
         raise PublishError(
-            f"The push to {repo_id} broke off: {error}. Run the command again with --overwrite; nothing is tagged yet."
+            f"The push to {repo_id} broke off: {one_line(error)} Run the command again with --overwrite; nothing is "
+            "tagged yet."
         ) from error
 
 
@@ -446,7 +493,8 @@ def _push(api: HfApi, folder: Path, repo_id: str, tag: str | None, evaluations: 
             commit_message="Model and processor",
         ).oid
     revision = tag or commit
-    model_card(folder, repo_id, revision, evaluations).save(folder / "README.md")
+    with written_whole(folder / "README.md") as path:
+        model_card(folder, repo_id, revision, evaluations).save(path)
     release = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -459,9 +507,36 @@ def _push(api: HfApi, folder: Path, repo_id: str, tag: str | None, evaluations: 
     return revision
 
 
+def _write_card_or_publish(options: argparse.Namespace) -> None:
+    further = []
+    for folder in options.evaluations:
+        rows = read_run(folder)["evaluations"]
+        if not rows:
+            raise PublishError(f"{folder} holds no {RUN_FILE} with an evaluation. Run --do_predict there.")
+        further += rows
+    if options.card_only:
+        release_files(options.checkpoint)  # what is missing shows before anything is written
+        card = model_card(options.checkpoint, options.repo_id, options.tag or "main", further)
+        path = Path(options.checkpoint) / "README.md"
+        with written_whole(path) as temporary:
+            card.save(temporary)
+        print(f"Wrote {path}. A push would publish: {', '.join(release_files(options.checkpoint))}")
+        return
+    revision = publish(
+        options.checkpoint,
+        options.repo_id,
+        tag=options.tag,
+        private=options.private,
+        overwrite=options.overwrite,
+        evaluations=further,
+        licence_granted=options.licence_granted,
+    )
+    print(f"Published {options.repo_id}, revision {revision}.")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="--output_dir of a training run")
     parser.add_argument("--repo_id", required=True, help="org/name on the Hub")
     parser.add_argument("--tag", help="name of this state, such as v1.0; by default the card pins the commit")
@@ -475,34 +550,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--card_only", action="store_true", help="write README.md into the folder, push nothing")
     options = parser.parse_args(arguments)
-    try:
-        further = []
-        for folder in options.evaluations:
-            rows = read_run(folder)["evaluations"]
-            if not rows:
-                raise PublishError(f"{folder} holds no {RUN_FILE} with an evaluation. Run --do_predict there.")
-            further += rows
-        if options.card_only:
-            release_files(options.checkpoint)  # what is missing shows before anything is written
-            card = model_card(options.checkpoint, options.repo_id, options.tag or "main", further)
-            card.save(Path(options.checkpoint) / "README.md")
-            names = release_files(options.checkpoint)
-            print(f"Wrote {Path(options.checkpoint) / 'README.md'}. A push would publish: {', '.join(names)}")
-            return 0
-        revision = publish(
-            options.checkpoint,
-            options.repo_id,
-            tag=options.tag,
-            private=options.private,
-            overwrite=options.overwrite,
-            evaluations=further,
-            licence_granted=options.licence_granted,
-        )
-    except PublishError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"Published {options.repo_id}, revision {revision}.")
-    return 0
+    return run_command(lambda: _write_card_or_publish(options))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ the batch size is then per process, and the paper's 96 is the product of both.
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,16 +26,16 @@ import transformers
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.image_utils import SizeDict
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints, speed_metrics
 from transformers.utils import logging
 
-import register_cada  # noqa: F401  # checkpoints load with the code beside this file
+from checkpoint_cada import check_processor, load_config, load_model, load_processor, load_tokenizer
 from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
 from convert_cada import (
     SOURCES,
-    ConversionError,
     convert,
     convert_processor,
     default_image_size,
@@ -52,11 +53,19 @@ from data_cada import (
     load_pairs_dataset,
 )
 from evaluation_cada import RERANK_MEMORY, evaluate_retrieval
+from files_cada import (
+    CADAError,
+    FileError,
+    make_output_folder,
+    parse_json,
+    read_json,
+    report_argument,
+    run_command,
+)
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
 from publish_cada import (
     RANDOM_START,
-    PublishError,
     after_training,
     check_licence,
     environment,
@@ -75,11 +84,11 @@ LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
 UNFINISHED, DELETED = ".unfinished", ".deleted"  # folders beside the checkpoints
 
 
-class TrainingError(RuntimeError):
+class TrainingError(CADAError):
     """Training cannot go on. The message says where it stands and what to do."""
 
 
-class ArgumentError(ValueError):
+class ArgumentError(CADAError):
     """Arguments that do not go together. The message names them and the remedy."""
 
 
@@ -110,6 +119,10 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None,
         metadata={"help": "eager, sdpa (the default), flash_attention_2 (with pool_padding=False) or flex_attention."},
+    )
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Tag, branch or commit of --model_name_or_path or --init_from on the Hub."},
     )
     config_overrides: str | None = field(
         default=None,
@@ -145,6 +158,9 @@ class DataArguments:
     skip_unreadable: bool = field(
         default=False,
         metadata={"help": "Decode every image first, leave out what cannot be read, count it and list it."},
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Tag, branch or commit of --dataset on the Hub."}
     )
 
 
@@ -215,6 +231,10 @@ class CADATrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.negative_sampling not in ("hardest", "annealed"):
             raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:  # also where it is NaN
+                raise ValueError(f"`{name}` is {value}. Give a number of 0 or more.")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"`chunk_size` is {self.chunk_size}. Give a number of pairs, or leave it out.")
         if not self.rerank_memory > 0:
@@ -475,15 +495,18 @@ def read_overrides(text: str | None) -> dict:
     """Fields of the configuration from a JSON string or the name of a JSON file."""
     if not text:
         return {}
+    shown = text if len(text) <= 100 else f"{text[:100]} ..."
     is_file = not text.lstrip().startswith("{")
-    if is_file and not Path(text).is_file():
-        raise ArgumentError(f"--config_overrides {text!r} is neither a JSON object nor a file.")
+    if is_file and not os.path.isfile(text):
+        raise ArgumentError(f"--config_overrides {shown!r} is neither a JSON object nor a file.")
     try:
-        overrides = json.loads(Path(text).read_text(encoding="utf-8") if is_file else text)
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"--config_overrides {text!r} is not JSON: {error}.") from error
+        overrides = read_json(text) if is_file else parse_json(text)
+    except FileError as error:
+        raise ArgumentError(f"--config_overrides: {error}") from error
+    except ValueError as error:
+        raise ArgumentError(f"--config_overrides {shown!r} is not JSON: {error}.") from error
     if not isinstance(overrides, dict):
-        raise ArgumentError(f"--config_overrides {text!r} should be a JSON object with fields of CADAConfig.")
+        raise ArgumentError(f"--config_overrides {shown!r} should be a JSON object with fields of CADAConfig.")
     towers = {"vision_config": CADAVisionConfig, "text_config": CADATextConfig}
     for name in towers:
         if not isinstance(overrides.get(name, {}), dict):
@@ -502,29 +525,31 @@ def read_recipe(path: str, given: list[str]) -> list[str]:
     `--model_name_or_path` among the `given` ones also the recipe's other start.
     """
     try:
-        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArgumentError(f"The recipe {path} does not exist.") from error
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"The recipe {path} is not JSON: {error}.") from error
+        recipe = read_json(path)
+    except FileError as error:
+        raise ArgumentError(f"The recipe: {error}") from error
     if not isinstance(recipe, dict):
         raise ArgumentError(f"The recipe {path} should be a JSON object of arguments.")
     arguments = []
     left_out = {"init_from"} if any(word.split("=")[0] == "--model_name_or_path" for word in given) else set()
     for name, value in recipe.items():
-        if value is not None and name not in left_out:
-            arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        if value is None or name in left_out:
+            continue
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
     return arguments
 
 
-def load_start(path: str, overrides: dict) -> CADAForTextToImageRetrieval:
+def load_start(path: str, overrides: dict, revision: str | None = None) -> CADAForTextToImageRetrieval:
     """A CADA checkpoint with other fields of its configuration; positions are interpolated to another image size."""
-    config = CADAConfig.from_pretrained(path, **overrides)
-    old, new = CADAConfig.from_pretrained(path).vision_config, config.vision_config
+    if not overrides:
+        return load_model(path, revision)
+    old, config = load_config(path, revision).vision_config, load_config(path, revision, **overrides)
+    new = config.vision_config
     if old.image_height_width == new.image_height_width:
-        return CADAForTextToImageRetrieval.from_pretrained(path, config=config)
+        return load_model(path, revision, config)
     wanted, config.vision_config.image_size = new.image_size, old.image_size
-    weights = CADAForTextToImageRetrieval.from_pretrained(path, config=config).state_dict()
+    weights = load_model(path, revision, config).state_dict()
     config.vision_config.image_size = wanted
     name = "cada.vision_model.embeddings.position_embedding"
     weights[name] = resize_positions(weights[name], old.grid_size, config.vision_config.grid_size)
@@ -546,15 +571,16 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
             vocabulary_head=arguments.vocabulary_head,
             image_size=overrides.get("vision_config", {}).get("image_size", default_image_size(arguments.init_source)),
             config_overrides=overrides,
+            revision=arguments.model_revision,
         )
         logger.warning(f"Start from {arguments.init_from}: {report}")
         return model, convert_processor(model, arguments.tokenizer_name)
     if arguments.model_name_or_path is not None:
-        model = load_start(arguments.model_name_or_path, overrides)
-        saved = CADAProcessor.from_pretrained(arguments.model_name_or_path)
+        model = load_start(arguments.model_name_or_path, overrides, arguments.model_revision)
+        saved = load_processor(arguments.model_name_or_path, arguments.model_revision)
         image_processor, tokenizer = saved.image_processor, saved.tokenizer
     else:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name)
+        tokenizer = load_tokenizer(arguments.tokenizer_name)
         tokenizer = CADAProcessor(CADAImageProcessor(), tokenizer).tokenizer
         text_fields = {
             "vocab_size": len(tokenizer),
@@ -567,9 +593,11 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
         image_processor = CADAImageProcessor()
     # What both sides have to agree on follows the model.
     height, width = model.config.vision_config.image_height_width
-    image_processor.size = {"height": height, "width": width}
+    image_processor.size = SizeDict(height=height, width=width)
     tokenizer.model_max_length = model.config.max_text_length
-    return model, CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
+    processor = CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
+    check_processor(processor, model.config)
+    return model, processor
 
 
 def count_long_captions(dataset, processor: CADAProcessor) -> int:
@@ -589,7 +617,9 @@ def prepare_data(
     """
     held_out = 0
     with args.main_process_first(desc="loading the data set"):
-        splits = load_pairs_dataset(data.dataset, data.data_dir, data.captions_per_image, data.skip_unreadable)
+        splits = load_pairs_dataset(
+            data.dataset, data.data_dir, data.captions_per_image, data.skip_unreadable, revision=data.dataset_revision
+        )
         if (args.do_train or args.do_eval) and "val" not in splits and data.holdout_persons > 0:
             # The same persons whatever the seed of the run, so that runs can be compared.
             held_out = data.holdout_persons
@@ -631,7 +661,7 @@ def find_history(model: ModelArguments, do_train: bool) -> tuple[dict | None, di
         return describe_origin(model.init_source, model.init_from), None
     if model.model_name_or_path is None:
         return RANDOM_START, None
-    record = read_start(model.model_name_or_path)
+    record = read_start(model.model_name_or_path, model.model_revision)
     return (after_training(record), None) if do_train else (record["origin"], record["training"])
 
 
@@ -707,14 +737,10 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             f"One process sees {args.n_gpu} GPUs. Start one process for each (`accelerate launch train_cada.py ...`), "
             "or choose one with CUDA_VISIBLE_DEVICES=0."
         )
+    make_output_folder(args.output_dir)  # what keeps from saving shows now, not after days of training
     set_seed(args.seed)
     try:
         model, processor = load_model_and_processor(model_arguments)
-    except OSError as error:  # what transformers raises where it finds no file
-        raise ArgumentError(
-            f"Cannot load the start or its tokenizer: {error} Each is a folder (--model_name_or_path, --init_from, "
-            "--tokenizer_name) or a name on the Hub, which has to be reachable."
-        ) from error
     except StrictDataclassError as error:
         raise ArgumentError(f"The configuration does not hold together. {error}") from error
     if model_arguments.attn_implementation is not None:
@@ -784,9 +810,13 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     return metrics
 
 
+class _Parser(HfArgumentParser):
+    error = report_argument
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     """Parse the command line, which may begin with a recipe (a JSON file of arguments), and run."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, CADATrainingArguments), description=__doc__)
+    parser = _Parser((ModelArguments, DataArguments, CADATrainingArguments), description=__doc__)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].endswith(".json"):
         arguments = [*read_recipe(arguments[0], arguments[1:]), *arguments[1:]]  # the last of two equal ones counts
@@ -800,7 +830,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, ConversionError, DataError, PublishError, TrainingError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(run_command(main))

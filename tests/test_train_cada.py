@@ -205,7 +205,7 @@ def test_checkpoint_starts_with_another_image_size(start):
     ("more", "message"),
     [
         (["--do_trian"], "--do_trian"),
-        (["--model_name_or_path", "runs/no-such-run"], "Cannot load the start or its tokenizer"),
+        (["--model_name_or_path", "runs/no-such-run"], "The configuration of runs/no-such-run cannot be used: "),
         (["--config_overrides", '{"temperature": 1'], "is not JSON"),
         (["--config_overrides", '{"group_size": 500}'], "group_size"),
         (["--config_overrides", '{"vision_config": 5}'], "`vision_config` should be an object"),

@@ -1,0 +1,240 @@
+"""
+Checkpoints, loaded whole or not at all, from a folder or the Hub. Nothing is unpickled, and no code of theirs is run.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+import register_cada  # noqa: F401  # checkpoints load with the code beside this file
+from configuration_cada import CADAConfig
+from files_cada import CADAError, one_line, read_json
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAProcessor
+
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_WHERE = "Give a folder, or a name on the Hub, which has to be reachable."
+
+
+class CheckpointError(CADAError):
+    """A checkpoint cannot be used. The message names the file, what is wrong and the remedy."""
+
+
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """
+    The safetensors files that a checkpoint's folder consists of, each looked at: present, inside the folder, complete,
+    with numbers of a floating-point type.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / WEIGHTS_INDEX).is_file():
+        files = _indexed_files(folder)
+    else:
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        found = f"{pickles[0]} is a pickle, which is not read. " if pickles else ""
+        raise CheckpointError(
+            f"{folder} holds no weights in safetensors form. {found}Load the model and save it again."
+        )
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({one_line(error)}). Save the model again, or fetch the file again."
+            ) from error
+        wrong = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _FLOATS]
+        if wrong:
+            raise CheckpointError(
+                f"{path}: {wrong[0]} is not of a floating-point type; {len(wrong)} such tensor(s). Save the model "
+                "again, not quantised."
+            )
+    return files
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    index = read_json(folder / WEIGHTS_INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(f"{folder / WEIGHTS_INDEX} is no index of weight files. Save the model again.")
+    files = []
+    for name in sorted(set(map(str, names.values()))):
+        if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / WEIGHTS_INDEX} names {name!r}, which is no safetensors file of this folder. Do not use "
+                "this checkpoint, or save it again."
+            )
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}, which {WEIGHTS_INDEX} names. Fetch or save it again.")
+        files.append(folder / name)
+    return files
+
+
+def check_config(folder: str | os.PathLike, model_type: str = CADAConfig.model_type) -> dict:
+    """
+    The content of `config.json` in the folder of a checkpoint, before any of the checkpoint is loaded.
+
+    Raises:
+        CheckpointError, FileError: where it is missing, damaged, or of another model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file. Give the folder of a checkpoint.")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no config.json. Is it the folder of a checkpoint?")
+    config = read_json(folder / "config.json")
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != model_type:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is of a model of the type {found!r}, not {model_type!r}. Give another folder, "
+            "or convert the checkpoint with convert_cada.py."
+        )
+    return config
+
+
+def load_config(name: str | os.PathLike, revision: str | None = None, **overrides) -> CADAConfig:
+    """
+    The configuration of a checkpoint, with other values for the fields in `overrides`.
+
+    Raises:
+        CheckpointError: where it cannot be read, or does not hold together.
+    """
+    try:
+        return CADAConfig.from_pretrained(name, revision=revision or "main", **overrides)
+    except Exception as error:  # the library raises many kinds
+        remedy = "Correct the file." if os.path.isdir(name) else _WHERE
+        raise CheckpointError(f"The configuration of {name} cannot be used: {one_line(error)} {remedy}") from error
+
+
+def load_model(
+    name: str | os.PathLike, revision: str | None = None, config: CADAConfig | None = None
+) -> CADAForTextToImageRetrieval:
+    """
+    The model of a checkpoint, in evaluation mode. Weights that another `config` asks for and the checkpoint never had
+    are random, with a warning; all others have to be there.
+
+    Args:
+        name: folder, or name on the Hub.
+        revision: tag, branch or commit on the Hub.
+        config: the checkpoint's own by default.
+
+    Raises:
+        CheckpointError: names what is missing, damaged, or not a number.
+    """
+    if os.path.exists(name):
+        check_config(name)
+        files = weight_files(name)
+    else:
+        files = []
+    own = load_config(name, revision)
+    with torch.device("meta"):
+        shapes = {key: tuple(tensor.shape) for key, tensor in CADAForTextToImageRetrieval(own).state_dict().items()}
+    _check_shapes(files, shapes)
+    try:
+        model, report = CADAForTextToImageRetrieval.from_pretrained(
+            name,
+            config=own if config is None else config,
+            revision=revision or "main",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # the library raises many kinds
+        remedy = "Do the fields of --config_overrides fit it?" if os.path.isdir(name) else _WHERE
+        raise CheckpointError(f"The weights of {name} do not load: {one_line(error)} {remedy}") from error
+    missing = (set(report["missing_keys"]) & set(shapes)) - set(model.all_tied_weights_keys)
+    if missing:
+        raise CheckpointError(
+            f"The weights of {name} lack {_some(missing)}. The checkpoint is not complete: save or fetch it again."
+        )
+    broken = [key for key, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise CheckpointError(
+            f"The weights of {name} hold NaN or infinite numbers in {_some(broken)}. Take an earlier checkpoint."
+        )
+    return model
+
+
+def _check_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> None:
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():
+                found = tuple(file.get_slice(key).get_shape())
+                if found != shapes.get(key, found):
+                    raise CheckpointError(
+                        f"{path}: {key} is of the shape {found}, config.json asks for {shapes[key]}. Take both from "
+                        "the same checkpoint."
+                    )
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return f"{names[0]} and {len(names) - 1} others" if len(names) > 1 else names[0]
+
+
+def load_processor(name: str | os.PathLike, revision: str | None = None) -> CADAProcessor:
+    """
+    The processor of a checkpoint.
+
+    Raises:
+        CheckpointError: where its files are missing or damaged, or name code that the checkpoint brings.
+    """
+    try:
+        return CADAProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    except Exception as error:  # the libraries raise many kinds, tokenizers a plain Exception
+        raise CheckpointError(
+            f"The processor of {name} cannot be loaded: {one_line(error)} "
+            f"{'Save it again with processor.save_pretrained.' if os.path.isdir(name) else _WHERE}"
+        ) from error
+
+
+def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
+    """
+    A processor of another model gives inputs that are read without complaint, and wrong scores.
+
+    Raises:
+        CheckpointError: names what the two do not agree in.
+    """
+    size, tokenizer, text = dict(processor.image_processor.size), processor.tokenizer, config.text_config
+    pairs = {
+        "images of (height, width)": (
+            (size.get("height"), size.get("width")),
+            config.vision_config.image_height_width,
+        ),
+        "[ENC] as": (processor.enc_token_id, text.enc_token_id),
+        "[PAD] as": (tokenizer.pad_token_id, text.pad_token_id),
+        "texts of at most": (tokenizer.model_max_length, min(tokenizer.model_max_length, config.max_text_length)),
+        "words up to": (len(tokenizer), min(len(tokenizer), text.vocab_size)),
+    }
+    for name, (given, wanted) in pairs.items():
+        if given != wanted:
+            raise CheckpointError(
+                f"The processor gives {name} {given}, the model reads {wanted}. Are both of the same checkpoint?"
+            )
+
+
+def load_tokenizer(name: str | os.PathLike):
+    """
+    A tokenizer by the name of a folder or on the Hub.
+
+    Raises:
+        CheckpointError: where it cannot be loaded, or is code that somebody brings along.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the libraries raise many kinds, tokenizers a plain Exception
+        raise CheckpointError(
+            f"The tokenizer {name} cannot be loaded: {one_line(error)} --tokenizer_name is a folder or a name on the "
+            "Hub, which has to be reachable."
+        ) from error

@@ -1,0 +1,180 @@
+"""Files: read with errors that say what is wrong, written whole or not at all. The one-line errors of the commands."""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+from safetensors import SafetensorError
+
+
+# The names that `save_pretrained` gives; other files of a folder are not ours to remove.
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+
+class CADAError(ValueError):
+    """Something that the user can put right. The message names file, row or argument, what is wrong, the remedy."""
+
+
+class FileError(CADAError):
+    """A file cannot be read or written."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, in one line; the libraries write long ones."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 600 else f"{text[:600]} ..."
+
+
+def report_argument(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """`ArgumentParser.error` in the form of all other errors: one line, exit status 1."""
+    parser.exit(1, f"error: {message} (`python {parser.prog} --help` lists all arguments.)\n")
+
+
+class Parser(argparse.ArgumentParser):
+    """`ArgumentParser` with errors as of [`report_argument`]."""
+
+    error = report_argument
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Exit status of a command line: the number that `command` returns, or 1 after the line `error: ...`."""
+    try:
+        status = command()
+        return status if isinstance(status, int) else 0
+    except (CADAError, OSError, MemoryError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _reject(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def parse_json(text: str | bytes):
+    """
+    `json.loads`, for text in UTF-8, UTF-16 or UTF-32, where every fault is a `ValueError`: also NaN, infinity and
+    lists in lists without end.
+    """
+    try:
+        return json.loads(text, parse_constant=_reject)
+    except RecursionError as error:
+        raise ValueError("lists or objects stand in each other too deeply") from error
+
+
+def read_json(path: str | os.PathLike):
+    """
+    The content of a JSON file.
+
+    Raises:
+        FileError: where the file is missing, unreadable, not text, or not JSON.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):  # a named pipe would wait for ever
+        raise FileError(f"{path} is not a file." if os.path.exists(path) else f"{path} does not exist.")
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{path} is not a JSON file in UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8, or fetch it "
+            "again."
+        ) from error
+    except ValueError as error:
+        raise FileError(f"{path} is not a JSON file: {one_line(error)}. Is it complete? Fetch it again.") from error
+
+
+def make_output_folder(folder: str | os.PathLike) -> Path:
+    """
+    Create a folder where it is missing, and try whether it can be written to, before the work and not after it.
+
+    Raises:
+        FileError: where it is a file, or cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        reason = "is a file" if os.path.isfile(folder) else f"cannot be written to: {error.strerror}"
+        raise FileError(f"The output folder {folder} {reason}. Choose another one.") from error
+    return folder
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk, so that after a power cut no empty file has the new name."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _not_written(path: Path, error: Exception) -> FileError:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return FileError(f"{path} cannot be written: {reason}. Nothing was replaced. Free some space, or choose another.")
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    A temporary name beside `path`, with its ending. After the block the file takes its place; where the block fails,
+    or the process is killed, the old file stays.
+
+    Raises:
+        FileError: where the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".unfinished-{path.name}")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    A temporary folder inside `folder` for the files of a checkpoint. After the block they move to `folder`: the old
+    weights are removed first and the new ones come last, so that at no moment old and new files load together.
+
+    Raises:
+        FileError: where a file cannot be written; `folder` is as before, then.
+    """
+    folder = make_output_folder(folder)
+    temporary = folder / ".unfinished"
+    try:
+        _remove_folder(temporary)  # of a command that was killed
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            _flush(path)
+        for path in folder.iterdir():
+            if _WEIGHTS.fullmatch(path.name):
+                path.unlink()
+        # The index of several weight files comes after these in the alphabet.
+        for path in sorted(temporary.iterdir(), key=lambda path: (".safetensors" in path.name, path.name)):
+            os.replace(path, folder / path.name)
+    except (OSError, SafetensorError) as error:
+        raise _not_written(folder, error) from error
+    finally:
+        with suppress(OSError):
+            _remove_folder(temporary)
+
+
+def _remove_folder(folder: Path) -> None:
+    """A folder with files only."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
