@@ -124,6 +124,7 @@ def test_saved_files_are_these(processor, tmp_path):
         "losses_cada.py",
         "model.safetensors",
         "modeling_cada.py",
+        "pipeline_cada.py",
         "processing_cada.py",
         "processor_config.json",
         "tokenizer.json",
