@@ -132,7 +132,9 @@ def _read_record(index: Path) -> dict | None:
             raise GalleryError(f"{index} was written by another version of this package. Make a new index.")
         return record
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise GalleryError(f"{path} is damaged ({type(error).__name__}: {error}). Delete {index}, index again.") from error
+        raise GalleryError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Delete {index}, index again."
+        ) from error
 
 
 def _settings(index: Path, record: dict | None, **given) -> dict:
@@ -264,7 +266,7 @@ def _announce_patches(index: Path, model, count: int) -> None:
     size, free = _state_bytes(model) * count, shutil.disk_usage(index).free
     print(f"Patch states of {count:,} images will take {size / 1e9:.2f} GB; {free / 1e9:.2f} GB are free.", flush=True)
     if size > free:
-        raise GalleryError(f"The disk of {index} is too small for --keep-patches. Leave it out, or choose another disk.")
+        raise GalleryError(f"{index}: the disk is too small for --keep-patches. Leave it out, or choose another.")
 
 
 class _Update:
@@ -314,9 +316,7 @@ class _Update:
         images = _images_of(self.listing)
         kept = self.listing.take(pa.array([row for row, key in enumerate(images) if key in ready], pa.int64()))
         paths = {path for path, _ in images} | {path for path, _ in self.unreadable}
-        changes = Changes(
-            removed=sum(path not in paths for path in self.known), unreadable=sorted(self.unreadable)
-        )
+        changes = Changes(removed=sum(path not in paths for path in self.known), unreadable=sorted(self.unreadable))
         for path, stamp in _images_of(kept):
             if path not in self.known:
                 changes.added += 1
@@ -352,7 +352,9 @@ class _Update:
                 path.unlink()
         if self.record["keep_patches"]:
             store = STORES[self.record["store"]](self.index, self.record)
-            used = {place.split("/")[0] for table in store.tables(["patches"]) for place in table["patches"].to_pylist()}
+            used = {
+                place.split("/")[0] for table in store.tables(["patches"]) for place in table["patches"].to_pylist()
+            }
             for path in (self.index / PATCHES).iterdir():
                 if path.name not in used:
                     path.unlink()
@@ -432,7 +434,7 @@ def open_index(index: str | os.PathLike, model: str | None = None, device: str |
     """
     record = _read_record(Path(index))
     if record is None:
-        raise GalleryError(f"{index} holds no index ({RECORD}). Make one: python gallery_cada.py index FOLDER --out ...")
+        raise GalleryError(f"{index} holds no index ({RECORD}). Make one: python gallery_cada.py index ...")
     return GalleryIndex(Path(index), record, model or record["model"], device)
 
 
@@ -572,7 +574,7 @@ class GalleryIndex:
             with safe_open(self.folder / PATCHES / name, "pt") as file:
                 return file.get_slice("states")[int(number)]
         except OSError as error:
-            raise GalleryError(f"Patch states of {row['path']}: {error}. Delete {self.folder}, index again.") from error
+            raise GalleryError(f"Patch states of {row['path']}: {error}. Make a new index.") from error
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -613,7 +615,7 @@ class GalleryIndex:
         }
 
     def verify(self, progress: bool = True) -> list[tuple[str, str]]:
-        """Compare the content of every image with what was indexed. Returns `(path, problem)`; empty if all is well."""
+        """Compare every image with what was indexed. Returns `(path, problem)`; nothing where all is well."""
         problems = []
         with tqdm(total=len(self), desc="Verifying images", unit="image", disable=not progress, leave=False) as bar:
             for table in self.store.tables(["path", "digest"]):
@@ -735,10 +737,8 @@ def _index(
     for path, problem in changes.unreadable:
         print(f"unreadable: {path}: {problem}", file=sys.stderr)
     images = changes.added + changes.changed + changes.unchanged
-    print(
-        f"{out}: {images:,} images; {changes.added:,} added, {changes.changed:,} changed, {changes.removed:,} removed, "
-        f"{changes.unchanged:,} unchanged, {len(changes.unreadable):,} unreadable."
-    )
+    counts = [f"{getattr(changes, name):,} {name}" for name in ("added", "changed", "removed", "unchanged")]
+    print(f"{out}: {images:,} images; {', '.join(counts)}, {len(changes.unreadable):,} unreadable.")
 
 
 @app.command("search")

@@ -369,12 +369,8 @@ class MilvusStore:
         """The rows of some columns, piece by piece."""
         metadata = self.record["columns"]
         fields = [name for name in columns if name in RESERVED]
-        schema = pa.schema(
-            [
-                (name, metadata.get(name) or (feature_type(self.record["dimension"]) if name == "feature" else "string"))
-                for name in columns
-            ]
-        )
+        kinds = dict.fromkeys(RESERVED, "string") | {"feature": feature_type(self.record["dimension"])} | metadata
+        schema = pa.schema([(name, kinds[name]) for name in columns])
         rows = []
         for entity in self._iterate([*fields, "metadata"]):
             values = {name: entity["metadata"].get(name) for name in metadata}
@@ -430,9 +426,7 @@ class MilvusStore:
             if path not in fresh and present[path] != (row["stamp"], _metadata(row))
         ]
         for start in range(0, len(outdated), _MILVUS_ROWS):  # only the metadata are new
-            rows = self.client.get(
-                self.name, ids=outdated[start : start + _MILVUS_ROWS], output_fields=["*"]
-            )
+            rows = self.client.get(self.name, ids=outdated[start : start + _MILVUS_ROWS], output_fields=["*"])
             self._upsert([{**row, "metadata": _metadata(wanted[row["path"]])} for row in rows])
         self._upsert(
             [

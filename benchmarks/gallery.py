@@ -191,7 +191,7 @@ def main() -> None:
         "",
         *" ".join(__doc__.split("\n\n")[2].split()).split("\n"),
         "",
-        f"Best {TOP} images. Time of one query: median and worst of {QUERIES}, one at a time, files in the page cache; "
+        f"Best {TOP} images. Time of a query: median and worst of {QUERIES}, one at a time, files in the page cache; "
         f"*together* is the time per query where {QUERIES + WARM_UP} are asked at once. *First* is opening the index "
         "and the first query. Memory is the peak of the process, with the pages of the mapped file; "
         f"{taken['imports']:.2f} GB of it are the imported libraries. Recall: share of the exact ten best that is "
