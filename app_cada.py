@@ -12,10 +12,11 @@ import os
 import re
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -41,6 +42,7 @@ MAX_UPLOAD = 10_000_000  # bytes
 MAX_PIXELS = 50_000_000  # a small file can hold a huge image
 MAX_IMAGES = 60
 THUMBNAIL = (240, 320)  # largest width and height in pixels
+_CLEANING = (600, 3600)  # every ten minutes, copies of images older than an hour are deleted
 
 # What the page consists of. Gradio has more routes: some fetch addresses, run code or hand out other files.
 _ROUTES = re.compile(
@@ -58,12 +60,15 @@ _HEADERS = {
 
 
 class _Guard:
-    """Answers 404 to all but the page's own parts and the files in `folder`; sets `_HEADERS`."""
+    """Answers 404 to other pages, and to all but this page's parts and the files in `folder`; sets `_HEADERS`."""
 
     def __init__(self, app, folder: str):
         self.app, self.folder = app, os.path.realpath(folder)
 
-    def _allowed(self, path: str) -> bool:
+    def _allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        origin = headers.get(b"origin")  # of a page in the browser that asks, where it is not this one
+        if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
+            return False
         if path.startswith(_FILE):
             return Path(os.path.realpath(path.removeprefix(_FILE))).is_relative_to(self.folder)
         return _ROUTES.fullmatch(path) is not None
@@ -78,7 +83,8 @@ class _Guard:
                 message["headers"] = [*message["headers"], *added]
             await send(message)
 
-        app = self.app if self._allowed(scope["path"]) else PlainTextResponse("Not found", 404)
+        allowed = self._allowed(scope["path"], dict(scope["headers"]))
+        app = self.app if allowed else PlainTextResponse("Not found", 404)
         await app(scope, receive, send_with_headers)
 
 
@@ -160,7 +166,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
 
     # Calls come from this page alone, one at a time, as there is one model.
     event = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
-    with gr.Blocks(title="Find a person", analytics_enabled=False) as page:
+    with gr.Blocks(title="Find a person", analytics_enabled=False, delete_cache=_CLEANING) as page:
         gr.Markdown(f"# Find a person\n{len(gallery):,} images. A ranking is a list of candidates, no identification.")
         found = gr.State([])
         sentence = gr.Textbox(
@@ -170,7 +176,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             by_sentence = gr.Button("Search by the sentence", variant="primary")
             top = gr.Slider(1, MAX_IMAGES, value=12, step=1, label="Number of images")
         with gr.Accordion("Search by an image", open=False):
-            upload = gr.Image(label="Image of a person", type="filepath", sources=["upload"], height=240)
+            upload = gr.File(label="Image of a person", file_types=["image"], height=140)
             by_image = gr.Button("Search by the image")
         gr.Markdown("Best first: rank, score, file. Click an image to see why.")
         results = gr.Gallery(
@@ -230,6 +236,11 @@ def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
             page.close(verbose=False)
 
 
+def _wait() -> None:
+    while True:
+        time.sleep(3600)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -244,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with serve(open_index(options.index, options.model, options.device), options.port) as address:
             print(f"Open {address} in a browser. Ctrl+C ends the page.", flush=True)
-            threading.Event().wait()
+            _wait()
     except KeyboardInterrupt:
         return 0
     except GalleryError as error:
