@@ -10,6 +10,7 @@ out small copies of the images in the index, no other file.
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -43,6 +44,13 @@ MAX_PIXELS = 50_000_000  # a small file can hold a huge image
 MAX_IMAGES = 60
 THUMBNAIL = (240, 320)  # largest width and height in pixels
 _CLEANING = (600, 3600)  # every ten minutes, copies of images older than an hour are deleted
+
+# Persons are tall, and Gradio's cells are square, with the caption on the feet.
+_CSS = """
+.grid-wrap { max-height: none !important; }
+.thumbnail-item { aspect-ratio: 3 / 5 !important; padding-bottom: 2.6em; }
+.caption-label { left: 0; right: 0; max-width: none; border: 0; white-space: normal; overflow-wrap: anywhere; }
+"""
 
 # What the page consists of. Gradio has more routes: some fetch addresses, run code or hand out other files.
 _ROUTES = re.compile(
@@ -221,6 +229,7 @@ def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
                 max_file_size=MAX_UPLOAD,
                 state_session_capacity=100,
                 app_kwargs={"middleware": guards},
+                css=_CSS,
                 footer_links=[],
                 run_history=False,
                 enable_monitoring=False,
@@ -252,6 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     if gr is None:
         print('error: The page needs Gradio. Run: pip install "cada-transformers[app]"', file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that also then the copies of images are deleted
     try:
         with serve(open_index(options.index, options.model, options.device), options.port) as address:
             print(f"Open {address} in a browser. Ctrl+C ends the page.", flush=True)

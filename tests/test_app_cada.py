@@ -281,7 +281,8 @@ def test_command_serves_until_it_is_interrupted(folder, tmp_path, monkeypatch, c
 
 
 @pytest.mark.slow
-def test_command_runs_until_it_is_interrupted(folder, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_command_runs_until_it_is_interrupted(folder, tmp_path, sent):
     port = free_port()
     command = [sys.executable, app_cada.__file__, "--index", str(folder / "index"), "--port", str(port)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -291,7 +292,7 @@ def test_command_runs_until_it_is_interrupted(folder, tmp_path):
             assert ask(f"http://127.0.0.1:{port}", "/")[0] == 200
             assert list(tmp_path.glob("cada_app_*"))
         finally:
-            page.send_signal(signal.SIGINT)
+            page.send_signal(sent)
         assert page.wait(timeout=20) == 0, page.stderr.read()
     assert not list(tmp_path.glob("cada_app_*"))
 
