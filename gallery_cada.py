@@ -45,7 +45,7 @@ from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
 from publish_cada import model_digest
 from source_cada import GalleryError, ImageFiles, ImageRows, content_digest, open_source
-from store_cada import STORES, feature_type, parse_conditions, whole_file, write_table
+from store_cada import STORES, feature_column, feature_type, parse_conditions, whole_file, write_table
 
 
 RECORD, PENDING, PATCHES, LOCK = "index.json", "pending", "patches", ".lock"
@@ -405,7 +405,7 @@ def _encode_shards(
                     unreadable.append((path, "has no finite features; does the model give any?"))
                     continue
                 place = f"{name}.safetensors/{len(rows)}" if keep_patches else None
-                rows.append((path, stamps[start + number], batch[number][0], place, features[row].numpy()))
+                rows.append((path, stamps[start + number], batch[number][0], place, features[row]))
                 if keep_patches:
                     states.append(outputs.last_hidden_state[row].half().cpu())
         if states:
@@ -413,8 +413,11 @@ def _encode_shards(
             with whole_file(index / PATCHES / f"{name}.safetensors") as temporary:
                 save_file({"states": torch.stack(states)}, temporary)
         schema = _shard_schema(model.config.projection_dim)
-        columns = [pa.array(list(column), kind) for column, kind in zip(zip(*rows), schema.types)]
-        table = pa.table(columns, schema=schema) if rows else schema.empty_table()
+        table = schema.empty_table()
+        if rows:
+            *columns, kept = zip(*rows)
+            columns = [pa.array(column, pa.string()) for column in columns]
+            table = pa.table([*columns, feature_column(torch.stack(kept))], schema=schema)
         about = {"kind": _shard_kind(digest, keep_patches), "unreadable": json.dumps(unreadable)}
         write_table(table.replace_schema_metadata(about), index / PENDING / f"{name}.arrow")
     bar.close()
