@@ -7,6 +7,7 @@ time of a search, and moves a score by 0.0005 at most).
 """
 
 import json
+import logging
 import os
 import re
 import warnings
@@ -347,6 +348,8 @@ class MilvusStore:
         except ImportError as error:
             raise GalleryError('Milvus needs its client: pip install "pymilvus[milvus_lite]".') from error
         self.record, self.name, self.error = record, record["collection"], MilvusException
+        if "://" not in record["uri"]:  # Milvus Lite has no timestamps, and the client says so at every reading
+            logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
         try:
             self.client = MilvusClient(uri=record["uri"], token=os.environ.get("MILVUS_TOKEN", ""))
             self.exists = self.client.has_collection(self.name)
@@ -354,7 +357,8 @@ class MilvusStore:
                 self.client.load_collection(self.name)
         except (MilvusException, OSError, ValueError) as error:
             raise GalleryError(
-                f"Cannot open Milvus at {record['uri']}: {error}. Give --uri a file, or the address of a cluster."
+                f"Cannot open Milvus at {record['uri']}: {error}. Give --uri a file, which one process at a "
+                "time can open, or the address of a cluster."
             ) from error
 
     def __len__(self) -> int:

@@ -479,7 +479,7 @@ def small_index(checkpoint, tmp_path_factory) -> dict[str, str]:
 
 def test_usage_errors_end_with_status_2(capsys):
     assert main(["search"]) == 2
-    assert "Missing argument 'INDEX'" in capsys.readouterr().err
+    assert "Missing argument 'index'" in capsys.readouterr().err
     assert main(["--help"]) == 0
 
 
