@@ -14,6 +14,7 @@ to the new one. Images are encoded in shards; finished ones wait in `pending/`, 
 import datetime
 import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
-from uuid import uuid4
+from uuid import NAMESPACE_URL, uuid4, uuid5
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,7 +46,7 @@ from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
 from publish_cada import model_digest
 from source_cada import GalleryError, ImageFiles, ImageRows, content_digest, open_source
-from store_cada import STORES, feature_type, parse_conditions, whole_file, write_table
+from store_cada import STORES, feature_column, feature_type, parse_conditions, whole_file, write_table
 
 
 RECORD, PENDING, PATCHES, LOCK = "index.json", "pending", "patches", ".lock"
@@ -149,16 +150,15 @@ def _settings(index: Path, record: dict | None, **given) -> dict:
             raise GalleryError("--uri is for --store milvus.")
         if store == "milvus":
             given["uri"] = given["uri"] or str(index.resolve() / "milvus.db")
-        collection = f"cada_{uuid4().hex[:12]}" if store == "milvus" else None
-        return {**given, "store": store, "keep_patches": bool(given["keep_patches"]), "collection": collection}
+        return {**given, "store": store, "keep_patches": bool(given["keep_patches"])}
     for name in ("store", "uri", "keep_patches"):
         if given[name] is not None and given[name] != record[name]:
             raise GalleryError(
                 f"{index} was made with --{name.replace('_', '-')} {record[name]}, not {given[name]}. Leave the "
                 "argument out, or make another index."
             )
-    kept = {name: record[name] for name in ("store", "uri", "keep_patches", "collection")}
-    kept["model"] = given["model"] or record["model"]
+    kept = {name: record[name] for name in ("store", "uri", "keep_patches")}
+    kept["model"] = record["model"] if given["model"] is None else given["model"]
     kept["approximate"] = record["approximate"] if given["approximate"] is None else given["approximate"] or None
     return kept
 
@@ -209,6 +209,8 @@ def build_index(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=_WAIT
     )
     index, record = Path(index), _read_record(Path(index))
+    if model is not None and Path(model).is_dir():
+        model = str(Path(model).resolve())  # an index is searched from anywhere
     settings = _settings(
         index, record, model=model, store=store, uri=uri, approximate=approximate, keep_patches=keep_patches
     )
@@ -233,7 +235,13 @@ def build_index(
                 stack.enter_context(FileLock(index / LOCK, timeout=0))
             except Timeout as error:
                 raise GalleryError(f"Another process is writing {index}. Wait for it to end.") from error
-            old = record or {"format": FORMAT, "dimension": network.config.projection_dim}
+            kind = _shard_kind(digest, settings["keep_patches"])
+            old = record or {
+                "format": FORMAT,
+                "dimension": network.config.projection_dim,
+                # Of Milvus. The same for each run of this command, also where the first one is killed.
+                "collection": f"cada_{uuid5(NAMESPACE_URL, f'{platform.node()}{index.resolve()}{kind}').hex[:16]}",
+            }
             job = _Update(index, {**old, **settings, "source": place, "digest": digest}, images)
             plan = job.plan(shard_size)
             if settings["keep_patches"]:
@@ -405,7 +413,7 @@ def _encode_shards(
                     unreadable.append((path, "has no finite features; does the model give any?"))
                     continue
                 place = f"{name}.safetensors/{len(rows)}" if keep_patches else None
-                rows.append((path, stamps[start + number], batch[number][0], place, features[row].numpy()))
+                rows.append((path, stamps[start + number], batch[number][0], place, features[row]))
                 if keep_patches:
                     states.append(outputs.last_hidden_state[row].half().cpu())
         if states:
@@ -413,8 +421,11 @@ def _encode_shards(
             with whole_file(index / PATCHES / f"{name}.safetensors") as temporary:
                 save_file({"states": torch.stack(states)}, temporary)
         schema = _shard_schema(model.config.projection_dim)
-        columns = [pa.array(list(column), kind) for column, kind in zip(zip(*rows), schema.types)]
-        table = pa.table(columns, schema=schema) if rows else schema.empty_table()
+        table = schema.empty_table()
+        if rows:
+            *columns, kept = zip(*rows)
+            columns = [pa.array(column, pa.string()) for column in columns]
+            table = pa.table([*columns, feature_column(torch.stack(kept))], schema=schema)
         about = {"kind": _shard_kind(digest, keep_patches), "unreadable": json.dumps(unreadable)}
         write_table(table.replace_schema_metadata(about), index / PENDING / f"{name}.arrow")
     bar.close()
@@ -694,7 +705,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-_Index = Annotated[Path, typer.Argument(metavar="INDEX", help="folder of the index")]
+_Index = Annotated[Path, typer.Argument(help="folder of the index")]
 _Model = Annotated[str | None, typer.Option(help="the checkpoint; by default the one that the index was made with")]
 
 
@@ -732,7 +743,9 @@ def _index(
         workers=workers,
         shard_size=shard_size,
     )
-    if not PartialState().is_main_process:
+    is_main_process = PartialState().is_main_process
+    PartialState().destroy_process_group()
+    if not is_main_process:
         return
     for path, problem in changes.unreadable:
         print(f"unreadable: {path}: {problem}", file=sys.stderr)
@@ -744,7 +757,7 @@ def _index(
 @app.command("search")
 def _search(
     index: _Index,
-    sentences: Annotated[list[str] | None, typer.Argument(metavar="[SENTENCE]...", help="one or several")] = None,
+    sentences: Annotated[list[str] | None, typer.Argument(help="one or several")] = None,
     file: Annotated[Path | None, typer.Option(help="a text file with one sentence per line")] = None,
     image: Annotated[Path | None, typer.Option(help="search for the person on this image instead")] = None,
     top: Annotated[int, typer.Option(min=1, help="images per sentence")] = 10,

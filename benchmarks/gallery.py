@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from publish_cada import environment
 from source_cada import content_digest
-from store_cada import STORES, feature_type
+from store_cada import STORES, feature_column
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,12 +57,8 @@ def shard(number: int, count: int) -> pa.Table:
             "stamp": [f"20000:{number * SHARD + row}" for row in range(count)],
             "digest": [content_digest(path.encode()) for path in paths],
             "patches": pa.nulls(count, pa.string()),
-            "feature": pa.FixedSizeListArray.from_arrays(near(centres, 0.5, 2 * number + 1).ravel(), DIMENSION),
-        },
-        schema=pa.schema(
-            [*((name, pa.string()) for name in ("path", "stamp", "digest", "patches"))]
-            + [("feature", feature_type(DIMENSION))]
-        ),
+            "feature": feature_column(near(centres, 0.5, 2 * number + 1)),
+        }
     )
 
 

@@ -93,7 +93,7 @@ def test_search_ranks_as_evaluation_does(checkpoint, folder, tmp_path):
         assert [result.path for result in results] == [files[index] for index in order]
         assert [result.stage for result in results] == ["local"] * 3 + ["global"] * 9
         expected = row[order[:3]].tolist() + plain[order[3:]].tolist()
-        np.testing.assert_allclose([result.score for result in results], expected, atol=1e-5)
+        np.testing.assert_allclose([result.score for result in results], expected, atol=5e-4)
     # By default as many candidates as the configuration says: 3.
     assert [[result.path for result in results] for results in gallery.search(SENTENCES, top=2)] == [
         [result.path for result in results[:2]] for results in rankings
@@ -330,7 +330,7 @@ def test_an_image_finds_itself_first(checkpoint, folder, tmp_path):
     with Image.open(folder / "07.png") as image:
         results = gallery.search_image(image, top=3)
     assert [results[0].path, results[0].stage] == ["07.png", "global"]
-    assert results[0].score == pytest.approx(1, abs=1e-5)
+    assert results[0].score == pytest.approx(1, abs=5e-4)
     assert results[0].score > results[1].score >= results[2].score
 
 
@@ -479,7 +479,7 @@ def small_index(checkpoint, tmp_path_factory) -> dict[str, str]:
 
 def test_usage_errors_end_with_status_2(capsys):
     assert main(["search"]) == 2
-    assert "Missing argument 'INDEX'" in capsys.readouterr().err
+    assert "Missing argument 'index'" in capsys.readouterr().err
     assert main(["--help"]) == 0
 
 
