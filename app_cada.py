@@ -186,7 +186,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         with gr.Accordion("Search by an image", open=False):
             upload = gr.File(label="Image of a person", file_types=["image"], height=140)
             by_image = gr.Button("Search by the image")
-        gr.Markdown("Best first: rank, score, file. Click an image to see why.")
+        gr.Markdown(f"Best first: rank, score, file.{' Click an image to see why.' if config.use_atp else ''}")
         results = gr.Gallery(
             show_label=False,
             columns=6,
@@ -195,7 +195,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             interactive=False,
             buttons=[],
         )
-        why = gr.Image(label="Where each word looks", interactive=False, buttons=[])
+        why = gr.Image(label="Where each word looks", interactive=False, buttons=[], visible=config.use_atp)
         shown = [results, found, why]
         gr.on([sentence.submit, by_sentence.click], find, [sentence, top], shown, **event)
         by_image.click(find_similar, [upload, top], shown, **event)

@@ -21,7 +21,8 @@ from gallery_cada import build_index, open_index
 from source_cada import GalleryError
 
 
-gradio = pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
+pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
+pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # Gradio's own
 
 COLOURS = ("red", "green", "blue", "white", "black")
 ODD = "<img src=x onerror=alert(1)> & 50%.png"  # a name that the page has to show as it is

@@ -11,6 +11,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import tiny_config
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,6 +27,7 @@ from processing_cada import CADAProcessor
 
 
 SENTENCES = ["a woman in a red coat", "a man with a blue backpack and white sneakers", "a child", "black hair"]
+ROWS = Features({"image": ImageFeature(), "text": Value("string")})
 COLOURS = ("red", "green", "blue", "white", "black", "orange", "brown")
 
 
@@ -164,6 +167,22 @@ def test_paths_addresses_and_images_are_the_same(search, images, tmp_path):
     assert sorted(found["index"] for found in ranking) == [0, 1, 2, 3]
     assert len({round(found["global_score"], 6) for found in ranking}) == 1
     assert search("a child", images=str(tmp_path / "first.png"))[0]["index"] == 0
+
+
+def test_sentences_may_stream(search, images):
+    """As in every pipeline: a generator gives a generator, and a column of `datasets` serves as images."""
+    rows = Dataset.from_dict({"image": images, "text": SENTENCES + ["a man"] * 3}, features=ROWS)
+    rankings = search((sentence for sentence in SENTENCES), images=rows["image"], batch_size=3)
+    assert not isinstance(rankings, list)
+    assert list(rankings) == search(SENTENCES, images=images, batch_size=3)
+
+
+def test_half_precision(folder, search, images):
+    half = pipeline(TASK, model=str(folder), device="cpu", dtype="bfloat16")
+    assert half.model.dtype is torch.bfloat16
+    for found, exact in zip(half(SENTENCES, images=images, rerank=7), search(SENTENCES, images=images, rerank=7)):
+        scores = {each["index"]: each["score"] for each in exact}
+        assert all(each["score"] == pytest.approx(scores[each["index"]], abs=0.05) for each in found)
 
 
 def test_what_is_wrong_is_named(search, images, tmp_path):
