@@ -52,7 +52,22 @@ def gallery(folder):
 
 
 @pytest.fixture(scope="module")
-def address(gallery):
+def hosts():
+    """Hosts that this process looks up or connects to, from here on."""
+    hosts = set()
+
+    def note(event, details):
+        if event == "socket.getaddrinfo":
+            hosts.add(details[0])
+        elif event == "socket.connect" and isinstance(details[1], tuple):
+            hosts.add(details[1][0])
+
+    sys.addaudithook(note)
+    return hosts
+
+
+@pytest.fixture(scope="module")
+def address(gallery, hosts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", "")  # restored afterwards
         with app_cada.serve(gallery, free_port()) as address:
@@ -253,6 +268,13 @@ def test_page_names_no_other_host(address):
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     for name in (b"googleapis", b"cdnjs", b"api.gradio.app"):
         assert b"https://fonts." not in body and name not in body, name
+
+
+def test_server_asks_no_other_host(address, hosts):
+    """Not for its version, not to count its users, not for a theme."""
+    call(address, FIND, ["a man", 3])
+    assert "127.0.0.1" in hosts
+    assert {str(host) for host in hosts} <= {"127.0.0.1", "localhost", "::1", "None"}
 
 
 def test_only_the_loopback_address_listens(address):
