@@ -156,85 +156,88 @@ def test_a_folder_of_damaged_images_changes_nothing(checkpoint, tmp_path):
         open_index(tmp_path / "index")
 
 
-# Forks a child for every moment at which a file takes its place, and kills the child there: before, or right after.
-KILL_EVERYWHERE = """
-import os, signal, sys
+# For every moment a child works on an index of its own and is killed there: moments 1 and 2 are before and right after
+# the first file takes its place, 3 and 4 before and after the second, and so on.
+KILL = """
+import os, shutil, signal, sys
 import gallery_cada
 
-folder, index, model, moments = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4]
+folder, model, before, indexes, moments = sys.argv[1:]
 
-def run(kill_at):
+def run(moment):
     count, replace = 0, os.replace
     def dying(source, target):
         nonlocal count
         count += 1
-        if count == kill_at and not after:
+        if 2 * count - 1 == moment:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
-        if count == kill_at and after:
+        if 2 * count == moment:
             os.kill(os.getpid(), signal.SIGKILL)
-    after = kill_at % 2 == 0
     os.replace = dying
-    gallery_cada.build_index(folder, index, model, shard_size=2, progress=False)
+    gallery_cada.build_index(folder, f"{indexes}/{moment}", model, shard_size=2, progress=False)
 
 for moment in map(int, moments.split(",")):
+    if before:
+        shutil.copytree(before, f"{indexes}/{moment}")
     child = os.fork()
     if child == 0:
         run(moment)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    pending, record = os.listdir(index + "/pending"), os.path.exists(index + "/index.json")
-    print(int(os.WIFSIGNALED(status)), len(pending), int(record))
+    print(int(os.WIFSIGNALED(os.waitpid(child, 0)[1])))
 """
 
 
-def kill_at(moments: list[int], folder: Path, index: Path, checkpoint: Path) -> list[list[int]]:
-    """For every run: whether it was killed, files in `pending/`, whether there is an index."""
-    result = subprocess.run(
-        [sys.executable, "-c", KILL_EVERYWHERE, str(folder), str(index), str(checkpoint), ",".join(map(str, moments))],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+def kill_at(moments, folder: Path, checkpoint: Path, indexes: Path, before: Path | str = "") -> list[bool]:
+    """Whether each run was killed; their indexes lie in `indexes`, and were `before` when they started."""
+    indexes.mkdir()
+    arguments = [folder, checkpoint, before, indexes, ",".join(map(str, moments))]
+    command = [sys.executable, "-c", KILL, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
-    return [[int(value) for value in line.split()] for line in result.stdout.splitlines()]
+    return [line == "1" for line in result.stdout.splitlines()]
 
 
 def test_a_killed_run_leaves_its_shards_to_the_next(checkpoint, folder, tmp_path, encoded):
     """Six shards of two images, then the table, then the record: eight files, each of which takes its place whole."""
-    index = tmp_path / "index"
-    runs = kill_at([2, 3], folder, index, checkpoint)
-    # Killed after the second shard, then before the third of those left; its temporary file stays beside the four.
-    assert runs == [[1, 2, 0], [1, 5, 0]]
-    changes = build(folder, index, checkpoint, shard_size=2)
-    assert sum(encoded) == 12 - 8
-    assert changes.added == 12
     build(folder, tmp_path / "fresh", checkpoint)
-    assert contents(index) == contents(tmp_path / "fresh")
-    assert not list(index.rglob("*.tmp"))
+    fresh = contents(tmp_path / "fresh")
+    # After the second shard, while the third is written, before the record is replaced, right after.
+    moments = {4: 4, 5: 4, 15: 12, 16: 12}
+    assert kill_at(moments, folder, checkpoint, tmp_path / "killed") == [True] * 4
+    for moment, finished in moments.items():
+        index = tmp_path / "killed" / str(moment)
+        assert (index / "index.json").exists() == (moment == 16)
+        encoded.clear()
+        build(folder, index, checkpoint, shard_size=2)
+        assert sum(encoded) == 12 - finished
+        assert contents(index) == fresh
+        assert {path.name for path in index.iterdir()} - {path.name for path in index.glob("table-*")} == {
+            ".lock",
+            "index.json",
+            "pending",
+        }
+        assert not list(index.rglob("*.tmp"))
 
 
 @pytest.mark.slow
 def test_a_kill_at_every_moment_leaves_the_old_or_the_new_index(checkpoint, folder, tmp_path):
-    index = tmp_path / "index"
-    build(folder, tmp_path / "fresh", checkpoint)
-    fresh = contents(tmp_path / "fresh")
-    moments = [1] * 5 + [2] * 4 + [7, 8, 1, 2, 3, 4]
-    for killed, _, exists in kill_at(moments, folder, index, checkpoint):
-        assert killed in (0, 1)
-        if exists:
-            break
-    build(folder, index, checkpoint)
-    assert contents(index) == fresh
-    # An update that is killed at each of its moments: the index stays the old one until it is the new one.
-    save_images(folder, [f"new/{number}.png" for number in range(6)], seed=3)
-    build(folder, tmp_path / "fresh-2", checkpoint)
-    new = contents(tmp_path / "fresh-2")
-    for moment in (1, 2, 3, 1, 2, 1, 2, 4, 9):
-        kill_at([moment], folder, index, checkpoint)
-        assert contents(index) in (fresh, new)
-    build(folder, index, checkpoint)
-    assert contents(index) == new
+    """An update with five new images, a changed one and a lost one: three shards, the table, the record."""
+    build(folder, tmp_path / "old", checkpoint)
+    old = contents(tmp_path / "old")
+    save_images(folder, ["00.png", *(f"new/{number}.png" for number in range(5))], seed=3)
+    (folder / "01.png").unlink()
+    build(folder, tmp_path / "new", checkpoint)
+    new = contents(tmp_path / "new")
+    moments = range(1, 12)
+    killed = kill_at(moments, folder, checkpoint, tmp_path / "killed", tmp_path / "old")
+    assert killed == [True] * 10 + [False]
+    for moment in moments:
+        index = tmp_path / "killed" / str(moment)
+        assert contents(index) == (old if moment < 10 else new)
+        build(folder, index, checkpoint)
+        assert contents(index) == new
+        assert not list(index.rglob("*.tmp"))
 
 
 @pytest.mark.slow
