@@ -26,7 +26,7 @@ style: $(STAMP)
 $(STAMP): constraints.txt setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmarks,onnx,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[app,benchmarks,gallery,milvus,onnx,test]"
 	touch $(STAMP)
 
 $(COMMON_TESTS): $(STAMP)

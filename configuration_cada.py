@@ -1,5 +1,6 @@
 """CADA configuration: the vision tower, the text stack, and the two together with the losses."""
 
+import copy
 import difflib
 
 from huggingface_hub.dataclasses import strict
@@ -7,7 +8,18 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 
+try:
+    from .pipeline_cada import CADAPipeline
+except ImportError:
+    if __package__:
+        raise
+    from pipeline_cada import CADAPipeline
+
 logger = logging.get_logger(__name__)
+
+# What `transformers.pipeline` reads in config.json. Its file is saved with this one, which imports it.
+TASK = "text-to-image-person-retrieval"
+PIPELINES = {TASK: {"impl": f"pipeline_cada.{CADAPipeline.__name__}", "pt": ["AutoModel"], "type": "multimodal"}}
 
 
 def _reject_typing_errors(config: PreTrainedConfig, unknown: dict) -> None:
@@ -299,11 +311,19 @@ class CADAConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """As in every configuration, but fields in `kwargs` are checked, and fields that follow from them, follow."""
         config_dict = dict(config_dict)
+        if not __package__:
+            # Not a checkpoint's copy of this file. `register_cada` registers the pipeline beside it; with this entry,
+            # `pipeline` would ask to trust the checkpoint's own.
+            config_dict.pop("custom_pipelines", None)
         for name in set(kwargs) & set(cls.__annotations__):
             value = kwargs.pop(name)
             is_part = isinstance(value, dict) and isinstance(config_dict.get(name), dict)
             config_dict[name] = {**config_dict[name], **value} if is_part else value
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict:
+        """As in every configuration, with the pipeline that travels along."""
+        return {**super().to_dict(), "custom_pipelines": copy.deepcopy(PIPELINES)}
 
     @property
     def num_groups(self) -> int:

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoModel, AutoProcessor, BertTokenizer, set_seed
+from transformers import BertTokenizer, set_seed
 
 import train_cada
 from configuration_cada import CADAConfig
 from drawn_cada import IMAGE_SIZE, ideal_scores, load_drawn
-from evaluation_cada import METRICS, encode_gallery, encode_queries, retrieval_metrics, score_gallery
+from evaluation_cada import METRICS, retrieval_metrics
+from gallery_cada import Result, build_index, draw_results, open_index
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor, clean_caption
 from publish_cada import RANDOM_START, write_run
@@ -152,32 +152,21 @@ def compare(split: Dataset, scores: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def draw_results(split: Dataset, folder: Path, picture: Path) -> None:
-    """Load the saved model through the Auto classes, search the split with each sentence, draw the ranked images."""
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    gallery = encode_gallery(model, processor, split)
-    queries = encode_queries(model, processor, list(SENTENCES), progress=False)
-    _, scores = score_gallery(model, queries, gallery, model.config.rerank_k)
-    height, width = (2 * side for side in IMAGE_SIZE)
-    row_height, margin = height + 78, 12
-    canvas = Image.new("RGB", (TOP * (width + margin) + margin, len(SENTENCES) * row_height + margin), "white")
-    draw = ImageDraw.Draw(canvas)
-    large, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    for line, (sentence, named) in enumerate(SENTENCES.items()):
-        top = line * row_height + margin
-        draw.text((margin, top), sentence, fill="black", font=large)
-        for rank, index in enumerate(scores[line].argsort(descending=True)[:TOP].tolist()):
-            row = split[index]
-            wrong = [row["attributes"][name] for name, value in named.items() if row["attributes"][name] != value]
-            left = margin + rank * (width + margin)
-            canvas.paste(row["image"].resize((width, height), Image.Resampling.LANCZOS), (left, top + 26))
-            colour = "#57606a" if wrong else "#1a7f37"
-            text = f"{rank + 1}.  {len(named) - len(wrong)}/{len(named)} right"
-            draw.text((left, top + 30 + height), text, fill=colour, font=small)
-            if wrong:
-                draw.text((left, top + 46 + height), f"but {', '.join(wrong)}", fill=colour, font=small)
-    canvas.save(picture)
+def search(folder: Path) -> None:
+    """Index the test split with the trained model, search it with each sentence, draw the ranked images."""
+    build_index(folder / "drawn", folder / "index", str(folder / "model"), split="test")
+    gallery = open_index(folder / "index")
+    rankings = dict(zip(SENTENCES, gallery.search(list(SENTENCES), top=TOP)))
+    draw_results(gallery, rankings, caption=what_is_wrong).save(folder / "results.png")
+
+
+def what_is_wrong(sentence: str, rank: int, result: Result) -> tuple[str, str]:
+    """The text below an image and its colour: how many attributes of the sentence it shows, and what it shows else."""
+    named = SENTENCES[sentence]
+    shown = {name: result.metadata[f"attributes.{name}"] for name in named}
+    wrong = [shown[name] for name, value in named.items() if shown[name] != value]
+    text = f"{rank}.  {len(named) - len(wrong)}/{len(named)} right"
+    return (f"{text}\nbut {', '.join(wrong)}", "#57606a") if wrong else (text, "#1a7f37")
 
 
 def save_images(split: Dataset, folder: Path) -> None:
@@ -197,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     started = time.monotonic()
     folder = options.output_dir
-    for name in ("drawn", "start", "model"):  # of an earlier run
+    for name in ("drawn", "start", "model", "index"):  # of an earlier run
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -205,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     splits = load_drawn(seed=options.seed)
     scores = train(splits, folder, options.seed)
     table = compare(splits["test"], scores)
-    draw_results(splits["test"], folder / "model", folder / "results.png")
+    search(folder)
     save_images(splits["test"], folder / "images")
 
     counts = {split: len(set(rows["person_id"])) for split, rows in splits.items()}
@@ -213,6 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"\n{counts['train']} persons for training. Test: {scores['test_queries']} sentences search "
         f"{scores['test_gallery']} images of {counts['test']} persons never seen.\n\n{table}\n\n"
         f"The three searches: {folder / 'results.png'}\nModel and processor: {folder / 'model'}\n"
+        f"Index of the test images: {folder / 'index'}\n"
         f"Images to try it with: {folder / 'images'}\n"
         f"Time: {(time.monotonic() - started) / 60:.1f} minutes."
     )

@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoProcessor, BlipConfig, BlipForConditiona
 import convert_cada
 import train_cada
 from convert_cada import ConversionError, convert, convert_state_dict, grow_vocabulary, resize_positions
-from publish_cada import read_run
+from publish_cada import read_run, release_files
 from train_cada import ModelArguments, load_model_and_processor
 
 
@@ -267,6 +267,7 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
     arguments += ["--tokenizer_name", str(tmp_path / "tokenizer"), "--image_size", "64", "32"]
     assert convert_cada.main(arguments) == 0
     assert "tensors converted" in capsys.readouterr().out
+    assert "pipeline_cada.py" in release_files(tmp_path / "start")
     model = AutoModel.from_pretrained(tmp_path / "start")
     processor = AutoProcessor.from_pretrained(tmp_path / "start")
     assert processor.image_processor.size == {"height": 64, "width": 32}

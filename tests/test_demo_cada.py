@@ -10,6 +10,7 @@ from demo_cada import SENTENCES, build_start, compare, draw_results
 from drawn_cada import ATTRIBUTES, IMAGE_SIZE, load_drawn
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
+from publish_cada import release_files
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def test_sentences_name_attributes_of_the_drawn_set():
 
 def test_start_is_a_complete_checkpoint(splits, tmp_path):
     build_start(splits, tmp_path, seed=0)
+    assert "pipeline_cada.py" in release_files(tmp_path)
     processor = CADAProcessor.from_pretrained(tmp_path)
     model = CADAForTextToImageRetrieval.from_pretrained(tmp_path)
     assert model.config.text_config.vocab_size == len(processor.tokenizer)

@@ -105,15 +105,17 @@ def test_code_of_the_readme_runs(processor, tmp_path):
     (tmp_path / "demo" / "images").mkdir(parents=True)
     for number, colour in enumerate(("red", "blue"), start=1):
         Image.new("RGB", (48, 96), colour).save(tmp_path / "demo" / "images" / f"person_0{number}.png")
-    use, local, registered, many = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    short, use, local, registered, many = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     printed = "print(scores.argsort(descending=True).tolist())"
-    code = f"{use}\n{local}\n{printed}\n{registered}\n{many}\n{printed}"
-    assert code.count('"org/cada-cuhk"') == 2
+    code = f"{short}\n{use}\n{local}\n{printed}\n{registered}\n{many}\n{printed}"
+    assert code.count('"org/cada-cuhk"') == 3
     code = code.replace('"org/cada-cuhk"', repr(str(tmp_path / "model")))
     # The path stands for an installed package, which the last lines import.
     rankings = run_code_of_a_reader(code, tmp_path, PYTHONPATH=str(Path(__file__).parent.parent))
-    assert [sorted(ranking) for ranking in rankings[:2]] == [[0, 1]] * 2
-    assert [sorted(ranking) for ranking in rankings[2]] == [[0, 1]] * 2  # of two sentences
+    by_pipeline, by_global, by_local, by_two_sentences = rankings
+    assert sorted(by_global) == [0, 1]
+    assert by_pipeline == by_local
+    assert [sorted(ranking) for ranking in by_two_sentences] == [[0, 1]] * 2
 
 
 def test_saved_files_are_these(processor, tmp_path):
@@ -124,6 +126,7 @@ def test_saved_files_are_these(processor, tmp_path):
         "losses_cada.py",
         "model.safetensors",
         "modeling_cada.py",
+        "pipeline_cada.py",
         "processing_cada.py",
         "processor_config.json",
         "tokenizer.json",

@@ -15,7 +15,7 @@ from processing_cada import CADAProcessor
 
 
 ROOT = Path(__file__).parent.parent
-CODE = ["configuration_cada.py", "losses_cada.py", "modeling_cada.py", "processing_cada.py"]
+CODE = [f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "pipeline", "processing")]
 MODEL = ["config.json", "model.safetensors"]
 PROCESSOR = ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
 
@@ -231,7 +231,7 @@ READER = """
 import json, sys
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, pipeline
 
 results = []
 for name in sys.argv[1:]:
@@ -244,6 +244,9 @@ for name in sys.argv[1:]:
         states = model.encode_images(inputs["pixel_values"])
         match = model.match(inputs["input_ids"], inputs["attention_mask"], states)
         results.append([model(**inputs).logits_per_text.item(), *match[0].tolist()])
+    search = pipeline("text-to-image-person-retrieval", model=repo, revision=revision, trust_remote_code=True)
+    (found,) = search("a woman in a red coat", images=[image])
+    assert abs(found["global_score"] / model.config.temperature - results[-1][0]) < 1e-3
     assert type(model).__module__.startswith("transformers_modules.")
 assert not [name for name in sys.modules if name.endswith("_cada") and "." not in name]
 with open("results.json", "w") as file:

@@ -174,6 +174,7 @@ def test_release_holds_what_loading_needs_and_no_pickle(run):
         "losses_cada.py",
         "model.safetensors",
         "modeling_cada.py",
+        "pipeline_cada.py",
         "processing_cada.py",
         "processor_config.json",
         "tokenizer.json",

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted(ROOT.glob("*.py"))
-HUB_MODULES = [ROOT / f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "processing")]
+HUB_MODULES = [ROOT / f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "pipeline", "processing")]
 
 
 @pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids="-".join)
@@ -57,7 +57,7 @@ def test_what_travels_with_a_checkpoint_needs_base_packages_only(path):
             needed |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             needed.add(node.module.split(".")[0])
-    assert needed <= {"collections", "dataclasses", "difflib", "re", "typing"} | {
+    assert needed <= {"collections", "copy", "dataclasses", "difflib", "os", "re", "typing"} | {
         "huggingface_hub",
         "PIL",
         "numpy",

@@ -1,0 +1,220 @@
+"""
+Time, memory and recall of search in 10 thousand, 100 thousand and a million images, global stage.
+
+    python benchmarks/gallery.py
+
+Encoding a million images takes days on two CPU cores, so the features are random: unit vectors of 256 numbers, the
+dimension of the paper, for persons with four images each (cosine 0.8 between images of one person, 0.63 between a
+sentence and an image of the person that it describes). Every measurement has a process of its own. Writes
+`benchmarks/gallery.md`.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm.auto import tqdm
+
+from publish_cada import environment
+from source_cada import content_digest
+from store_cada import STORES, feature_column
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DIMENSION, IMAGES_PER_PERSON, TOP = 256, 4, 32
+QUERIES, WARM_UP = 50, 3
+SHARD = 16_384
+
+
+def persons(count: int, seed: int) -> np.ndarray:
+    """Unit vectors `(count, d)`."""
+    vectors = np.random.default_rng(seed).standard_normal((count, DIMENSION), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def near(centres: np.ndarray, spread: float, seed: int) -> np.ndarray:
+    """Unit vectors around `centres`; `spread` is the length of the noise."""
+    vectors = centres + spread * persons(len(centres), seed)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def shard(number: int, count: int) -> pa.Table:
+    """The encoded rows of a shard, as encoding leaves them."""
+    centres = persons(-(-count // IMAGES_PER_PERSON), 2 * number).repeat(IMAGES_PER_PERSON, axis=0)[:count]
+    paths = [f"camera-{row % 8}/{number * SHARD + row:09}.jpg" for row in range(count)]
+    return pa.table(
+        {
+            "path": paths,
+            "stamp": [f"20000:{number * SHARD + row}" for row in range(count)],
+            "digest": [content_digest(path.encode()) for path in paths],
+            "patches": pa.nulls(count, pa.string()),
+            "feature": feature_column(near(centres, 0.5, 2 * number + 1)),
+        }
+    )
+
+
+def write_shards(folder: Path, count: int) -> None:
+    """The shards of `count` images as Arrow files, as an interrupted run leaves them."""
+    folder.mkdir()
+    for number, start in enumerate(range(0, count, SHARD)):
+        table = shard(number, min(SHARD, count - start))
+        with pa.ipc.new_stream(folder / f"{number:06}.arrow", table.schema) as writer:
+            writer.write_table(table)
+
+
+def queries(count: int) -> torch.Tensor:
+    """Sentences that describe persons of the first shard."""
+    centres = persons(-(-min(SHARD, count) // IMAGES_PER_PERSON), 0)
+    chosen = np.random.default_rng(1).integers(0, len(centres), QUERIES + WARM_UP)
+    return torch.from_numpy(near(centres[chosen], 1.0, 10**6))
+
+
+def record(folder: Path, approximate: str | None) -> dict:
+    """`index.json` of the index to be measured."""
+    return {
+        "dimension": DIMENSION,
+        "columns": {"camera": "int64"},
+        "approximate": approximate,
+        "uri": str(folder / "milvus.db"),
+        "collection": "benchmark",
+    }
+
+
+def memory() -> float:
+    """Peak memory of this process in GB, pages of mapped files among it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def build(kind: str, approximate: str | None, shards: Path, folder: Path) -> tuple[dict, float, float]:
+    """The record, seconds and GB that writing the index from its finished shards takes."""
+    folder.mkdir()
+    tables = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in sorted(shards.iterdir())]
+    encoded = pa.concat_tables(tables)
+    listing = encoded.select(["path", "stamp"]).append_column(
+        "camera", pa.array([int(path[7]) for path in encoded["path"].to_pylist()], pa.int64())
+    )
+    entry = record(folder, approximate)
+    start = time.perf_counter()
+    entry |= STORES[kind](folder, entry).write(listing, encoded)
+    return entry, time.perf_counter() - start, memory()
+
+
+def search(kind: str, entry: dict, folder: Path, count: int, where: list) -> tuple[dict, list[list[str]]]:
+    """What searching takes, and the images found."""
+    before = memory()
+    start = time.perf_counter()
+    store = STORES[kind](folder, entry)
+    asked = queries(count)
+    found = [store.search(asked[:1], TOP, where)[0]]
+    opened = time.perf_counter() - start
+    times = []
+    for query in asked[1:].split(1):
+        start = time.perf_counter()
+        found += store.search(query, TOP, where)
+        times.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    store.search(asked, TOP, where)
+    together = (time.perf_counter() - start) / len(asked)
+    times = sorted(times[WARM_UP - 1 :])
+    taken = {
+        "first": opened,
+        "median": statistics.median(times),
+        "worst": times[-1],
+        "together": together,
+        "memory": memory(),
+        "imports": before,
+    }
+    return taken, [[row["path"] for _, row in hits] for hits in found]
+
+
+def size(folder: Path) -> float:
+    """GB of the files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9
+
+
+def alone(function, *arguments):
+    """Call a function in a process of its own, so that its peak memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--approximate", nargs="*", default=["SQ8", "IVF1024,SQ8", "HNSW32,SQ8"], help="of FAISS")
+    parser.add_argument("--milvus_sizes", type=int, nargs="*", default=[10_000, 100_000], help="sizes for Milvus Lite")
+    parser.add_argument("--note", default="", help="a line for the report, such as what else ran")
+    options = parser.parse_args()
+    rows = []
+    jobs = [
+        (count, kind, factory)
+        for count in options.sizes
+        for kind, factory in [("arrow", None), *(("arrow", factory) for factory in options.approximate)]
+        + ([("milvus", None)] if count in options.milvus_sizes else [])
+    ]
+    with tempfile.TemporaryDirectory(dir=ROOT) as place, tqdm(total=len(jobs), unit="index") as bar:
+        exact, shards, previous = None, Path(place) / "shards", None
+        for count, kind, factory in jobs:
+            if count != previous:
+                shutil.rmtree(shards, ignore_errors=True)
+                write_shards(shards, count)
+                previous = count
+            folder = Path(place) / "index"
+            entry, seconds, peak = alone(build, kind, factory, shards, folder)
+            taken, found = alone(search, kind, entry, folder, count, [])
+            if kind == "arrow" and factory is None:
+                exact = found
+            recalls = [len(set(a[:10]) & set(b[:10])) / len(b[:10]) for a, b in zip(found, exact, strict=True)]
+            title = {"arrow": factory or "exact (default)", "milvus": "Milvus Lite, FLAT"}[kind]
+            rows.append((count, title, seconds, peak, size(folder), taken, statistics.mean(recalls)))
+            shutil.rmtree(folder)
+            bar.update()
+    where = environment()
+    versions = {**where["versions"], **{name: version(name) for name in ("pyarrow", "faiss-cpu", "milvus-lite")}}
+    command = "python benchmarks/gallery.py"
+    lines = [
+        "# Search in large galleries, global stage",
+        "",
+        *" ".join(__doc__.split("\n\n")[2].split()).split("\n"),
+        "",
+        f"Best {TOP} images. Time of a query: median and worst of {QUERIES}, one at a time, files in the page cache; "
+        f"*together* is the time per query where {QUERIES + WARM_UP} are asked at once. *First* is opening the index "
+        "and the first query. Memory is the peak of the process, with the pages of the mapped file; "
+        f"{taken['imports']:.2f} GB of it are the imported libraries. Recall: share of the exact ten best that is "
+        "found. Build: writing the index from finished shards.",
+        "",
+        "| images | search | build, s | build, GB | disk, GB | first, s | query, ms | worst, ms | together, ms | GB | "
+        "recall |",
+        "|---:|---|" + "---:|" * 9,
+    ]
+    for count, title, seconds, peak, disk, taken, recall in rows:
+        cells = [f"{seconds:.1f}", f"{peak:.2f}", f"{disk:.3f}", f"{taken['first']:.2f}"]
+        cells += [f"{1e3 * taken[name]:.1f}" for name in ("median", "worst", "together")]
+        cells += [f"{taken['memory']:.2f}", f"{recall:.3f}"]
+        lines.append(f"| {count:,} | {title} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        *([options.note, ""] if options.note else []),
+        f"- Command: `{command}`",
+        f"- Date: {where['date']}",
+        f"- Machine: {where['hardware']}",
+        f"- Versions: {', '.join(f'{package} {number}' for package, number in versions.items())}",
+        "",
+    ]
+    report = ROOT / "benchmarks" / "gallery.md"
+    report.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

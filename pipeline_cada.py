@@ -1,0 +1,202 @@
+"""
+Text-to-image person retrieval as a pipeline of transformers: sentences and images in, ranked images out.
+
+    from transformers import pipeline
+
+    search = pipeline("text-to-image-person-retrieval", model="org/cada-cuhk", trust_remote_code=True)
+    search("a woman in a red coat", images=["first.jpg", "second.jpg"])
+
+It reads model and processor through their public methods alone and imports nothing of CADA. The configuration names it
+and imports it, so every saved checkpoint brings it along.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers.image_utils import load_image
+from transformers.pipelines import Pipeline
+from transformers.utils import logging
+
+
+_BATCH_SIZE = 16
+_IMAGES_AT_ONCE = 32  # images whose keys and values of all layers are in memory
+
+
+class CADAPipeline(Pipeline):
+    r"""
+    Ranks images by how well they show the person whom a sentence describes.
+
+    Global matching ranks all images, then local matching ranks the best `rerank` of them again. Images are encoded
+    once per call, for all its sentences. For a gallery that is searched again and again, store the features instead.
+
+    ```python
+    >>> from transformers import pipeline
+    >>> search = pipeline("text-to-image-person-retrieval", model="demo/model", trust_remote_code=True)
+    >>> search("a man in a red coat", images=["first.png", "second.png"], top_k=1)
+    [{'index': 1, 'score': 1.31, 'global_score': 0.42, 'local_score': 0.89}]
+    ```
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __call__(
+        self,
+        text: str | list[str],
+        images: list,
+        top_k: int | None = None,
+        rerank: int | None = None,
+        batch_size: int | None = None,
+        timeout: float | None = None,
+        **kwargs,
+    ) -> list[dict] | list[list[dict]]:
+        r"""
+        Rank `images` for one sentence or for many.
+
+        Args:
+            text (`str` or `list[str]`):
+                What is looked for.
+            images (list):
+                Paths, addresses (`http://`, `https://`), PIL images, mixed as you like; also a column of `datasets`.
+                Where local matching is used, all their patch states stay in memory: 0.6 MB per image for ViT-B/16.
+            top_k (`int`, *optional*, defaults to 10):
+                Number of images returned for a sentence.
+            rerank (`int`, *optional*):
+                Number of images that local matching ranks again; 0 for global matching only. By default `rerank_k` of
+                the configuration, or 0 for a model without match head.
+            batch_size (`int`, *optional*, defaults to 16):
+                Images, and sentences, that are encoded at once.
+            timeout (`float`, *optional*):
+                Seconds to wait for an image from the web. By default no limit.
+            kwargs:
+                `num_workers`, of the data loader that prepares the sentences.
+
+        Returns:
+            For a sentence a list, best image first, of
+
+            - **index** (`int`): place of the image in `images`.
+            - **score** (`float`): S_G + S_L of a candidate of local matching, S_G of the others, which rank behind.
+            - **global_score** (`float`): S_G, the cosine of sentence and image, -1 to 1.
+            - **local_score** (`float` or `None`): S_L; `None` where local matching did not look.
+
+            For a list of sentences a list of these lists.
+
+        Raises:
+            ValueError: for no image, an image that cannot be read (named), no sentence or an empty one, numbers out of
+                range, or `rerank` with a model that has no match head.
+        """
+        if isinstance(images, (str, os.PathLike, Image.Image)):
+            images = [images]
+        if len(images) == 0:
+            raise ValueError("`images` is empty. Give the images to search.")
+        if isinstance(text, (list, tuple)):
+            text = list(text)
+            if not text:
+                raise ValueError("`text` is empty. Give a sentence, or a list of sentences.")
+        if batch_size is None:
+            batch_size = self._batch_size or _BATCH_SIZE
+        options = {"top_k": top_k, "rerank": rerank, **kwargs}
+        options = {name: value for name, value in options.items() if value is not None}
+        rerank = {**self._forward_params, **options}.get("rerank", self._default_rerank())
+        self._sanitize_parameters(rerank=rerank)  # what is wrong shows before the images are encoded
+        gallery = self._encode_images(images, batch_size, timeout, keep_states=rerank > 0)
+        return super().__call__(text, batch_size=batch_size, gallery=gallery, **{**options, "rerank": rerank})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Save a whole checkpoint: model, processor, and the code of both and of this pipeline."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+    def _default_rerank(self) -> int:
+        return self.model.config.rerank_k if self._has_match_head() else 0
+
+    def _has_match_head(self) -> bool:
+        return self.model.config.use_atp and hasattr(self.model, "match")
+
+    def _sanitize_parameters(self, top_k=None, rerank=None, gallery=None, local_files_only=None):
+        # `pipeline` hands its own `local_files_only` on.
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` is {top_k}. Give the number of images to return, 1 or more.")
+        if rerank is not None and rerank < 0:
+            raise ValueError(f"`rerank` is {rerank}. Give the number of images to rank again, or 0 for none.")
+        if rerank and not self._has_match_head():
+            raise ValueError("This model has no match head, so it ranks by global matching only. Pass `rerank=0`.")
+        forward = {"rerank": rerank, "gallery": gallery}
+        forward = {name: value for name, value in forward.items() if value is not None}
+        return {}, forward, {} if top_k is None else {"top_k": top_k}
+
+    @torch.no_grad()
+    def _encode_images(self, images, batch_size: int, timeout: float | None, keep_states: bool) -> dict:
+        """Features `(images, d)` and, if asked for, patch states `(images, 1 + patches, hidden)`, on the CPU."""
+        embeds, states = [], []
+        starts = range(0, len(images), batch_size)
+        for start in logging.tqdm(starts, desc="Encoding images", leave=False, disable=len(starts) < 2):
+            batch = [_read(images, index, timeout) for index in range(start, min(start + batch_size, len(images)))]
+            pixel_values = self.processor(images=batch, return_tensors="pt")["pixel_values"]
+            outputs = self.model.get_image_features(pixel_values.to(self.model.device, self.model.dtype))
+            embeds.append(F.normalize(outputs.pooler_output.float(), dim=-1).cpu())
+            if keep_states:
+                states.append(outputs.last_hidden_state.cpu())
+        return {"embeds": torch.cat(embeds), "states": torch.cat(states) if keep_states else None}
+
+    def preprocess(self, text: str):
+        """Word pieces of a sentence."""
+        if not isinstance(text, str):
+            raise ValueError(f"`text` holds {text!r}. Give a sentence, or a list of sentences.")
+        inputs = self.processor(text=[text], return_tensors="pt")
+        if inputs["input_ids"].shape[1] <= self.processor.tokenizer.num_special_tokens_to_add():
+            raise ValueError(f"The sentence {text!r} is empty. Describe a person.")
+        return dict(inputs)
+
+    def _forward(self, model_inputs, gallery: dict, rerank: int) -> dict:
+        """The order of the images `(texts, images)`, S_G `(texts, images)`, S_L of the first `(texts, rerank)`."""
+        text_embeds = self.model.get_text_features(**model_inputs).pooler_output.float()
+        global_scores = F.normalize(text_embeds, dim=-1).cpu() @ gallery["embeds"].t()
+        order = global_scores.argsort(dim=1, descending=True, stable=True)
+        candidates = order[:, :rerank]
+        local_scores = torch.empty(candidates.shape)
+        used = candidates.unique()
+        for start in range(0, len(used), _IMAGES_AT_ONCE):
+            images = used[start : start + _IMAGES_AT_ONCE]
+            chosen = torch.isin(candidates, images)
+            text_index, image_index = chosen.nonzero()[:, 0], torch.searchsorted(images, candidates[chosen])
+            logits = self.model.match(
+                **model_inputs,
+                image_states=gallery["states"][images].to(self.model.device),
+                text_index=text_index.to(self.model.device),
+                image_index=image_index.to(self.model.device),
+            )
+            local_scores[chosen] = self.model.local_score(logits).float().cpu()
+        best = (global_scores.gather(1, candidates) + local_scores).argsort(dim=1, descending=True, stable=True)
+        order = torch.cat([candidates.gather(1, best), order[:, rerank:]], dim=1)
+        return {"order": order, "global_scores": global_scores, "local_scores": local_scores.gather(1, best)}
+
+    def postprocess(self, model_outputs, top_k: int = 10) -> list[dict]:
+        """The ranking of one sentence."""
+        order, global_scores, local_scores = (
+            model_outputs[name][0] for name in ("order", "global_scores", "local_scores")
+        )
+        ranking = []
+        for rank, index in enumerate(order[:top_k].tolist()):
+            s_g = global_scores[index].item()
+            s_l = local_scores[rank].item() if rank < len(local_scores) else None
+            ranking.append({"index": index, "score": s_g + (s_l or 0), "global_score": s_g, "local_score": s_l})
+        return ranking
+
+
+def _read(images, index: int, timeout: float | None) -> Image.Image:
+    """Image `index`, upright and in colour."""
+    image = os.fspath(images[index]) if isinstance(images[index], os.PathLike) else images[index]
+    try:
+        return load_image(image, timeout=timeout)
+    except Exception as error:  # Pillow, the HTTP client and transformers raise their own
+        name = f", {image[:200]}," if isinstance(image, str) else ""
+        raise ValueError(f"Image {index}{name} cannot be read: {error}. Repair it or leave it out.") from error
+
+
+__all__ = ["CADAPipeline"]

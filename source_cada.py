@@ -1,0 +1,213 @@
+"""The images that an index is made of: files of a folder, files that a list names, or rows of a data set."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+from datasets import DatasetDict, load_dataset, load_from_disk
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from data_cada import undecoded
+
+
+logger = logging.get_logger(__name__)
+
+LISTS = (".csv", ".jsonl")
+PATH_COLUMNS = ("path", "file_name", "image")  # of a list: the first that is there names the image
+RESERVED = ("path", "stamp", "digest", "patches", "feature")  # columns of an index that are no metadata
+
+
+class GalleryError(ValueError):
+    """Something is wrong with an index or its images. The message names the file or argument and the remedy."""
+
+
+class ImageFiles:
+    """Image files: those below a folder, or those that a CSV or JSONL file names."""
+
+    def __init__(self, location: str, root: str | None = None):
+        self.list = Path(location) if Path(location).suffix.lower() in LISTS else None
+        if self.list is None and root is not None:
+            raise GalleryError(f"--root is for a list of paths (CSV, JSONL), but {location} is a folder.")
+        folder = Path(location) if self.list is None else Path(root) if root is not None else self.list.parent
+        if not folder.is_dir():
+            raise GalleryError(f"The folder {folder} does not exist. Give the folder of the images.")
+        self.root = folder.resolve()
+
+    def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
+        """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
+        if self.list is None:
+            names = sorted(self._walk())
+            table = pa.table({"path": pa.array([], pa.string())})
+        else:
+            table = self._read_list()
+            names = table["path"].to_pylist()
+        good, stamps, problems = [], [], []
+        for row, name in enumerate(tqdm(names, desc="Looking for images", unit="image", disable=len(names) < 10_000)):
+            try:
+                name.encode()
+                status = os.stat(self.root / name)
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError("is not a file")
+                if not (self.root / name).resolve().is_relative_to(self.root):
+                    raise OSError(f"is a link that leads out of {self.root}")
+            except UnicodeEncodeError:
+                problems.append((os.fsencode(name).decode(errors="backslashreplace"), "has a name that is not UTF-8"))
+            except OSError as error:
+                problems.append((name, error.strerror or str(error)))
+            else:
+                good.append(row)
+                stamps.append(f"{status.st_size}:{status.st_mtime_ns}")
+        if self.list is None:
+            table = pa.table({"path": pa.array([names[row] for row in good], pa.string())})
+        else:
+            table = table.take(pa.array(good, pa.int64()))
+        table = table.add_column(1, "stamp", pa.array(stamps, pa.string()))
+        return table.sort_by("path"), problems
+
+    def _walk(self) -> Iterator[str]:
+        """Names, relative to the folder, of the files whose ending is of a format that Pillow reads."""
+        Image.init()
+        endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+
+        def stop(error: OSError):
+            raise GalleryError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
+
+        for folder, _, names in os.walk(self.root, onerror=stop):
+            for name in names:
+                if os.path.splitext(name)[1].lower() in endings:
+                    yield (Path(folder) / name).relative_to(self.root).as_posix()
+
+    def _read_list(self) -> pa.Table:
+        """The columns of the CSV or JSONL file that an index keeps; the one that names the image is `path`."""
+        try:
+            if self.list.suffix.lower() == ".csv":
+                table = pa.csv.read_csv(self.list)
+            else:
+                table = pa.json.read_json(self.list)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise GalleryError(f"{self.list} cannot be read as {self.list.suffix[1:].upper()}: {error}") from error
+        named_by = next((name for name in PATH_COLUMNS if name in table.column_names), None)
+        if named_by is None:
+            raise GalleryError(
+                f"{self.list} has no column that names the images: one of {', '.join(PATH_COLUMNS)}. It has "
+                f"{', '.join(table.column_names)}."
+            )
+        names = table[named_by].to_pylist()
+        seen: dict[str, int] = {}
+        for row, name in enumerate(names):
+            if not isinstance(name, str) or not name or "\0" in name:
+                raise GalleryError(f"{self.list}, row {row}: `{named_by}` is {name!r}. Give the path of an image.")
+            if not Path(os.path.normpath(self.root / name)).is_relative_to(self.root):
+                raise GalleryError(
+                    f"{self.list}, row {row}: {name!r} leads out of {self.root}. Give --root, a folder that holds all "
+                    "images, and paths relative to it."
+                )
+            names[row] = name = os.path.relpath(os.path.normpath(self.root / name), self.root)
+            if name in seen:
+                raise GalleryError(f"{self.list}: rows {seen[name]} and {row} name the same image {name!r}.")
+            seen[name] = row
+        return _with_metadata({"path": pa.array(names, pa.string())}, table.drop_columns([named_by]), str(self.list))
+
+    def read(self, path: str) -> bytes:
+        """The bytes of an image. Links that lead out of the folder are refused."""
+        file = (self.root / path).resolve()
+        if not file.is_relative_to(self.root):
+            raise OSError(f"leads out of {self.root}")
+        return file.read_bytes()
+
+
+class ImageRows:
+    """The column `image` of a data set: a folder written by `save_to_disk`, or a name on the Hub."""
+
+    def __init__(self, location: str, split: str | None = None):
+        self.name = location
+        try:
+            loaded = load_from_disk(location) if Path(location).is_dir() else load_dataset(location)
+        except Exception as error:  # the library raises many kinds
+            raise GalleryError(
+                f"{location!r} is no folder, no CSV or JSONL file, and no data set ({type(error).__name__}: {error})."
+            ) from error
+        if isinstance(loaded, DatasetDict):
+            if split not in loaded:
+                raise GalleryError(f"{location} has the splits {', '.join(loaded)}. Choose one with --split.")
+            loaded = loaded[split]
+        if "image" not in loaded.column_names:
+            raise GalleryError(f"{location} has no column `image`. It has {', '.join(loaded.column_names)}.")
+        self.dataset = undecoded(loaded)
+        names = loaded["file_name"] if "file_name" in loaded.column_names else []
+        if len(set(names)) != len(loaded):
+            names = [f"{row:08}" for row in range(len(loaded))]
+        self.row_of = {name: row for row, name in enumerate(names)}
+
+    def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
+        """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
+        stamps, good, problems = [], [], []
+        for name, row in tqdm(self.row_of.items(), desc="Reading images", unit="image", leave=False):
+            try:
+                stamps.append(content_digest(self.read(name)))
+                good.append(row)
+            except OSError as error:
+                problems.append((name, str(error)))
+        others = self.dataset.remove_columns([c for c in ("image", "file_name") if c in self.dataset.column_names])
+        columns = {"path": pa.array(list(self.row_of), pa.string())}
+        if others.column_names:
+            table = _with_metadata(columns, others.flatten().with_format("arrow")[:], self.name)
+        else:
+            table = pa.table(columns)
+        table = table.take(pa.array(good, pa.int64())).add_column(1, "stamp", pa.array(stamps, pa.string()))
+        return table.sort_by("path"), problems
+
+    def read(self, path: str) -> bytes:
+        """The bytes of an image."""
+        image = self.dataset[self.row_of[path]]["image"]
+        return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def _with_metadata(columns: dict[str, pa.Array], table: pa.Table, origin: str) -> pa.Table:
+    """`columns`, and those of `table` that hold one number, string or truth value per row."""
+    left_out = []
+    for name, column in zip(table.column_names, table.columns):
+        if name in RESERVED:
+            raise GalleryError(f"{origin} has a column `{name}`, a name that the index needs. Rename it.")
+        kind = column.type
+        if pa.types.is_boolean(kind):
+            columns[name] = column
+        elif pa.types.is_integer(kind):
+            columns[name] = column.cast(pa.int64())
+        elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            columns[name] = column.cast(pa.float64())
+        elif pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            left_out.append(name)
+        else:  # strings, dates, times
+            columns[name] = column.cast(pa.string())
+    if left_out:
+        logger.warning(f"{origin}: not kept, as they hold more than one value per image: {', '.join(left_out)}.")
+    return pa.table(columns)
+
+
+def open_source(source: dict) -> ImageFiles | ImageRows:
+    """The images of an index, from its record."""
+    location = source["location"]
+    path = Path(location)
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    if path.exists() and not saved:
+        if source["split"] is not None:
+            raise GalleryError(f"--split is for a data set, but {location} is none.")
+        if path.is_file() and path.suffix.lower() not in LISTS:
+            raise GalleryError(f"{location} is neither a folder nor a list ({', '.join(LISTS)}).")
+        return ImageFiles(location, source["root"])
+    if not path.exists() and location.count("/") != 1:  # no name on the Hub; do not search it for a typing error
+        raise GalleryError(f"{location!r} is no folder, no CSV or JSONL file, and no data set. Correct the name.")
+    return ImageRows(location, source["split"])
+
+
+def content_digest(content: bytes) -> str:
+    """SHA-256 of the bytes of an image."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,493 @@
+"""Indexing and searching one's own images: the library and every command, with a tiny model."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import save_tiny_start, tiny_config
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from filelock import FileLock
+from PIL import Image
+
+import gallery_cada
+from evaluation_cada import encode_gallery, encode_queries, score_gallery
+from gallery_cada import GalleryError, build_index, draw_results, main, open_index
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAProcessor
+
+
+ROOT = Path(__file__).parent.parent
+SENTENCES = ["a man in a red coat", "a woman with a blue bag", "somebody without a hat"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_tiny_start(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+def save_images(folder: Path, names, seed: int = 0) -> None:
+    """Noise, so that every image has its own features."""
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng([seed, number]).integers(0, 255, (24, 12, 3), dtype=np.uint8)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).resize((24, 48)).save(folder / name)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    save_images(tmp_path / "images", [f"{number:02}.png" for number in range(10)] + ["sub/a.jpg", "sub/b.jpg"])
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """Number of images in every batch that the model encodes."""
+    sizes, encode = [], CADAForTextToImageRetrieval.get_image_features
+
+    def counting(self, pixel_values, *args, **kwargs):
+        sizes.append(len(pixel_values))
+        return encode(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(CADAForTextToImageRetrieval, "get_image_features", counting)
+    return sizes
+
+
+def build(source, index, model=None, **options):
+    return build_index(source, index, None if model is None else str(model), progress=False, **options)
+
+
+def contents(index: Path) -> dict[str, tuple]:
+    """Everything that an index says about each image."""
+    gallery = open_index(index)
+    names = ["path", "stamp", "digest", *gallery.columns, "feature"]
+    rows = [row for table in gallery.store.tables(names) for row in table.to_pylist()]
+    return {
+        row.pop("path"): (*(row[name] for name in names[1:-1]), np.round(row["feature"], 6).tolist()) for row in rows
+    }
+
+
+def test_search_ranks_as_evaluation_does(checkpoint, folder, tmp_path):
+    changes = build(folder, tmp_path / "index", checkpoint, shard_size=5, batch_size=2)
+    assert (changes.added, changes.changed, changes.removed, changes.unchanged) == (12, 0, 0, 0)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    images = Dataset.from_dict({"image": [str(folder / name) for name in files]}).cast_column("image", ImageFeature())
+    model = CADAForTextToImageRetrieval.from_pretrained(checkpoint).eval()
+    processor = CADAProcessor.from_pretrained(checkpoint)
+    queries = encode_queries(model, processor, SENTENCES, progress=False)
+    global_scores, scores = score_gallery(model, queries, encode_gallery(model, processor, images, progress=False), 3)
+
+    gallery = open_index(tmp_path / "index")
+    rankings = gallery.search(SENTENCES, top=12, rerank=3)
+    for results, row, plain in zip(rankings, scores, global_scores, strict=True):
+        order = row.argsort(descending=True).tolist()
+        assert [result.path for result in results] == [files[index] for index in order]
+        assert [result.stage for result in results] == ["local"] * 3 + ["global"] * 9
+        expected = row[order[:3]].tolist() + plain[order[3:]].tolist()
+        np.testing.assert_allclose([result.score for result in results], expected, atol=5e-4)
+    # By default as many candidates as the configuration says: 3.
+    assert [[result.path for result in results] for results in gallery.search(SENTENCES, top=2)] == [
+        [result.path for result in results[:2]] for results in rankings
+    ]
+    for results, plain in zip(gallery.search(SENTENCES, top=12, rerank=0), global_scores):
+        assert [result.path for result in results] == [files[n] for n in plain.argsort(descending=True).tolist()]
+
+
+def test_an_index_is_brought_up_to_date_and_nothing_is_encoded_twice(checkpoint, folder, tmp_path, encoded):
+    index = tmp_path / "index"
+    build(folder, index, checkpoint, shard_size=5)
+    assert sum(encoded) == 12
+    changes = build(folder, index)
+    assert (changes.added, changes.changed, changes.removed, changes.unchanged) == (0, 0, 0, 12)
+    assert sum(encoded) == 12
+    save_images(folder, ["00.png", "new.png"], seed=7)
+    (folder / "01.png").unlink()
+    (folder / "sub").rename(folder / "moved")
+    encoded.clear()
+    changes = build(folder, index)
+    assert (changes.added, changes.changed, changes.removed, changes.unchanged) == (3, 1, 3, 8)
+    assert sum(encoded) == 4
+    build(folder, tmp_path / "fresh", checkpoint, shard_size=3)
+    assert contents(index) == contents(tmp_path / "fresh")
+    assert list((index / "pending").iterdir()) == []
+    assert len(list(index.glob("table-*"))) == 1
+
+
+def test_damaged_images_are_named_and_do_not_stop_the_run(checkpoint, folder, tmp_path, capsys):
+    whole = (folder / "00.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("no image")
+    index = tmp_path / "index"
+    for _ in range(2):  # a second run names them again
+        changes = build(folder, index, checkpoint, shard_size=4)
+        assert [path for path, _ in changes.unreadable] == ["cut.png", "empty.jpg", "text.png"]
+        assert len(open_index(index)) == 12
+    (folder / "00.png").write_text("damaged since")
+    (folder / "cut.png").write_bytes(whole)
+    assert main(["index", str(folder), "--out", str(index)]) == 0
+    printed = capsys.readouterr()
+    assert "12 images; 1 added, 0 changed, 0 removed, 11 unchanged, 3 unreadable." in printed.out
+    assert [line.split(":")[1].strip() for line in printed.err.splitlines() if line.startswith("unreadable")] == [
+        "00.png",
+        "empty.jpg",
+        "text.png",
+    ]
+    assert "00.png" not in contents(index)
+
+
+def test_a_folder_of_damaged_images_changes_nothing(checkpoint, tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(GalleryError, match="holds no image"):
+        build(tmp_path / "images", tmp_path / "index", checkpoint)
+    (tmp_path / "images" / "text.png").write_text("no image")
+    with pytest.raises(GalleryError, match="None of the 1 images can be read.*text.png"):
+        build(tmp_path / "images", tmp_path / "index", checkpoint)
+    with pytest.raises(GalleryError, match="holds no index"):
+        open_index(tmp_path / "index")
+
+
+# For every moment a child works on an index of its own and is killed there: moments 1 and 2 are before and right after
+# the first file takes its place, 3 and 4 before and after the second, and so on.
+KILL = """
+import os, shutil, signal, sys
+import gallery_cada
+
+folder, model, before, indexes, moments = sys.argv[1:]
+
+def run(moment):
+    count, replace = 0, os.replace
+    def dying(source, target):
+        nonlocal count
+        count += 1
+        if 2 * count - 1 == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if 2 * count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = dying
+    gallery_cada.build_index(folder, f"{indexes}/{moment}", model, shard_size=2, progress=False)
+
+for moment in map(int, moments.split(",")):
+    if before:
+        shutil.copytree(before, f"{indexes}/{moment}")
+    child = os.fork()
+    if child == 0:
+        run(moment)
+        os._exit(0)
+    print(int(os.WIFSIGNALED(os.waitpid(child, 0)[1])))
+"""
+
+
+def kill_at(moments, folder: Path, checkpoint: Path, indexes: Path, before: Path | str = "") -> list[bool]:
+    """Whether each run was killed; their indexes lie in `indexes`, and were `before` when they started."""
+    indexes.mkdir()
+    arguments = [folder, checkpoint, before, indexes, ",".join(map(str, moments))]
+    command = [sys.executable, "-c", KILL, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [line == "1" for line in result.stdout.splitlines()]
+
+
+def test_a_killed_run_leaves_its_shards_to_the_next(checkpoint, folder, tmp_path, encoded):
+    """Six shards of two images, then the table, then the record: eight files, each of which takes its place whole."""
+    build(folder, tmp_path / "fresh", checkpoint)
+    fresh = contents(tmp_path / "fresh")
+    # After the second shard, while the third is written, before the record is replaced, right after.
+    moments = {4: 4, 5: 4, 15: 12, 16: 12}
+    assert kill_at(moments, folder, checkpoint, tmp_path / "killed") == [True] * 4
+    for moment, finished in moments.items():
+        index = tmp_path / "killed" / str(moment)
+        assert (index / "index.json").exists() == (moment == 16)
+        encoded.clear()
+        build(folder, index, checkpoint, shard_size=2)
+        assert sum(encoded) == 12 - finished
+        assert contents(index) == fresh
+        assert {path.name for path in index.iterdir()} - {path.name for path in index.glob("table-*")} == {
+            ".lock",
+            "index.json",
+            "pending",
+        }
+        assert not list(index.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_moment_leaves_the_old_or_the_new_index(checkpoint, folder, tmp_path):
+    """An update with five new images, a changed one and a lost one: three shards, the table, the record."""
+    build(folder, tmp_path / "old", checkpoint)
+    old = contents(tmp_path / "old")
+    save_images(folder, ["00.png", *(f"new/{number}.png" for number in range(5))], seed=3)
+    (folder / "01.png").unlink()
+    build(folder, tmp_path / "new", checkpoint)
+    new = contents(tmp_path / "new")
+    moments = range(1, 12)
+    killed = kill_at(moments, folder, checkpoint, tmp_path / "killed", tmp_path / "old")
+    assert killed == [True] * 10 + [False]
+    for moment in moments:
+        index = tmp_path / "killed" / str(moment)
+        assert contents(index) == (old if moment < 10 else new)
+        build(folder, index, checkpoint)
+        assert contents(index) == new
+        assert not list(index.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_at_random_times_end_in_the_right_index(checkpoint, tmp_path):
+    folder, index = tmp_path / "images", tmp_path / "index"
+    save_images(folder, [f"{number:03}.png" for number in range(120)])
+    command = [sys.executable, "gallery_cada.py", "index", str(folder), "--out", str(index), "--shard-size", "1"]
+    rng, killed = random.Random(0), 0
+    for _ in range(8):
+        run = subprocess.Popen([*command, "--model", str(checkpoint)], cwd=ROOT, stderr=subprocess.DEVNULL)
+        before = len(list((index / "pending").glob("*"))) if index.exists() else 0
+        while run.poll() is None and len(list((index / "pending").glob("*")) if index.exists() else []) <= before:
+            time.sleep(0.005)
+        time.sleep(rng.random() / 5)
+        run.send_signal(signal.SIGKILL)
+        killed += run.wait() == -signal.SIGKILL
+    assert killed > 0
+    build(folder, index, checkpoint)
+    build(folder, tmp_path / "fresh", checkpoint)
+    assert contents(index) == contents(tmp_path / "fresh")
+
+
+def test_two_processes_make_the_same_index(checkpoint, folder, tmp_path):
+    (folder / "text.png").write_text("no image")
+    build(folder, tmp_path / "one", checkpoint, shard_size=2)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["index", str(folder), "--model", str(checkpoint), "--out", str(tmp_path / "two"), "--shard-size", "2"]
+    result = subprocess.run(
+        [*launch, str(ROOT / "gallery_cada.py"), *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("12 images; 12 added, 0 changed, 0 removed, 0 unchanged, 1 unreadable.") == 1
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_another_model_is_refused(checkpoint, folder, tmp_path):
+    index, other = tmp_path / "index", tmp_path / "other"
+    build(folder, index, checkpoint)
+    torch.manual_seed(1)
+    processor = CADAProcessor.from_pretrained(checkpoint)
+    config = tiny_config(text_config={"vocab_size": 30524, "enc_token_id": processor.enc_token_id})
+    CADAForTextToImageRetrieval(config).save_pretrained(other)
+    processor.save_pretrained(other)
+    with pytest.raises(GalleryError, match="holds features of .* other weights"):
+        build(folder, index, other)
+    with pytest.raises(GalleryError, match="other weights"):
+        open_index(index, model=str(other)).search(SENTENCES)
+    with pytest.raises(GalleryError, match="Cannot load the model .*missing"):
+        open_index(index, model=str(tmp_path / "missing")).search(SENTENCES)
+
+
+def test_shards_without_patch_states_are_not_taken_up_where_they_are_wanted(
+    checkpoint, folder, tmp_path, encoded, monkeypatch
+):
+    index = tmp_path / "index"
+
+    def interrupt(self, shards):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gallery_cada._Update, "commit", interrupt)
+        build(folder, index, checkpoint, shard_size=5)
+    assert sum(encoded) == 12
+    build(folder, index, checkpoint, keep_patches=True)
+    assert sum(encoded) == 24
+
+
+def test_metadata_filter_and_follow_the_list(checkpoint, folder, tmp_path, encoded):
+    index, table = tmp_path / "index", folder / "list.csv"
+    table.write_text("path,camera\n" + "".join(f"{number:02}.png,{number % 3}\n" for number in range(10)))
+    build(table, index, checkpoint)
+    gallery = open_index(index)
+    assert gallery.columns == {"camera": "int64"}
+    results = gallery.search(SENTENCES, top=10, where=["camera=1"])
+    assert all({result.path for result in row} == {"01.png", "04.png", "07.png"} for row in results)
+    assert all(result.metadata == {"camera": 1} for row in results for result in row)
+    assert gallery.search(SENTENCES[:1], where=["camera>7"]) == [[]]
+    # Corrected metadata need no encoding.
+    encoded.clear()
+    table.write_text("path,camera\n" + "".join(f"{number:02}.png,{number % 3 + 5}\n" for number in range(10)))
+    build(table, index)
+    assert sum(encoded) == 0
+    assert {result.metadata["camera"] for result in open_index(index).search(SENTENCES[:1], top=10)[0]} == {5, 6, 7}
+
+
+def test_an_image_finds_itself_first(checkpoint, folder, tmp_path):
+    build(folder, tmp_path / "index", checkpoint)
+    gallery = open_index(tmp_path / "index")
+    with Image.open(folder / "07.png") as image:
+        results = gallery.search_image(image, top=3)
+    assert [results[0].path, results[0].stage] == ["07.png", "global"]
+    assert results[0].score == pytest.approx(1, abs=5e-4)
+    assert results[0].score > results[1].score >= results[2].score
+
+
+def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, capsys):
+    build(folder, tmp_path / "plain", checkpoint)
+    build(folder, tmp_path / "kept", checkpoint, keep_patches=True, shard_size=5)
+    # (1 + 8) states of 16 numbers of 2 bytes for 12 images.
+    assert "Patch states of 12 images will take 0.00 GB" in capsys.readouterr().out
+    plain = open_index(tmp_path / "plain").search(SENTENCES, top=3)
+    kept = open_index(tmp_path / "kept").search(SENTENCES, top=3)
+    for first, second in zip(plain, kept, strict=True):
+        assert {result.path for result in first} == {result.path for result in second}
+        by_path = {result.path: result.score for result in first}
+        assert all(abs(by_path[result.path] - result.score) < 5e-3 for result in second)
+    gone = plain[0][0].path
+    (folder / gone).unlink()
+    assert open_index(tmp_path / "kept").search(SENTENCES, top=3) == kept
+    with pytest.raises(GalleryError, match=f"{gone} cannot be read any more.*gallery_cada.py index"):
+        open_index(tmp_path / "plain").search(SENTENCES, top=3)
+    # An update drops shards of which no image is left.
+    for path in [*folder.glob("0*.png")]:
+        path.unlink()
+    before = set((tmp_path / "kept" / "patches").iterdir())
+    build(folder, tmp_path / "kept")
+    assert set((tmp_path / "kept" / "patches").iterdir()) < before
+
+
+def test_milvus_gives_the_same_results(checkpoint, folder, tmp_path):
+    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
+    for store in ("arrow", "milvus"):
+        build(folder, tmp_path / store, checkpoint, store=store)
+    arrow, milvus = (open_index(tmp_path / store) for store in ("arrow", "milvus"))
+    assert len(arrow) == len(milvus) == 12
+    for first, second in zip(arrow.search(SENTENCES, top=5), milvus.search(SENTENCES, top=5), strict=True):
+        assert [(r.path, r.stage) for r in first] == [(r.path, r.stage) for r in second]
+        np.testing.assert_allclose([r.score for r in first], [r.score for r in second], atol=1e-5)
+    (folder / "00.png").unlink()
+    changes = build(folder, tmp_path / "milvus")
+    assert (changes.removed, changes.unchanged, len(open_index(tmp_path / "milvus"))) == (1, 11, 11)
+
+
+def test_commands(checkpoint, folder, tmp_path, capsys):
+    index = str(tmp_path / "index")
+    assert main(["index", str(folder), "--model", str(checkpoint), "--out", index]) == 0
+    assert f"{index}: 12 images; 12 added" in capsys.readouterr().out
+    assert main(["search", index, SENTENCES[0], "--top", "2", "--picture", str(tmp_path / "out" / "found.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = open_index(index).search(SENTENCES[:1], top=2)[0]
+    assert lines[:2] == [SENTENCES[0], "rank   score  path"]
+    assert [line.split() for line in lines[2:4]] == [
+        [str(rank), f"{result.score:.3f}", result.path] for rank, result in enumerate(expected, 1)
+    ]
+    with Image.open(tmp_path / "out" / "found.png") as picture:
+        assert picture.height > 192
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES) + "\n")
+    assert main(["search", index, "--file", str(tmp_path / "sentences.txt"), "--json", "--top", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["query"] for entry in found] == SENTENCES
+    score = pytest.approx(expected[0].score, abs=1e-5)
+    first = {"rank": 1, "path": expected[0].path, "score": score, "stage": "local", "metadata": {}}
+    assert found[0]["results"] == [first]
+    assert main(["search", index, "--image", str(folder / "03.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["results"][0]["path"] == "03.png"
+    assert main(["info", index]) == 0
+    printed = capsys.readouterr().out
+    assert "images            12" in printed and str(folder) in printed and "exact" in printed
+    assert main(["verify", index]) == 0
+    assert "12 images; 0 with problems." in capsys.readouterr().out
+    assert main(["export", index, str(tmp_path / "rows.parquet")]) == 0
+    rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert {row["path"]: tuple(np.round(row["feature"], 6).tolist()) for row in rows} == {
+        path: tuple(values[-1]) for path, values in contents(Path(index)).items()
+    }
+
+
+def test_verify_finds_what_size_and_time_do_not_tell(checkpoint, folder, tmp_path, capsys):
+    build(folder, tmp_path / "index", checkpoint)
+    stamp = (folder / "00.png").stat()
+    content = bytearray((folder / "00.png").read_bytes())
+    content[-20] ^= 1
+    (folder / "00.png").write_bytes(content)
+    os.utime(folder / "00.png", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    (folder / "01.png").unlink()
+    assert main(["verify", str(tmp_path / "index")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "00.png: has changed since it was indexed",
+        "01.png: cannot be read: No such file or directory",
+        "12 images; 2 with problems.",
+    ]
+
+
+def test_the_picture_shows_every_result(checkpoint, folder, tmp_path):
+    build(folder, tmp_path / "index", checkpoint)
+    gallery = open_index(tmp_path / "index")
+    rankings = dict(zip(SENTENCES, gallery.search(SENTENCES, top=4)))
+    pixels = np.asarray(draw_results(gallery, rankings, lambda title, rank, result: (f"{rank}\nx", "red"), height=64))
+    rows = np.array_split(pixels, len(SENTENCES))
+    assert all(row.std() > 30 for row in rows)
+    assert pixels.shape[1] >= 4 * 96
+    with pytest.raises(GalleryError, match="holds no image '../x.png'"):
+        gallery.image("../x.png")
+
+
+def test_one_run_at_a_time(checkpoint, folder, tmp_path):
+    (tmp_path / "index").mkdir()
+    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(GalleryError, match="Another process is writing"):
+        build(folder, tmp_path / "index", checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["index", "IMAGES", "--out", "NEW"], "is a new index. Give the --model"),
+        (["index", "IMAGES", "--out", "NEW", "--model", "IMAGES"], "Cannot load the model"),
+        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--store", "paper"], "--store is 'paper'"),
+        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "x.db"], "--uri is for --store milvus"),
+        (["index", "missing", "--out", "NEW", "--model", "MODEL"], "'missing' is no folder"),
+        (["index", "IMAGES", "--out", "INDEX", "--keep-patches"], "was made with --keep-patches False"),
+        (["search", "NEW", "a man"], "holds no index"),
+        (["search", "INDEX"], "Give sentences"),
+        (["search", "INDEX", "a man", "--image", "x.png"], "Give sentences"),
+        (["search", "INDEX", " . "], "is empty. Describe a person"),
+        (["search", "INDEX", "a man", "--where", "lens=1"], "no column 'lens'"),
+        (["search", "INDEX", "--image", "missing.png"], "missing.png cannot be read"),
+        (["search", "INDEX", "--file", "missing.txt"], "missing.txt cannot be read"),
+        (["search", "INDEX", "a man", "--picture", "x.unknown"], "x.unknown cannot be written"),
+        (["export", "INDEX", "missing/folder/x.parquet"], "missing/folder"),
+    ],
+)
+def test_a_command_explains_what_is_wrong(small_index, arguments, message, capsys):
+    assert main([small_index.get(argument, argument) for argument in arguments]) == 1
+    printed = capsys.readouterr().err
+    last = printed.splitlines()[-1]  # before it a bar may have been drawn
+    assert last.startswith("error: ") and message in last and "Traceback" not in printed
+
+
+@pytest.fixture(scope="module")
+def small_index(checkpoint, tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("small")
+    save_images(folder / "images", ["a.png", "b.png"])
+    build(folder / "images", folder / "index", checkpoint)
+    names = {"IMAGES": "images", "INDEX": "index", "NEW": "new"}
+    return {"MODEL": str(checkpoint), **{name: str(folder / value) for name, value in names.items()}}
+
+
+def test_usage_errors_end_with_status_2(capsys):
+    assert main(["search"]) == 2
+    assert "Missing argument 'index'" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+
+
+def test_a_damaged_record_is_reported(checkpoint, folder, tmp_path):
+    build(folder, tmp_path / "index", checkpoint)
+    (tmp_path / "index" / "index.json").write_text('{"format": 1')
+    with pytest.raises(GalleryError, match="index.json is damaged.*index again"):
+        open_index(tmp_path / "index")

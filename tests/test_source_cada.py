@@ -1,0 +1,159 @@
+"""What an index is made of: folders, lists, data sets."""
+
+import json
+import os
+
+import pyarrow as pa
+import pytest
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from source_cada import GalleryError, content_digest, open_source
+
+
+def picture(path, colour: str = "red") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 8), colour).save(path)
+
+
+def source(location, split=None, root=None):
+    return open_source({"location": str(location), "split": split, "root": root and str(root)})
+
+
+def test_a_folder_gives_every_file_that_pillow_reads(tmp_path):
+    for name in ("b.png", "sub/a.JPG", "sub/deeper/c.webp", "d.bmp"):
+        picture(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    images = source(tmp_path)
+    listing, problems = images.listing()
+    assert listing["path"].to_pylist() == ["b.png", "d.bmp", "sub/a.JPG", "sub/deeper/c.webp"]
+    assert problems == []
+    stamp = os.stat(tmp_path / "b.png")
+    assert listing["stamp"][0].as_py() == f"{stamp.st_size}:{stamp.st_mtime_ns}"
+    assert images.read("sub/a.JPG") == (tmp_path / "sub" / "a.JPG").read_bytes()
+
+
+def test_what_is_no_readable_file_is_named(tmp_path):
+    folder = tmp_path / "images"
+    picture(folder / "good.png")
+    picture(tmp_path / "secret.png")
+    (folder / "out.png").symlink_to(tmp_path / "secret.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "inside.png").symlink_to(folder / "good.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    with open(os.path.join(os.fsencode(folder), b"\xff.png"), "wb"):
+        pass
+    images = source(folder)
+    listing, problems = images.listing()
+    assert listing["path"].to_pylist() == ["good.png", "inside.png"]
+    found = dict(problems)
+    assert set(found) == {"out.png", "gone.png", "pipe.png", "\\xff.png"}
+    assert "leads out" in found["out.png"]
+    assert "not a file" in found["pipe.png"]
+    for path in ("out.png", "../secret.png", str(tmp_path / "secret.png")):
+        with pytest.raises(OSError, match="leads out"):
+            images.read(path)
+
+
+def test_lists_bring_metadata(tmp_path):
+    for name in ("x.png", "sub/y.png"):
+        picture(tmp_path / "images" / name)
+    (tmp_path / "list.csv").write_text(
+        "file_name,camera,height,indoors,day\nsub/y.png,3,1.8,true,2024-05-01\n./x.png,,1.7,false,\n"
+    )
+    (tmp_path / "list.jsonl").write_text(
+        '{"path": "x.png", "camera": null, "tags": ["a"]}\n{"path": "sub/y.png", "camera": 3, "tags": []}\n'
+    )
+    listing, problems = source(tmp_path / "list.csv", root=tmp_path / "images").listing()
+    assert problems == []
+    assert listing.drop_columns(["stamp"]).to_pylist() == [
+        {"path": "sub/y.png", "camera": 3, "height": 1.8, "indoors": True, "day": "2024-05-01"},
+        {"path": "x.png", "camera": None, "height": 1.7, "indoors": False, "day": None},
+    ]
+    listing, _ = source(tmp_path / "list.jsonl", root=tmp_path / "images").listing()
+    assert listing.drop_columns(["stamp"]).to_pylist() == [
+        {"path": "sub/y.png", "camera": 3},
+        {"path": "x.png", "camera": None},
+    ]
+    _, problems = source(tmp_path / "list.csv").listing()  # beside the list there is nothing
+    assert [path for path, _ in problems] == ["sub/y.png", "x.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,camera\nx.png,1\n", "no column that names the images.*name, camera"),
+        ("path,camera\n../x.png,1\n", "row 0: '../x.png' leads out.*--root"),
+        ("path,camera\n/etc/passwd,1\n", "row 0: '/etc/passwd' leads out"),
+        ("path,camera\nx.png,1\n./x.png,2\n", "rows 0 and 1 name the same image"),
+        ("path,camera\nx.png,1\n,2\n", "row 1: `path` is"),
+        ("path,stamp\nx.png,1\n", "column `stamp`.*Rename"),
+        ("path,camera\nx.png,1\ny.png\n", "cannot be read as CSV"),
+        ("", "cannot be read as CSV"),
+    ],
+)
+def test_wrong_lists_are_explained(tmp_path, text, message):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(GalleryError, match=message):
+        source(tmp_path / "list.csv").listing()
+
+
+def test_wrong_places_are_explained(tmp_path):
+    picture(tmp_path / "x.png")
+    with pytest.raises(GalleryError, match="neither a folder nor a list"):
+        source(tmp_path / "x.png")
+    with pytest.raises(GalleryError, match="--root is for a list"):
+        source(tmp_path, root=tmp_path)
+    with pytest.raises(GalleryError, match="--split is for a data set"):
+        source(tmp_path, split="test")
+    with pytest.raises(GalleryError, match="no folder, no CSV or JSONL file, and no data set"):
+        source(tmp_path / "missing")
+
+
+def test_a_data_set_gives_rows(tmp_path):
+    for number, colour in enumerate(("red", "blue", "green")):
+        picture(tmp_path / f"{number}.png", colour)
+    rows = {
+        "image": [str(tmp_path / f"{number}.png") for number in (2, 0, 1)],
+        "captions": [["x"]] * 3,
+        "file_name": ["c", "a", "b"],
+        "person_id": [2, 0, 1],
+        "attributes": [{"sex": "man"}, {"sex": "woman"}, {"sex": None}],
+    }
+    features = Features(
+        {
+            "image": ImageFeature(),
+            "captions": [Value("string")],
+            "file_name": Value("string"),
+            "person_id": Value("int64"),
+            "attributes": {"sex": Value("string")},
+        }
+    )
+    dataset = Dataset.from_dict(rows, features=features)
+    DatasetDict(test=dataset).save_to_disk(tmp_path / "saved")
+    images = source(tmp_path / "saved", split="test")
+    listing, problems = images.listing()
+    content = (tmp_path / "0.png").read_bytes()
+    assert problems == []
+    assert listing.slice(0, 1).to_pylist() == [
+        {"path": "a", "stamp": content_digest(content), "person_id": 0, "attributes.sex": "woman"}
+    ]
+    assert images.read("a") == content
+    with pytest.raises(GalleryError, match="has the splits test.*--split"):
+        source(tmp_path / "saved")
+    dataset.remove_columns(["file_name"]).save_to_disk(tmp_path / "unnamed")
+    listing, _ = source(tmp_path / "unnamed").listing()
+    assert listing["path"].to_pylist() == ["00000000", "00000001", "00000002"]
+    dataset.remove_columns(["image"]).save_to_disk(tmp_path / "blind")
+    with pytest.raises(GalleryError, match="no column `image`"):
+        source(tmp_path / "blind")
+
+
+def test_columns_of_lists_keep_their_types(tmp_path):
+    picture(tmp_path / "x.png")
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": "x.png", "a": 1, "b": 1.5, "c": True, "d": "t"}) + "\n")
+    listing, _ = source(tmp_path / "list.jsonl").listing()
+    types = [listing.schema.field(name).type for name in "abcd"]
+    assert types == [pa.int64(), pa.float64(), pa.bool_(), pa.string()]

@@ -1,0 +1,253 @@
+"""Storage of an index: search equals a plain computation, in both stores."""
+
+import operator
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import store_cada
+from source_cada import GalleryError
+from store_cada import ArrowStore, Condition, MilvusStore, feature_column, parse_conditions, whole_file
+
+
+DIMENSION = 8
+PLAIN = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+def unit_vectors(count: int, seed: int, dimension: int = DIMENSION) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((count, dimension)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors.astype(np.float16).astype(np.float32)  # as a store keeps them
+
+
+def tables(paths: list[str], features: np.ndarray, **metadata: list) -> tuple[pa.Table, pa.Table]:
+    """A listing, and the encoded rows of its images."""
+    stamps = [f"stamp of {path}" for path in paths]
+    listing = pa.table({"path": paths, "stamp": stamps, **metadata})
+    encoded = pa.table(
+        {
+            "path": paths,
+            "stamp": stamps,
+            "digest": [f"digest of {path}" for path in paths],
+            "patches": pa.array([None] * len(paths), pa.string()),
+            "feature": feature_column(features),
+        }
+    )
+    return listing, encoded
+
+
+def new_store(kind, folder: Path, columns: dict[str, str] | None = None, **changes):
+    record = {"dimension": DIMENSION, "columns": columns or {}, "uri": str(folder / "milvus.db"), "collection": "test"}
+    return kind(folder, {**record, **changes})
+
+
+def written(store, listing: pa.Table, encoded: pa.Table):
+    """The store after a write, opened again."""
+    changes = store.write(listing, encoded)
+    return type(store)(getattr(store, "folder", None), {**store.record, **changes})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 60),
+    queries=st.integers(1, 4),
+    k=st.integers(1, 70),
+    rows_at_once=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+def test_exact_search_is_a_sorted_matrix_product(count, queries, k, rows_at_once, seed):
+    features, asked = unit_vectors(count, seed), torch.from_numpy(unit_vectors(queries, seed + 1))
+    paths = [f"{number:03}.png" for number in range(count)]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_cada, "_ROWS_AT_ONCE", rows_at_once)
+        store = written(new_store(ArrowStore, Path(folder)), *tables(paths, features))
+        found = store.search(asked, k)
+    expected = asked.numpy() @ features.T
+    for hits, scores in zip(found, expected, strict=True):
+        order = np.argsort(-scores, kind="stable")[:k]
+        assert [row["path"] for _, row in hits] == [paths[number] for number in order]
+        np.testing.assert_allclose([score for score, _ in hits], scores[order], atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cameras=st.lists(st.none() | st.integers(0, 4), min_size=1, max_size=30),
+    symbol=st.sampled_from(sorted(PLAIN)),
+    value=st.integers(-1, 5),
+    k=st.integers(1, 35),
+)
+def test_conditions_count_before_ranking(cameras, symbol, value, k):
+    features, asked = unit_vectors(len(cameras), 1), torch.from_numpy(unit_vectors(1, 2))
+    paths = [f"{number:03}.png" for number in range(len(cameras))]
+    with tempfile.TemporaryDirectory() as folder:
+        listing, encoded = tables(paths, features, camera=pa.array(cameras, pa.int64()))
+        store = written(new_store(ArrowStore, Path(folder), {"camera": "int64"}), listing, encoded)
+        hits = store.search(asked, k, parse_conditions([f"camera{symbol}{value}"], store.record["columns"]))[0]
+    scores = (asked.numpy() @ features.T)[0]
+    fits = [n for n, camera in enumerate(cameras) if camera is not None and PLAIN[symbol](camera, value)]
+    assert [row["path"] for _, row in hits] == [paths[n] for n in sorted(fits, key=lambda n: -scores[n])[:k]]
+
+
+def test_conditions_are_typed():
+    columns = {"camera": "int64", "height": "float64", "indoors": "bool", "day": "string"}
+    assert parse_conditions(["camera=3", "height <= 1.8", "indoors=true", "day!=2024-05-01"], columns) == [
+        Condition("camera", "=", 3),
+        Condition("height", "<=", 1.8),
+        Condition("indoors", "=", True),
+        Condition("day", "!=", "2024-05-01"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("camera", "no operator"),
+        ("lens=3", "no column 'lens'.*camera"),
+        ("camera=three", "of type int64.*'three'"),
+        ("camera=", "of type int64"),
+        ("indoors=maybe", "of type bool"),
+    ],
+)
+def test_wrong_conditions_are_explained(condition, message):
+    with pytest.raises(GalleryError, match=message):
+        parse_conditions([condition], {"camera": "int64", "indoors": "bool"})
+
+
+def test_half_written_files_do_not_replace_whole_ones(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("whole")
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_text("ha")
+        raise RuntimeError("interrupted")
+    assert path.read_text() == "whole"
+    with whole_file(path) as temporary:
+        temporary.write_text("new")
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir() if found.name == "file"] == [
+        ("file", "new")
+    ]
+
+
+@pytest.fixture(params=[ArrowStore, MilvusStore])
+def kind(request):
+    if request.param is MilvusStore:
+        pytest.importorskip("pymilvus", reason="the extra milvus is not installed")
+        pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
+    return request.param
+
+
+def test_a_store_keeps_what_is_left_and_takes_what_is_new(kind, tmp_path):
+    """Three images; then `a` is gone, `b` stays with other metadata, `c` has changed, `d` is new."""
+    features = unit_vectors(4, 0)
+    columns = {"camera": "int64", "day": "string"}
+    first = tables(["a", "b", "c"], features[:3], camera=[1, 2, 3], day=["mon", "tue", None])
+    store = written(new_store(kind, tmp_path, columns), *first)
+    assert len(store) == 3
+    assert store.known() == {name: f"stamp of {name}" for name in "abc"}
+    assert store.find("b") == {"path": "b", "patches": None, "camera": 2, "day": "tue"}
+    assert store.find("x") is None
+
+    _, encoded = tables(["c", "d"], -features[2:])
+    encoded = encoded.set_column(1, "stamp", [["new", "stamp of d"]])
+    listing = pa.table(
+        {"path": ["b", "c", "d"], "stamp": ["stamp of b", "new", "stamp of d"], "camera": [7, 3, 4], "day": ["x"] * 3}
+    )
+    store = written(store, listing, encoded)
+    assert store.known() == {"b": "stamp of b", "c": "new", "d": "stamp of d"}
+    rows = [row for table in store.tables(["path", "digest", "camera", "feature"]) for row in table.to_pylist()]
+    assert {row["path"]: (row["digest"], row["camera"]) for row in rows} == {
+        "b": ("digest of b", 7),
+        "c": ("digest of c", 3),
+        "d": ("digest of d", 4),
+    }
+    kept = {row["path"]: row["feature"] for row in rows}
+    np.testing.assert_allclose([kept[name] for name in "bcd"], [features[1], -features[2], -features[3]], atol=1e-6)
+
+    asked = torch.from_numpy(-features[2:3])
+    (score, row), *_ = store.search(asked, 2)[0]
+    assert (row["path"], row["camera"]) == ("c", 3)
+    assert score == pytest.approx(1, abs=5e-4)
+    conditions = parse_conditions(["camera>3", "day=x"], columns)
+    assert {row["path"] for _, row in store.search(asked, 5, conditions)[0]} == {"b", "d"}
+
+
+def test_both_stores_fulfil_conditions_alike(tmp_path):
+    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
+    count = 40
+    features, asked = unit_vectors(count, 3), torch.from_numpy(unit_vectors(3, 4))
+    metadata = {
+        "camera": [None if n % 7 == 0 else n % 4 for n in range(count)],
+        "height": [1.5 + n / 100 for n in range(count)],
+        "indoors": [n % 2 == 0 for n in range(count)],
+        "attributes.sex": ["man" if n % 3 else 'wo"man' for n in range(count)],
+    }
+    columns = {"camera": "int64", "height": "float64", "indoors": "bool", "attributes.sex": "string"}
+    data = tables([f"{n:03}" for n in range(count)], features, **metadata)
+    arrow, milvus = (written(new_store(kind, tmp_path, columns), *data) for kind in (ArrowStore, MilvusStore))
+    for where in (
+        [],
+        ["camera=2"],
+        ["camera!=2"],
+        ["camera<=1", "height>1.6"],
+        ["indoors=true"],
+        ['attributes.sex=wo"man'],
+        ["attributes.sex!=man", "camera>1"],
+        ["camera=99"],
+    ):
+        conditions = parse_conditions(where, columns)
+        results = [store.search(asked, 6, conditions) for store in (arrow, milvus)]
+        names = [[[row["path"] for _, row in hits] for hits in result] for result in results]
+        assert names[0] == names[1], where
+        for first, second in zip(*results):
+            assert [row for _, row in first] == [row for _, row in second]
+            np.testing.assert_allclose([s for s, _ in first], [s for s, _ in second], atol=1e-5)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF16,Flat"])
+def test_approximate_search_finds_nearly_all_and_scores_exactly(factory, tmp_path):
+    pytest.importorskip("faiss", reason="the extra gallery is not installed")
+    features, asked = unit_vectors(1000, 5), torch.from_numpy(unit_vectors(20, 6))
+    data = tables([f"{n:04}" for n in range(1000)], features)
+    store = written(new_store(ArrowStore, tmp_path, approximate=factory), *data)
+    assert (tmp_path / store.record["faiss"]).is_file()
+    plain = asked.numpy() @ features.T
+    shares = []
+    for hits, scores in zip(store.search(asked, 10), plain, strict=True):
+        found = [int(row["path"]) for _, row in hits]
+        np.testing.assert_allclose([score for score, _ in hits], scores[found], atol=1e-6)
+        shares.append(len(set(found) & set(np.argsort(-scores)[:10].tolist())) / 10)
+    # Of 16 lists one is visited, of random vectors: a quarter or so. The others have to be near exact.
+    assert np.mean(shares) >= (0.1 if factory.startswith("IVF") else 0.99)
+
+
+def test_faiss_errors_name_the_factory(tmp_path):
+    pytest.importorskip("faiss", reason="the extra gallery is not installed")
+    data = tables(["a", "b"], unit_vectors(2, 0))
+    for factory in ("Nonsense", "IVF1024,Flat"):
+        with pytest.raises(GalleryError, match=f"(?s)'{factory}' over 2 images.*--approximate"):
+            new_store(ArrowStore, tmp_path, approximate=factory).write(*data)
+
+
+def test_a_damaged_table_is_reported(tmp_path):
+    store = written(new_store(ArrowStore, tmp_path), *tables(["a"], unit_vectors(1, 0)))
+    (tmp_path / store.record["table"]).write_bytes(b"no table")
+    with pytest.raises(GalleryError, match="table-.*damaged.*index again"):
+        ArrowStore(tmp_path, store.record)
+
+
+def test_milvus_that_cannot_be_reached_is_reported(tmp_path):
+    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
+    with pytest.raises(GalleryError, match="Cannot open Milvus at .*--uri"):
+        new_store(MilvusStore, tmp_path, uri=str(tmp_path / "missing" / "folder" / "x.db"))
