@@ -11,7 +11,7 @@ export MALLOC_MMAP_MAX_ := 0
 
 .PHONY: demo test test-slow style clean
 
-demo: $(STAMP)
+demo: .venv/.installed-demo
 	$(BIN)/python demo_cada.py
 
 test: $(COMMON_TESTS)
@@ -23,11 +23,14 @@ test-slow: $(COMMON_TESTS)
 style: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-$(STAMP): constraints.txt setup.cfg
+# The demo needs little; tests and benchmarks need every extra.
+.venv/.installed-demo: EXTRAS := gallery
+$(STAMP): EXTRAS := app,benchmarks,gallery,milvus,onnx,test
+.venv/.installed-demo $(STAMP): constraints.txt setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[app,benchmarks,gallery,milvus,onnx,test]"
-	touch $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@
 
 $(COMMON_TESTS): $(STAMP)
 	rm -rf $@ $@.tmp && mkdir -p $@.tmp

@@ -144,7 +144,7 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, lis
     if not os.path.isdir(root):
         raise DataError(f"{data_dir} holds no folder imgs/ with the images of {pedes.title}. Put the images there.")
     splits: dict[str, list[dict]] = {split: [] for split in pedes.counts}
-    rows_of_names: dict[str, int] = {}
+    rows_of_names: dict[str, list[int]] = {}
     for row, record in enumerate(_read_records(annotation_file)):
         where = f"{annotation_file}, row {row}"
         if not isinstance(record, dict):
@@ -164,12 +164,7 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, lis
                 f"{where}: unknown split {record['split']!r}. {pedes.title} has {', '.join(splits)}. Correct the row."
             )
         path = _image_path(record[pedes.path_key], root, where)
-        first = rows_of_names.setdefault(os.path.normpath(path), row)
-        if first != row:
-            raise DataError(
-                f"{where}: the image {record[pedes.path_key]!r} stands in row {first} already. It would count twice "
-                "in every score. Take one of the rows out."
-            )
+        rows_of_names.setdefault(os.path.normpath(path), []).append(row)
         splits[record["split"]].append(
             {
                 "path": str(path),
@@ -178,6 +173,12 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, lis
                 "file_name": record[pedes.path_key],
                 "row": row,
             }
+        )
+    repeated = [rows for rows in rows_of_names.values() if len(rows) > 1]
+    if repeated:
+        logger.warning(
+            f"{annotation_file}: {len(repeated)} image(s) stand in several rows, the first in rows "
+            f"{', '.join(map(str, repeated[0]))}. Each row counts in training and in every score."
         )
     for split, rows in splits.items():
         if not rows:

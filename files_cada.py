@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -170,6 +171,24 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             _remove_folder(temporary)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, which loses its name first: nobody finds a part of it."""
+    hidden = folder.parent / ".deleted"
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def replace_folder(written: Path, folder: Path) -> None:
+    """Give the folder `written` the name `folder` once all is on the disk, in place of what has it now."""
+    for path in written.rglob("*"):
+        if path.is_file():
+            _flush(path)
+    if folder.exists():
+        remove_folder(folder)
+    written.rename(folder)
 
 
 def _remove_folder(folder: Path) -> None:

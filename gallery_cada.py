@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -51,6 +51,7 @@ from store_cada import STORES, feature_column, feature_type, parse_conditions, w
 
 RECORD, PENDING, PATCHES, LOCK = "index.json", "pending", "patches", ".lock"
 FORMAT = 1
+_IMAGES_AT_ONCE = 16  # whose patch states are in memory for re-ranking
 _WAIT = datetime.timedelta(days=7)  # for the slowest process; a dead one ends the others anyway
 
 
@@ -563,21 +564,23 @@ class GalleryIndex:
         config = self.model.config.vision_config
         patches = config.grid_size[0] * config.grid_size[1]
         empty = torch.empty(0, 1 + patches, config.hidden_size, dtype=self.model.dtype)
-        gallery = Gallery(torch.empty(0), empty, lambda numbers: self._states([unique[number] for number in numbers]))
-        with tqdm(total=padded.numel(), desc="Re-ranking", unit="pair", leave=False, delay=2) as bar:
-            scores = match_candidates(self.model, queries, gallery, padded, progress=bar)
+        size = _IMAGES_AT_ONCE
+
+        def encode(batches: list[int]) -> Iterator[torch.Tensor]:
+            return (self._states(unique[batch * size : (batch + 1) * size]) for batch in batches)
+
+        gallery = Gallery(torch.empty(0), empty, batch_size=size, encode=encode)
+        scores = match_candidates(self.model, queries, gallery, padded, progress=padded.numel() > 1000)
         return [row[: len(numbers)] for row, numbers in zip(scores.tolist(), table)]
 
     def _states(self, rows: list[dict]) -> torch.Tensor:
         """Patch states `(rows, 1 + patches, hidden)`: kept ones, or of the image files."""
         if self.record["keep_patches"]:
             return torch.stack([self._kept_states(row) for row in rows])
-        states = []
-        for start in range(0, len(rows), 64):
-            images = [self._decode(row["path"], self._size) for row in rows[start : start + 64]]
-            pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"]
-            states.append(self.model.encode_images(pixel_values.to(self.model.device)).cpu())
-        return torch.cat(states)
+        images = [self._decode(row["path"], self._size) for row in rows]
+        pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            return self.model.encode_images(pixel_values.to(self.model.device)).cpu()
 
     def _kept_states(self, row: dict) -> torch.Tensor:
         name, number = row["patches"].split("/")

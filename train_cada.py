@@ -59,6 +59,8 @@ from files_cada import (
     make_output_folder,
     parse_json,
     read_json,
+    remove_folder,
+    replace_folder,
     report_argument,
     run_command,
 )
@@ -81,7 +83,7 @@ from publish_cada import (
 logger = logging.get_logger(__name__)
 
 LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
-UNFINISHED, DELETED = ".unfinished", ".deleted"  # folders beside the checkpoints
+UNFINISHED = ".unfinished"  # folder of the checkpoint that is being written, beside the others
 
 
 class TrainingError(CADAError):
@@ -280,25 +282,6 @@ class SaveOnSigterm(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.previous is not None:
             signal.signal(signal.SIGTERM, self.previous)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder, which loses its name first: nobody finds a part of it."""
-    hidden = folder.parent / DELETED
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def replace_folder(written: Path, folder: Path) -> None:
-    """Give the folder `written` the name `folder` once all is on the disk, in place of what has it now."""
-    for path in [*written.rglob("*"), written]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    if folder.exists():
-        remove_folder(folder)
-    written.rename(folder)
 
 
 class EpochLoader(torch.utils.data.DataLoader):

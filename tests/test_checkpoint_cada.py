@@ -332,7 +332,9 @@ def with_own_code(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("form", [None, without_safetensors, as_blip, with_own_code], ids=lambda form: str(form)[:30])
+@pytest.mark.parametrize(
+    "form", [None, without_safetensors, as_blip, with_own_code], ids=lambda form: getattr(form, "__name__", "as saved")
+)
 def test_no_command_runs_code_of_a_checkpoint(trap, form, tmp_path, capsys):
     folder, marker = trap
     if form is not None:
