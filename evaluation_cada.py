@@ -143,6 +143,7 @@ class Gallery:
                 if image not in kept:
                     while number < image // self.batch_size:
                         number, states = next(encoded)
+                        states = states.to(self.states)
                 rows.append(self.states[image - self.first] if image in kept else states[image % self.batch_size])
             yield torch.stack(rows)
 

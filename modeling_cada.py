@@ -172,7 +172,7 @@ class CADAAttention(nn.Module):
                 **kwargs,
             )
 
-        if len(query) == 0:  # a process without rows in the last batch; kernels refuse that. Gradients are zero
+        if query.shape[0] == 0:  # a process without rows in the last batch; kernels refuse that. Gradients are zero
             output, weights = query + 0 * (key.sum() + value.sum()), None
         elif isinstance(key_value_index, list):  # the queries that read one row are one long query
             runs = zip(query.split(key_value_index), key.split(1), value.split(1))

@@ -6,7 +6,7 @@ from datasets import Dataset
 from PIL import Image
 
 import demo_cada
-from demo_cada import SENTENCES, build_start, compare, draw_results
+from demo_cada import SENTENCES, build_start, compare, search
 from drawn_cada import ATTRIBUTES, IMAGE_SIZE, load_drawn
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
@@ -66,7 +66,8 @@ def test_table_stands_between_chance_and_ceiling():
 
 def test_picture_shows_ranked_images_of_every_sentence(splits, tmp_path):
     build_start(splits, tmp_path / "model", seed=0)
-    draw_results(splits["test"], tmp_path / "model", tmp_path / "results.png")
+    splits.save_to_disk(tmp_path / "drawn")
+    search(tmp_path)
     with Image.open(tmp_path / "results.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
     assert pixels.shape[1] > demo_cada.TOP * 2 * IMAGE_SIZE[1]
