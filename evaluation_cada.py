@@ -210,7 +210,10 @@ def encode_gallery(
 
     def load(batches: list[int]) -> Iterator[torch.Tensor]:
         indices = [list(range(starts[batch], min(starts[batch] + batch_size, len(images)))) for batch in batches]
-        loader = torch.utils.data.DataLoader(images, batch_sampler=indices, num_workers=num_workers)
+        # A generator of its own: an evaluation leaves the random numbers of a training as they were.
+        loader = torch.utils.data.DataLoader(
+            images, batch_sampler=indices, num_workers=num_workers, generator=torch.Generator()
+        )
         return (pixel_values.to(device) for pixel_values in loader)
 
     states = torch.empty(kept, 1 + rows * columns, vision.hidden_size, dtype=dtype)

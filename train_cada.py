@@ -270,8 +270,12 @@ class SaveOnSigterm(TrainerCallback):
             received = torch.tensor(int(self.received), device=args.device)
             dist.all_reduce(received, dist.ReduceOp.MAX)
             self.received = bool(received)
-        # The end of an epoch evaluates and saves by itself. A checkpoint before that would leave the evaluation out.
-        if self.received and not (args.save_strategy == "epoch" and state.epoch % 1 == 0):
+        # At the end of an epoch first comes its evaluation, which a checkpoint before it would leave out.
+        if self.received and state.epoch % 1 != 0:
+            control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.received:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
@@ -402,6 +406,8 @@ class CADATrainer(Trainer):
                 "--resume_from_checkpoint last."
             ) from error
         finally:
+            if args.should_save:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
             self._unfinished, args.save_total_limit = None, limit
 
     def _delete_old_checkpoints(self, folder: Path) -> None:
