@@ -26,6 +26,8 @@ import transformers
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.image_utils import SizeDict
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -295,6 +297,25 @@ class EpochLoader(torch.utils.data.DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
+def whole_model(model: CADAForTextToImageRetrieval) -> CADAForTextToImageRetrieval:
+    """
+    The model itself, or where FSDP2 shares out its weights, a copy with all of them; to be called in all processes.
+    FSDP2 gathers weights in calls that all processes make alike, but an evaluation calls in each of them as often as
+    its part of the images needs.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    weights = model.state_dict()
+    with torch.device("meta"):
+        whole = CADAForTextToImageRetrieval(model.config)
+    whole.load_state_dict(
+        {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in weights.items()},
+        assign=True,
+    )
+    whole.tie_weights()
+    return whole
+
+
 class CADATrainer(Trainer):
     """
     `Trainer` for CADA: logs every loss part, anneals the negatives of ATP, and evaluates by retrieval.
@@ -465,7 +486,7 @@ class CADATrainer(Trainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         with self.accelerator.autocast():
             metrics = evaluate_retrieval(
-                self.accelerator.unwrap_model(self.model),
+                whole_model(self.accelerator.unwrap_model(self.model)),
                 self.processing_class,
                 dataset,
                 batch_size=self.args.eval_batch_size,
@@ -701,7 +722,7 @@ def describe_evaluation(
         "captions_per_image": data.captions_per_image,
         "unreadable_images_skipped": data.skip_unreadable,
         "metrics": {k: v for k, v in plain.items() if k in names or k.startswith(("global_", "local_"))},
-        "weights": model_digest(trainer.accelerator.unwrap_model(trainer.model)),
+        "weights": model_digest(whole_model(trainer.accelerator.unwrap_model(trainer.model))),
         **environment(trainer.args.world_size),
     }
 

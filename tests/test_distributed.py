@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import save_colour_set, save_tiny_start
+from conftest import bert_tokenizer, save_colour_set, save_tiny_start, tiny_batch, tiny_processor
+from datasets import load_from_disk
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import train_cada
+from evaluation_cada import evaluate_retrieval
+from modeling_cada import CADAForTextToImageRetrieval
+from publish_cada import model_digest
+from train_cada import whole_model
 
 
 PAIRS = 19  # two batches of 8 and one of 3: of four processes, one gets nothing of the last batch
@@ -110,3 +118,53 @@ def test_several_processes_equal_one(single, processes):
     run_in_processes(processes, runs)
     for number in range(len(CASES)):
         assert_equal_runs(single / f"1_{number}", single / f"{processes}_{number}")
+
+
+def sharded_process(rank: int, folder: str, start: str) -> None:
+    """A step and an evaluation with weights, gradients and images shared out."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    model, results = CADAForTextToImageRetrieval.from_pretrained(start), []
+    # As accelerate does with recipes/accelerate/fsdp2.yaml.
+    layers = (*model.cada.vision_model.layers, *model.cada.text_model.layers)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    fully_shard([words, head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+    for chunk_size in (None, 2):
+        model.zero_grad()
+        batch = {name: values[rank::2] for name, values in tiny_batch(length=13).items()}
+        loss = model(**batch, chunk_size=chunk_size).loss
+        loss.backward()
+        grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+        results.append((loss.item(), grads))
+    rows = load_from_disk(Path(folder).parent / "data")["test"]
+    whole = whole_model(model)
+    scores = evaluate_retrieval(whole, tiny_processor(bert_tokenizer()), rows, batch_size=2, progress=False)
+    digest = model_digest(whole)
+    model(**batch, chunk_size=2).loss.backward()  # training goes on afterwards
+    torch.save((results, scores, digest), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_equal_whole_ones(folder, tmp_path_factory):
+    """FSDP2 with two processes: gradients of the joint batch to 1e-5, the scores to the bit."""
+    shared = folder / "shared"
+    shared.mkdir()
+    mp.spawn(sharded_process, args=(str(shared), str(folder / "start")), nprocs=2)
+    model = CADAForTextToImageRetrieval.from_pretrained(folder / "start")
+    halves = [{name: values[rank::2] for name, values in tiny_batch(length=13).items()} for rank in range(2)]
+    loss = model(**{name: torch.cat([half[name] for half in halves]) for name in halves[0]}).loss
+    loss.backward()
+    rows = load_from_disk(folder / "data")["test"]
+    scores = evaluate_retrieval(model, tiny_processor(bert_tokenizer()), rows, batch_size=2, progress=False)
+    saved = [torch.load(shared / f"{rank}.pt") for rank in range(2)]
+    for (_, found, digest), chunked in zip(saved, (0, 1)):
+        assert found == scores
+        assert digest == model_digest(model)
+        assert sum(results[chunked][0] for results, *_ in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
+        for name, parameter in model.named_parameters():
+            got = saved[0][0][chunked][1][name]
+            torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-5, msg=name)
