@@ -154,17 +154,17 @@ def projection(rows: list[tuple]) -> list[str]:
         "",
         f"From the line of {count:,} images, times {times:.0f}:",
         "",
-        f"- **This table, exact:** {times * disk:.0f} GB on disk, {times * taken['best']:.1f} s per query on two "
-        "cores, as the scan is bound by memory. Too slow, and the update holds all paths in memory "
+        f"- **This table, exact:** {times * disk:.0f} GB on disk, {times * taken['best']:.1f} s per query with "
+        "these threads, as the scan is bound by memory. Too slow, and the update holds all paths in memory "
         f"({times * (build_peak - taken['imports']):.0f} GB). One index should stay below some 10 million.",
         "- **A Milvus cluster:** vectors in float32 take 102 GB; `IVF_SQ8` 26 GB; `HNSW` with M = 16 another 13 GB "
         "on top of the vectors. Paths, digests and metadata: some 25 GB at 250 bytes per image. With `IVF_SQ8`: two "
         "query nodes of 32 GB and one copy. With `HNSW`: eight nodes of 32 GB.",
         "- **A query there:** 65,536 lists of which 64 are visited are 0.1 % of the rows, 100,000 products. That is "
-        "the line of 100,000 images, a few milliseconds, plus the network: 10 to 20 ms. Assumes lists of equal size and a "
-        "gallery of persons, not of random vectors.",
-        "- **Encoding:** 117 ms per image on two cores at base size ([speed_cpu.md](speed_cpu.md)) would be 135 days. At "
-        "an assumed 1,000 images per second and GPU: 28 hours on one, 3.5 on eight.",
+        "the line of 100,000 images, a few milliseconds, plus the network: 10 to 20 ms. Assumes lists of equal size "
+        "and a gallery of persons, not of random vectors.",
+        "- **Encoding:** 117 ms per image on two cores at base size ([speed_cpu.md](speed_cpu.md)) would be 135 days. "
+        "At an assumed 1,000 images per second and GPU: 28 hours on one, 3.5 on eight.",
         "- **Commands:** ten indexes of 10 million images (by camera, by month), each with its collection in the "
         "same cluster: `index ... --store milvus --uri http://... --approximate IVF_SQ8`. Local matching reads 32 "
         "images per query, whatever the size.",
@@ -223,14 +223,14 @@ def main() -> None:
         *" ".join(__doc__.split("\n\n")[2].split()).split("\n"),
         "",
         f"Best {TOP} images. Time of a query: the best, median and worst of {QUERIES}, one at a time, files in the "
-        f"page cache; *together* is the time per query where {QUERIES + WARM_UP} are asked at once. *First* is opening the "
-        "index and the first query. Memory is the peak of the process, with the pages of the mapped file; "
+        f"page cache; *together* is the time per query where {QUERIES + WARM_UP} are asked at once. *First* is "
+        "opening the index and the first query. Memory is the peak of the process, with the pages of the mapped file; "
         f"{taken['imports']:.2f} GB of it are the imported libraries. Recall: share of the exact four (ten) best that "
         "is found; the four are the images of the person, the others are strangers who resemble nobody, which is hard "
         "for an inverted file. Build: writing the index from finished shards.",
         "",
-        "| images | search | build, s | build, GB | disk, GB | first, s | best, ms | query, ms | worst, ms | together, "
-        "ms | GB | recall 4 | recall 10 |",
+        "| images | search | build, s | build, GB | disk, GB | first, s | best, ms | query, ms | worst, ms | "
+        "together, ms | GB | recall 4 | recall 10 |",
         "|---:|---|" + "---:|" * 11,
     ]
     for count, title, seconds, peak, disk, taken, recalls in rows:
@@ -244,7 +244,8 @@ def main() -> None:
         "one among them. Where that is more than 1, *best* is nearest to what the code itself takes.",
         "",
         *projection(rows),
-        f"- Command: `python benchmarks/gallery.py {' '.join(sys.argv[1:])}`".replace(" `", "`"),
+        f"- Command: `{' '.join(['python benchmarks/gallery.py', *sys.argv[1:]])}`",
+        f"- Threads: {torch.get_num_threads()} (`OMP_NUM_THREADS`)",
         f"- Date: {where['date']}",
         f"- Machine: {where['hardware']}",
         f"- Versions: {', '.join(f'{package} {number}' for package, number in versions.items())}",
