@@ -152,7 +152,8 @@ def _settings(index: Path, record: dict | None, **given) -> dict:
         if store == "milvus":
             given["uri"] = given["uri"] or str(index.resolve() / "milvus.db")
         return {**given, "store": store, "keep_patches": bool(given["keep_patches"])}
-    for name in ("store", "uri", "keep_patches"):
+    fixed = ("store", "uri", "keep_patches", *(["approximate"] if record["store"] == "milvus" else []))
+    for name in fixed:
         if given[name] is not None and given[name] != record[name]:
             raise GalleryError(
                 f"{index} was made with --{name.replace('_', '-')} {record[name]}, not {given[name]}. Leave the "

@@ -468,6 +468,7 @@ class MilvusStore:
         for start in range(0, len(outdated), _MILVUS_ROWS):  # only the metadata are new
             rows = self.client.get(self.name, ids=outdated[start : start + _MILVUS_ROWS], output_fields=["*"])
             self._upsert([{**row, "metadata": _metadata(wanted[row["path"]])} for row in rows])
+        self.client.flush(self.name)  # Milvus Lite searches rows that are not flushed many times slower
         return {}
 
     def _create(self) -> None:

@@ -6,8 +6,9 @@ from datasets import Dataset
 from PIL import Image
 
 import demo_cada
-from demo_cada import SENTENCES, build_start, compare, search
+from demo_cada import SENTENCES, build_start, compare, search, what_is_wrong
 from drawn_cada import ATTRIBUTES, IMAGE_SIZE, load_drawn
+from gallery_cada import Result
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 from publish_cada import release_files
@@ -76,6 +77,15 @@ def test_picture_shows_ranked_images_of_every_sentence(splits, tmp_path):
     assert all(row.std() > 30 for row in rows)
 
 
+def test_caption_names_what_is_wrong():
+    sentence, named = next(iter(SENTENCES.items()))
+    shown = {f"attributes.{name}": value for name, value in named.items()}
+    assert what_is_wrong(sentence, 1, Result("x", 1.0, "local", shown)) == ("1.  5/5 right", "#1a7f37")
+    shown |= {"attributes.sex": "woman", "attributes.upper_colour": "blue"}
+    text, colour = what_is_wrong(sentence, 2, Result("x", 1.0, "local", shown))
+    assert (text, colour) == ("2.  3/5 right\nbut woman, blue", "#57606a")
+
+
 @pytest.mark.slow
 def test_demo_learns_and_local_beats_global(tmp_path, capsys):
     demo_cada.main(["--output_dir", str(tmp_path / "demo")])
@@ -87,6 +97,7 @@ def test_demo_learns_and_local_beats_global(tmp_path, capsys):
     assert rank1["chance"] < 2 < rank1["global matching"] < local
     assert local >= 0.7 * rank1["ceiling"]
     assert (tmp_path / "demo" / "results.png").is_file()
+    assert (tmp_path / "demo" / "index" / "index.json").is_file()
     images = sorted((tmp_path / "demo" / "images").glob("*.png"))
     assert len(images) == demo_cada.SAVED_IMAGES
     assert {Image.open(path).size for path in images} == {(IMAGE_SIZE[1], IMAGE_SIZE[0])}
