@@ -21,16 +21,15 @@ MALLOC = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}  # as in the 
 COLUMNS = ("Rank-1", "Rank-5", "Rank-10", "mAP", "mINP")
 
 
-def run_demo(seed: int) -> tuple[dict[str, list[float]], float]:
-    """Scores by row of the demo's table, and minutes."""
-    with tempfile.TemporaryDirectory() as folder:
-        # A cache of its own: drawing the set is part of the time.
-        variables = {**os.environ, **MALLOC, "HF_DATASETS_CACHE": str(Path(folder) / "cache")}
+def run_demo(seed: int, folder: Path) -> tuple[dict[str, list[float]], float]:
+    """Scores by row of the demo's table, and minutes. The results stay in `folder`."""
+    with tempfile.TemporaryDirectory() as cache:  # of its own: drawing the set is part of the time
+        variables = {**os.environ, **MALLOC, "HF_DATASETS_CACHE": cache}
         started = time.monotonic()
-        command = [sys.executable, str(ROOT / "demo_cada.py"), "--seed", str(seed), "--output_dir", folder]
+        command = [sys.executable, str(ROOT / "demo_cada.py"), "--seed", str(seed), "--output_dir", str(folder)]
         subprocess.run(command, check=True, env=variables, cwd=ROOT)
         minutes = (time.monotonic() - started) / 60
-        lines = (Path(folder) / "table.md").read_text().splitlines()[2:]
+    lines = (folder / "table.md").read_text().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: [float(cell) for cell in row[1:]] for row in cells}, minutes
 
@@ -39,6 +38,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "demo")
     options = parser.parse_args()
     lines = [
         "# The demo over several seeds",
@@ -53,7 +53,7 @@ def main() -> None:
     summary.append("|---|---:|---:|---:|---:|")
     peak = 0.0
     for seed in options.seeds:
-        rows, minutes = run_demo(seed)
+        rows, minutes = run_demo(seed, options.output_dir / f"seed_{seed}")
         # Highest of all children so far, in KiB on Linux.
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
         lines += [
