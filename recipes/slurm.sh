@@ -6,20 +6,28 @@
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
+# Two minutes before the time is up this script gets SIGTERM and passes it on: a checkpoint is saved, and the job queues
+# again and goes on from there.
+#SBATCH --signal=B:TERM@120
 #SBATCH --requeue
-# SIGTERM two minutes before the end, so that a checkpoint is saved; the job then queues again and goes on from it.
-#SBATCH --signal=TERM@120
 set -euo pipefail
 
-address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-gpus=${GPUS_PER_NODE:-4}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+processes=$((SLURM_JOB_NUM_NODES * ${GPUS_PER_NODE:-4}))
+terminated=no
 
-# One launcher on each node; it starts a process for each GPU.
-srun bash -c "accelerate launch --config_file recipes/accelerate/two_machines.yaml \
-    --num_machines $SLURM_JOB_NUM_NODES --num_processes $((SLURM_JOB_NUM_NODES * gpus)) \
-    --machine_rank \$SLURM_NODEID --main_process_ip $address \
-    train_cada.py $* --resume_from_checkpoint last" && exit 0
+# One launcher on each machine, which starts a process for each of its GPUs.
+srun bash -c 'exec accelerate launch --config_file recipes/accelerate/two_machines.yaml \
+    --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$1" --machine_rank "$SLURM_NODEID" \
+    --main_process_ip "$2" train_cada.py "${@:3}" --resume_from_checkpoint last' \
+    launch "$processes" "$first" "$@" &
+step=$!
+trap 'terminated=yes; kill -TERM "$step"' TERM
 
-status=$?
-if [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+status=0
+wait "$step" || status=$?
+if [ "$terminated" = yes ]; then
+    wait "$step" || status=$?  # until the checkpoint is saved
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$status"

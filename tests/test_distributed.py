@@ -2,19 +2,23 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import bert_tokenizer, save_colour_set, save_tiny_start, tiny_batch, tiny_processor
 from datasets import load_from_disk
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import modeling_cada
 import train_cada
 from evaluation_cada import evaluate_retrieval
 from modeling_cada import CADAForTextToImageRetrieval
@@ -168,3 +172,72 @@ def test_sharded_weights_equal_whole_ones(folder, tmp_path_factory):
         for name, parameter in model.named_parameters():
             got = saved[0][0][chunked][1][name]
             torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+# Recipes
+
+
+RECIPES = Path(train_cada.__file__).parent / "recipes"
+
+
+def test_accelerate_reads_the_configurations():
+    """Every field is one that accelerate knows, and FSDP2 wraps layers that exist."""
+    files = sorted((RECIPES / "accelerate").glob("*.yaml"))
+    assert [file.stem for file in files] == ["fsdp2", "one_machine", "two_machines"]
+    for file in files:
+        config = load_config_from_file(str(file))
+        assert config.num_processes % config.num_machines == 0
+        for name in config.fsdp_config.get("fsdp_transformer_layer_cls_to_wrap", "").split(","):
+            assert not name or hasattr(modeling_cada, name)
+
+
+def test_slurm_job_starts_a_launcher_on_each_machine(tmp_path):
+    """With programs in place of SLURM and accelerate that print what they are told."""
+    programs = {
+        "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*"; fi',
+        "srun": 'for SLURM_NODEID in 0 1; do SLURM_NODEID=$SLURM_NODEID "$@" || exit; done',
+        "accelerate": 'echo "$#: $*"',
+    }
+    for name, code in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\nexport SLURM_NODEID\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "5"}
+    command = ["bash", str(RECIPES / "slurm.sh"), "recipes/cuhk_pedes.json", "--data_dir", "/data/CUHK PEDES"]
+    result = subprocess.run(
+        command,
+        env={**os.environ, **variables, "SLURM_JOB_NUM_NODES": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        for part in (
+            f"--num_machines 2 --num_processes 8 --machine_rank {rank} --main_process_ip node7",
+            "train_cada.py recipes/cuhk_pedes.json --data_dir /data/CUHK PEDES --resume_from_checkpoint last",
+        ):
+            assert part in line
+    assert lines[0].split(":")[0] == "17"  # the folder with a space is one argument
+
+
+def test_slurm_job_passes_sigterm_on_and_queues_again(tmp_path):
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/bash\nif [ "$1" = show ]; then echo node7; else echo "scontrol $*"; fi\n'
+    )
+    waiting = "trap 'echo saved; exit 143' TERM; echo started; while true; do sleep 0.1; done"
+    (tmp_path / "srun").write_text(f"#!/bin/bash\n{waiting}\n")
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node7", "SLURM_JOB_ID": "5"}
+    process = subprocess.Popen(
+        ["bash", str(RECIPES / "slurm.sh")],
+        env={**os.environ, **variables, "SLURM_JOB_NUM_NODES": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert output.splitlines() == ["saved", "scontrol requeue 5"]
+    assert process.returncode == 143

@@ -135,6 +135,13 @@ def test_a_checkpoint_is_complete_or_absent(folder, writer, monkeypatch):
     assert_same_end(folder, output, "epoch")
 
 
+def test_workers_change_no_number(folder):
+    """Augmentation and masking follow from the row, whatever process draws them."""
+    more = ["--dataloader_num_workers", "2", "--dataloader_persistent_workers", "true"]
+    train_cada.main([*arguments(folder, "workers", "epoch"), *more])
+    assert_same_end(folder, "workers", "epoch")
+
+
 def test_old_checkpoints_are_deleted(folder):
     """The best and the last are kept, `save_total_limit` of them."""
     state = json.loads((folder / "whole_epoch" / "trainer_state.json").read_text())
