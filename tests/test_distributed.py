@@ -171,7 +171,8 @@ def test_sharded_weights_equal_whole_ones(folder, tmp_path_factory):
         assert sum(results[chunked][0] for results, *_ in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
         for name, parameter in model.named_parameters():
             got = saved[0][0][chunked][1][name]
-            torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-5, msg=name)
+            scale = 1 + parameter.grad.abs().max()
+            torch.testing.assert_close(got / scale, parameter.grad / scale, atol=1e-5, rtol=0)
 
 
 # Recipes
