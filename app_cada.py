@@ -23,6 +23,7 @@ from PIL import Image
 
 from data_cada import open_image
 from explain_cada import attribute_predictions, draw_explanation, word_attention
+from files_cada import Parser, run_command
 from gallery_cada import GalleryIndex, Result, open_index
 from processing_cada import clean_caption
 from source_cada import GalleryError
@@ -252,25 +253,25 @@ def _wait() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", required=True, type=Path, help="folder of an index, written by gallery_cada.py")
     parser.add_argument("--model", help="the checkpoint, where it is no longer where the index was made")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--device", help="of the model; the GPU where there is one")
     options = parser.parse_args(arguments)
-    if gr is None:
-        print('error: The page needs Gradio. Run: pip install "cada-transformers[app]"', file=sys.stderr)
-        return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that also then the copies of images are deleted
     try:
-        with serve(open_index(options.index, options.model, options.device), options.port) as address:
-            print(f"Open {address} in a browser. Ctrl+C ends the page.", flush=True)
-            _wait()
+        return run_command(lambda: _run(options))
     except KeyboardInterrupt:
         return 0
-    except GalleryError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+
+def _run(options: argparse.Namespace) -> None:
+    if gr is None:
+        raise GalleryError('The page needs Gradio. Run: pip install "cada-transformers[app]"')
+    with serve(open_index(options.index, options.model, options.device), options.port) as address:
+        print(f"Open {address} in a browser. Ctrl+C ends the page.", flush=True)
+        _wait()
 
 
 if __name__ == "__main__":

@@ -162,14 +162,12 @@ class _Images(torch.utils.data.Dataset):
 
     def __init__(self, dataset, processor):
         self.dataset, self.processor = undecoded(dataset), processor
-        size = processor.image_processor.size
-        self.size = size["height"], size["width"]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        image = read_row(self.dataset, index, self.size)["image"]
+        image = read_row(self.dataset, index, self.processor.image_size)["image"]
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 

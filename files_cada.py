@@ -125,7 +125,7 @@ def _not_written(path: Path, error: Exception) -> FileError:
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     A temporary name beside `path`, with its ending. After the block the file takes its place; where the block fails,
-    or the process is killed, the old file stays.
+    or the process is killed, the old file stays. What a killed process leaves has a name with a dot at the front.
 
     Raises:
         FileError: where the file cannot be written.
@@ -155,7 +155,7 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     folder = make_output_folder(folder)
     temporary = folder / ".unfinished"
     try:
-        _remove_folder(temporary)  # of a command that was killed
+        shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
         temporary.mkdir()
         yield temporary
         for path in temporary.iterdir():
@@ -169,8 +169,7 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise _not_written(folder, error) from error
     finally:
-        with suppress(OSError):
-            _remove_folder(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
@@ -189,11 +188,3 @@ def replace_folder(written: Path, folder: Path) -> None:
     if folder.exists():
         remove_folder(folder)
     written.rename(folder)
-
-
-def _remove_folder(folder: Path) -> None:
-    """A folder with files only."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()

@@ -39,14 +39,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-import register_cada  # noqa: F401  # checkpoints load with the code beside this file
-from data_cada import open_image
+from checkpoint_cada import check_processor, load_model, load_processor
+from data_cada import DataError, open_image
 from evaluation_cada import Gallery, encode_queries, match_candidates
+from files_cada import FileError, read_json, run_command, written_whole
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
 from publish_cada import model_digest
 from source_cada import GalleryError, ImageFiles, ImageRows, content_digest, open_source
-from store_cada import STORES, feature_column, feature_type, parse_conditions, whole_file, write_table
+from store_cada import STORES, feature_column, feature_type, parse_conditions, write_table
 
 
 RECORD, PENDING, PATCHES, LOCK = "index.json", "pending", "patches", ".lock"
@@ -89,8 +90,6 @@ class _Samples(torch.utils.data.Dataset):
 
     def __init__(self, source: ImageFiles | ImageRows, processor: CADAProcessor, paths: list[str]):
         self.source, self.processor, self.paths = source, processor, paths
-        size = processor.image_processor.size
-        self.size = size.height, size.width
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -98,42 +97,38 @@ class _Samples(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> tuple[str, torch.Tensor | None, str | None]:
         try:
             content = self.source.read(self.paths[number])
-            image = open_image({"bytes": content, "path": None}, self.size)
+            image = open_image({"bytes": content, "path": None}, self.processor.image_size)
             pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except Exception as error:  # decoders raise many kinds on damaged files; it is named, counted, and not indexed
             return "", None, f"cannot be decoded: {error or type(error).__name__}"
         return content_digest(content), pixel_values, None
 
 
-def load_model(name: str, device: str | torch.device | None = None) -> tuple:
+def _load(
+    name: str, device: str | torch.device | None = None
+) -> tuple[CADAForTextToImageRetrieval, CADAProcessor, str]:
     """
     Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of its weights.
 
     Raises:
-        GalleryError: where it cannot be loaded.
+        CheckpointError: where one cannot be loaded whole, or they do not belong together.
     """
+    model, processor = load_model(name), load_processor(name)
+    check_processor(processor, model.config)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = CADAForTextToImageRetrieval.from_pretrained(name).eval()
-        processor = CADAProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise GalleryError(
-            f"Cannot load the model {name}: {error} --model is a folder, or a name on the Hub, which has to be "
-            "reachable."
-        ) from error
     return model.to(device), processor, model_digest(model)
 
 
 def _read_record(index: Path) -> dict | None:
     path = index / RECORD
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         if record["format"] != FORMAT:
             raise GalleryError(f"{index} was written by another version of this package. Make a new index.")
         return record
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (FileError, KeyError, TypeError) as error:
         raise GalleryError(
             f"{path} is damaged ({type(error).__name__}: {error}). Delete {index}, index again."
         ) from error
@@ -206,6 +201,7 @@ def build_index(
 
     Raises:
         GalleryError: where `source` holds no image, the index belongs to another model, or another run is at work.
+        CheckpointError: where the model cannot be loaded.
     """
     state = PartialState(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=_WAIT
@@ -223,7 +219,7 @@ def build_index(
         "root": None if root is None else str(Path(root).resolve()),
     }
     images = open_source(place)
-    network, processor, digest = load_model(settings["model"], state.device)
+    network, processor, digest = _load(settings["model"], state.device)
     if record is not None and record["digest"] != digest:
         raise GalleryError(
             f"{index} holds features of {record['model']}, and {settings['model']} has other weights. Choose another "
@@ -305,7 +301,7 @@ class _Update:
         """The rows of all finished shards; half-written files and shards of another model are deleted."""
         tables = []
         for path in sorted((self.index / PENDING).iterdir()):
-            if path.suffix == ".arrow":
+            if path.suffix == ".arrow" and not path.name.startswith("."):
                 with pa.memory_map(str(path)) as file:
                     table = pa.ipc.open_stream(file).read_all()
                 if table.schema.metadata[b"kind"].decode() == self.kind:
@@ -347,7 +343,7 @@ class _Update:
             "images": len(kept),
             "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        with whole_file(self.index / RECORD) as temporary:
+        with written_whole(self.index / RECORD) as temporary:
             temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         self._clean()
         return changes
@@ -357,9 +353,10 @@ class _Update:
         for path in (self.index / PENDING).iterdir():
             path.unlink()
         named = {self.record.get("table"), self.record.get("faiss")}
-        for path in [*self.index.glob("table-*"), *self.index.glob("features-*")]:
-            if path.name not in named:
-                path.unlink()
+        for pattern in ("table-*", "features-*", ".unfinished-*"):
+            for path in self.index.glob(pattern):
+                if path.name not in named:
+                    path.unlink()
         if self.record["keep_patches"]:
             store = STORES[self.record["store"]](self.index, self.record)
             used = {
@@ -420,7 +417,7 @@ def _encode_shards(
                     states.append(outputs.last_hidden_state[row].half().cpu())
         if states:
             (index / PATCHES).mkdir(exist_ok=True)
-            with whole_file(index / PATCHES / f"{name}.safetensors") as temporary:
+            with written_whole(index / PATCHES / f"{name}.safetensors") as temporary:
                 save_file({"states": torch.stack(states)}, temporary)
         schema = _shard_schema(model.config.projection_dim)
         table = schema.empty_table()
@@ -470,7 +467,7 @@ class GalleryIndex:
 
     @cached_property
     def _loaded(self) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
-        model, processor, digest = load_model(self.model_name, self.device)
+        model, processor, digest = _load(self.model_name, self.device)
         if digest != self.record["digest"]:
             raise GalleryError(
                 f"{self.folder} holds features of {self.record['model']} as it was then, and {self.model_name} has "
@@ -578,7 +575,7 @@ class GalleryIndex:
         """Patch states `(rows, 1 + patches, hidden)`: kept ones, or of the image files."""
         if self.record["keep_patches"]:
             return torch.stack([self._kept_states(row) for row in rows])
-        images = [self._decode(row["path"], self._size) for row in rows]
+        images = [self._decode(row["path"], self.processor.image_size) for row in rows]
         pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             return self.model.encode_images(pixel_values.to(self.model.device)).cpu()
@@ -591,15 +588,10 @@ class GalleryIndex:
         except OSError as error:
             raise GalleryError(f"Patch states of {row['path']}: {error}. Make a new index.") from error
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        size = self.processor.image_processor.size
-        return size.height, size.width
-
     def _decode(self, path: str, size: tuple[int, int] | None = None) -> Image.Image:
         try:
             return open_image({"bytes": self._source.read(path), "path": None}, size)
-        except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, KeyError, DataError) as error:
             raise GalleryError(
                 f"The image {path} cannot be read any more ({error}). Bring the index up to date: python "
                 f"gallery_cada.py index {self.record['source']['location']} --out {self.folder}"
@@ -626,7 +618,9 @@ class GalleryIndex:
             "keep_patches": self.record["keep_patches"],
             "bytes": sum(path.stat().st_size for path in files),
             "updated": self.record["updated"],
-            "unfinished_shards": sum(path.parent.name == PENDING and path.suffix == ".arrow" for path in files),
+            "unfinished_shards": sum(
+                path.parent.name == PENDING and path.suffix == ".arrow" and path.name[0] != "." for path in files
+            ),
         }
 
     def verify(self, progress: bool = True) -> list[tuple[str, str]]:
@@ -647,7 +641,7 @@ class GalleryIndex:
         """Write `path`, `digest`, metadata and `feature` of all images as a Parquet file; returns their number."""
         count = 0
         with ExitStack() as stack:
-            temporary = stack.enter_context(whole_file(Path(path)))
+            temporary = stack.enter_context(written_whole(Path(path)))
             writer = None
             for table in self.store.tables(["path", "digest", *self.columns, "feature"]):
                 writer = writer or stack.enter_context(pq.ParquetWriter(temporary, table.schema))
@@ -812,7 +806,7 @@ def _search(
 def _open_query(path: Path) -> Image.Image:
     try:
         return open_image({"bytes": path.read_bytes(), "path": None})
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, DataError) as error:
         raise GalleryError(f"The image {path} cannot be read: {error}") from error
 
 
@@ -854,12 +848,9 @@ def _export(index: _Index, path: Annotated[Path, typer.Argument(help="a Parquet 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     try:
-        app(args=arguments, prog_name="gallery_cada.py")
+        return run_command(lambda: app(args=arguments, prog_name="gallery_cada.py"))
     except SystemExit as end:  # how typer ends
         return end.code
-    except (GalleryError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
 
 
 if __name__ == "__main__":

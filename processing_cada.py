@@ -365,6 +365,12 @@ class CADAProcessor(ProcessorMixin):
         return self.tokenizer.convert_tokens_to_ids(ENC_TOKEN)
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model reads, in pixels."""
+        size = self.image_processor.size
+        return size["height"], size["width"]
+
+    @property
     def unused_input_names(self) -> list[str]:
         """What a BERT tokenizer gives besides, and no CADA model takes."""
         return ["token_type_ids"]

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from data_cada import undecoded
+from files_cada import CADAError
 
 
 logger = logging.get_logger(__name__)
@@ -24,7 +25,7 @@ PATH_COLUMNS = ("path", "file_name", "image")  # of a list: the first that is th
 RESERVED = ("path", "stamp", "digest", "patches", "feature")  # columns of an index that are no metadata
 
 
-class GalleryError(ValueError):
+class GalleryError(CADAError):
     """Something is wrong with an index or its images. The message names the file or argument and the remedy."""
 
 

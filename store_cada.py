@@ -12,7 +12,6 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
+from files_cada import written_whole
 from source_cada import RESERVED, GalleryError
 
 
@@ -47,19 +47,9 @@ _MILVUS_ROWS = 1_000
 _MILVUS_LIMIT = 16_384
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`. What is written there takes its place at once, whole, when the block ends."""
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_table(table: pa.Table, path: Path) -> None:
     """Write a table of Arrow, whole or not at all."""
-    with whole_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+    with written_whole(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
 
@@ -222,7 +212,7 @@ class ArrowStore:
             + [("feature", feature_type(dimension))]
         )
         path = self.folder / changes["table"]
-        with whole_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+        with written_whole(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
             with pa.ipc.new_stream(sink, schema) as writer:
                 for start in range(0, len(rows), _ROWS_AT_ONCE):
                     part, piece = rows[start : start + _ROWS_AT_ONCE], listing.slice(start, _ROWS_AT_ONCE)
@@ -232,7 +222,7 @@ class ArrowStore:
                     writer.write_table(pa.table(columns, schema=schema).combine_chunks())
         if self.record.get("approximate") and len(rows):
             changes["faiss"] = changes["table"].replace("table", "features").replace(".arrow", ".faiss")
-            with whole_file(self.folder / changes["faiss"]) as temporary:
+            with written_whole(self.folder / changes["faiss"]) as temporary:
                 _build_faiss(path, self.record["approximate"], temporary)
         return changes
 

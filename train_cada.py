@@ -417,8 +417,7 @@ class CADATrainer(Trainer):
             if args.should_save:
                 self.state.save_to_json(str(self._unfinished / name / TRAINER_STATE_NAME))
                 replace_folder(self._unfinished / name, folder / name)
-                args.save_total_limit = limit
-                self._delete_old_checkpoints(folder)
+                self._delete_old_checkpoints(folder, limit)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             raise TrainingError(
@@ -431,9 +430,9 @@ class CADATrainer(Trainer):
                 shutil.rmtree(self._unfinished, ignore_errors=True)
             self._unfinished, args.save_total_limit = None, limit
 
-    def _delete_old_checkpoints(self, folder: Path) -> None:
-        """Keep `save_total_limit` checkpoints, the last and the best one among them."""
-        limit, checkpoints = self.args.save_total_limit, sort_checkpoints(str(folder))
+    def _delete_old_checkpoints(self, folder: Path, limit: int | None) -> None:
+        """Keep `limit` checkpoints, the last and the best one among them."""
+        checkpoints = sort_checkpoints(str(folder))
         if limit is not None and limit > 0:
             kept = {checkpoints[-1], str(self.state.best_model_checkpoint)}
             others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
@@ -771,7 +770,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         open_repository(repo_id, args.hub_tag, args.hub_private_repo, args.hub_token, args.hub_overwrite)
     train_pairs = None
     if args.do_train:
-        train_pairs = PairDataset(splits["train"], model.config.vision_config.image_height_width)
+        train_pairs = PairDataset(splits["train"], processor.image_size)
     batch = args.train_batch_size * args.world_size
     if args.do_train and args.dataloader_drop_last and len(train_pairs) < batch:
         raise ArgumentError(

@@ -12,7 +12,7 @@
 #SBATCH --requeue
 set -euo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would end before scontrol does
 processes=$((SLURM_JOB_NUM_NODES * ${GPUS_PER_NODE:-4}))
 terminated=no
 

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pedes_layout import ANNOTATIONS, LAYOUTS, lay_out_icfg
 from PIL import Image
 
@@ -17,11 +20,13 @@ import processing_cada
 from data_cada import (
     PEDES_SETS,
     DataError,
+    GlobalBatches,
     PairCollator,
     PairDataset,
     add_attribute_spans,
     hold_out_persons,
     load_pairs_dataset,
+    open_image,
     read_annotations,
     read_row,
 )
@@ -336,6 +341,79 @@ def test_batches_have_the_inputs_of_the_model(laid_out, processor):
     }
     plain = PairCollator(processor, augment=False)([pairs[0]])["pixel_values"]
     assert torch.equal(plain, processor(images=pairs[0]["image"], return_tensors="pt")["pixel_values"])
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.integers(0, 3))
+def test_processes_share_the_batches_of_one(pairs, batch_size, processes, drop_last, epoch):
+    """The parts of n processes, side by side, are the batches of one process with the n-fold size, seeds too."""
+    parts = [GlobalBatches(pairs, batch_size, 7, rank, processes, drop_last) for rank in range(processes)]
+    one = GlobalBatches(pairs, batch_size * processes, 7, drop_last=drop_last)
+    for batches in (*parts, one):
+        batches.set_epoch(epoch)
+    joined = [sum(step, []) for step in zip(*parts, strict=True)]
+    assert joined == list(one)
+    assert {len(batches) for batches in (*parts, one)} == {len(joined)}
+    sizes = [[len(part) for part in step] for step in zip(*parts)]
+    assert all(max(step) - min(step) <= 1 for step in sizes)
+    rows = [pair for step in joined for pair, _ in step]
+    whole = pairs // (batch_size * processes) * batch_size * processes
+    assert len(set(rows)) == len(rows) == (whole if drop_last else pairs)
+
+
+def test_every_epoch_has_another_order_and_other_seeds():
+    batches = GlobalBatches(20, 5)
+    first = list(batches)
+    assert list(batches) == first
+    batches.set_epoch(1)
+    second = list(batches)
+    assert [pair for step in first for pair, _ in step] != [pair for step in second for pair, _ in step]
+    assert not {seed for step in first for _, seed in step} & {seed for step in second for _, seed in step}
+
+
+def test_augmentation_and_masking_follow_from_the_seed(laid_out, processor):
+    """A row is the same whatever stands beside it and was drawn before, and another one with another seed."""
+    pairs = PairDataset(
+        add_attribute_spans(
+            load_pairs_dataset("rstp_reid", laid_out["rstp_reid"])["train"], processor.attribute_masker
+        )
+    )
+    collate = PairCollator(processor)
+    alone = collate([pairs[3, 5]])
+    torch.rand(9)
+    beside = collate([pairs[8, 1], pairs[3, 5], pairs[3, 6]])
+    assert torch.equal(beside["pixel_values"][1], alone["pixel_values"][0])
+    length = alone["labels"].shape[1]
+    assert torch.equal(beside["labels"][1, :length], alone["labels"][0])
+    assert not torch.equal(beside["pixel_values"][2], alone["pixel_values"][0])
+    assert beside["pair"].tolist() == [8, 3, 3]
+
+
+def test_a_process_without_a_part_gets_no_rows(laid_out, processor):
+    collate = PairCollator(processor)
+    empty = collate([])
+    assert {name: len(values) for name, values in empty.items()} == dict.fromkeys(empty, 0)
+    pairs = PairDataset(
+        add_attribute_spans(
+            load_pairs_dataset("rstp_reid", laid_out["rstp_reid"])["train"], processor.attribute_masker
+        )
+    )
+    assert set(empty) == set(collate([pairs[0]]))
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1, 1), (3, 1), (4, 2), (7, 2), (8, 4), (40, 8)])
+def test_large_photographs_are_decoded_at_reduced_size(tmp_path, scale, expected):
+    """At least twice the size that is asked for stays, on both sides; the picture is nearly the same."""
+    ramp = np.linspace(0, 255, 16 * scale).astype(np.uint8)
+    picture = Image.fromarray(np.broadcast_to(ramp[:, None, None], (16 * scale, 24 * scale, 3)).copy())
+    picture.save(tmp_path / "a.jpg", quality=95)
+    image = {"path": str(tmp_path / "a.jpg"), "bytes": None}
+    whole, reduced = open_image(image), open_image(image, (16, 8))
+    assert whole.size == (24 * scale, 16 * scale)
+    assert reduced.size == (-(-24 * scale // expected), -(-16 * scale // expected))
+    assert min(reduced.size) >= min(32, 16 * scale)
+    small = [np.asarray(found.resize((8, 16), Image.Resampling.BILINEAR)).astype(int) for found in (whole, reduced)]
+    assert abs(small[0] - small[1]).max() <= 4
 
 
 def test_check_command_compares_with_the_official_numbers(cuhk):

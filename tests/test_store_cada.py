@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import store_cada
 from source_cada import GalleryError
-from store_cada import ArrowStore, Condition, MilvusStore, feature_column, parse_conditions, whole_file
+from store_cada import ArrowStore, Condition, MilvusStore, feature_column, parse_conditions
 
 
 DIMENSION = 8
@@ -124,20 +124,6 @@ def test_conditions_are_typed():
 def test_wrong_conditions_are_explained(condition, message):
     with pytest.raises(GalleryError, match=message):
         parse_conditions([condition], {"camera": "int64", "indoors": "bool"})
-
-
-def test_half_written_files_do_not_replace_whole_ones(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("whole")
-    with pytest.raises(RuntimeError), whole_file(path) as temporary:
-        temporary.write_text("ha")
-        raise RuntimeError("interrupted")
-    assert path.read_text() == "whole"
-    with whole_file(path) as temporary:
-        temporary.write_text("new")
-    assert [(found.name, found.read_text()) for found in tmp_path.iterdir() if found.name == "file"] == [
-        ("file", "new")
-    ]
 
 
 @pytest.fixture(params=[ArrowStore, MilvusStore])
