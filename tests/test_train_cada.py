@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 import train_cada
 from data_cada import DataError
+from files_cada import run_command
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 from train_cada import (
@@ -205,23 +206,33 @@ def test_checkpoint_starts_with_another_image_size(start):
     ("more", "message"),
     [
         (["--do_trian"], "--do_trian"),
-        (["--model_name_or_path", "runs/no-such-run"], "The configuration of runs/no-such-run cannot be used: "),
         (["--config_overrides", '{"temperature": 1'], "is not JSON"),
         (["--config_overrides", '{"group_size": 500}'], "group_size"),
         (["--config_overrides", '{"vision_config": 5}'], "`vision_config` should be an object"),
         (["--dataset", "rstp_ried"], "Do you mean rstp_reid"),
     ],
 )
-def test_mistakes_of_the_command_line_are_named_in_a_line(start, tmp_path, more, message):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+def test_mistakes_of_the_command_line_are_named_in_a_line(start, tmp_path, more, message, capfd):
     words = [*command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"), *more]
+    try:
+        status = run_command(lambda: train_cada.main(words))
+    except SystemExit as end:  # of the parser of arguments
+        status = end.code
+    assert status == 1
+    last = capfd.readouterr().err.strip().split("error: ")[-1]
+    assert message in last and len(last) < 800 and "Traceback" not in last
+
+
+def test_a_mistake_ends_the_program_with_a_line(start, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    words = command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train", "--model_name_or_path", "runs/none")
     result = subprocess.run(
         [sys.executable, train_cada.__file__, *words], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().split("error: ")[-1]
-    assert message in last and len(last) < 800
+    assert "The configuration of runs/none cannot be used: " in last and len(last) < 800
 
 
 def test_held_out_persons_are_compared_by_the_recorded_name_of_the_set():
