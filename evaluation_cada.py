@@ -22,6 +22,8 @@ _ROWS_AT_ONCE = 512
 _TOKENS_AT_ONCE = {"cpu": 1024}
 _TOKENS_ON_ACCELERATOR = 16_384
 _BATCHES_OF_GROUP = 4
+_SAFE_RANKS = (1, 5, 10)
+_SAMPLED_PAIRS = 256
 
 
 def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
@@ -193,13 +195,13 @@ def encode_gallery(
     """
     Encode the column `image` of a data set. Patch states are kept for half of `memory` (GB); images beyond that are
     encoded again where local matching needs them, in the same batches. Several processes share the batches, and each
-    keeps the patch states of its part. Results are on the CPU.
+    keeps the patch states of its part. Results are on the CPU, and in the precision of the weights, also under
+    autocast: which images are candidates does not depend on it.
     """
     images, device = _Images(dataset, processor), model.device
     vision = model.config.vision_config
     rows, columns = vision.grid_size
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
-    bytes_per_image = (1 + rows * columns) * vision.hidden_size * dtype.itemsize
+    bytes_per_image = (1 + rows * columns) * vision.hidden_size * model.dtype.itemsize
     starts = list(range(0, len(images), batch_size))
     rank, size = rank_and_size()
     own = np.array_split(range(len(starts)), size)[rank].tolist()
@@ -214,19 +216,22 @@ def encode_gallery(
         )
         return (pixel_values.to(device) for pixel_values in loader)
 
-    states = torch.empty(kept, 1 + rows * columns, vision.hidden_size, dtype=dtype)
+    states = torch.empty(kept, 1 + rows * columns, vision.hidden_size, dtype=model.dtype)
     embeds = torch.zeros(len(images), model.config.projection_dim)
     start = first
     bar = tqdm(load(own), total=len(own), desc="Encoding images", unit="batch", disable=not progress, leave=False)
     for pixel_values in bar:
-        outputs = model.get_image_features(pixel_values)
+        with torch.autocast(device.type, enabled=False):
+            outputs = model.get_image_features(pixel_values)
         end = start + len(pixel_values)
         embeds[start:end] = F.normalize(outputs.pooler_output.float(), dim=-1)
         states[start - first : end - first] = outputs.last_hidden_state[: max(0, first + kept - start)]
         start = end
 
     def encode(batches: list[int]) -> Iterator[torch.Tensor]:
-        return (model.encode_images(pixel_values).to(dtype).cpu() for pixel_values in load(batches))
+        for pixel_values in load(batches):
+            with torch.autocast(device.type, enabled=False):
+                yield model.encode_images(pixel_values).cpu()
 
     embeds = _sum_over_processes(embeds, device)
     return Gallery(embeds, states, first, range(first, last), batch_size, encode)
@@ -236,7 +241,7 @@ def encode_gallery(
 def encode_queries(model, processor, captions: list[str], batch_size: int = 256, progress: bool = True) -> Queries:
     """
     Encode captions, in batches of similar length, which several processes share. Results are on the CPU, in the order
-    of `captions`.
+    of `captions`, and in the precision of the weights, also under autocast.
     """
     inputs = processor(text=captions, return_tensors="pt")
     lengths = inputs["attention_mask"].sum(dim=1)
@@ -246,7 +251,8 @@ def encode_queries(model, processor, captions: list[str], batch_size: int = 256,
     for rows in tqdm(batches, desc="Encoding captions", unit="batch", disable=not progress, leave=False):
         cut = slice(int(lengths[rows].max()))
         input_ids, attention_mask = inputs["input_ids"][rows, cut], inputs["attention_mask"][rows, cut]
-        outputs = model.get_text_features(input_ids.to(model.device), attention_mask.to(model.device))
+        with torch.autocast(model.device.type, enabled=False):
+            outputs = model.get_text_features(input_ids.to(model.device), attention_mask.to(model.device))
         embeds[rows] = F.normalize(outputs.pooler_output.float(), dim=-1).cpu()
     return Queries(_sum_over_processes(embeds, model.device), inputs["input_ids"], inputs["attention_mask"])
 
@@ -281,9 +287,10 @@ def match_candidates(
     candidates: torch.Tensor,
     memory: float = RERANK_MEMORY,
     progress: bool = False,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Local scores S_L `(queries, K)` of the candidates `(queries, K)`.
+    Local scores S_L `(queries, K)` of the candidates `(queries, K)`; 0 for those that are not `chosen` `(queries, K)`.
 
     Pairs are taken image by image, in groups of images with about four batches of pairs: the keys and values of an
     image are computed once for all its pairs. The pairs of a group are sorted by the length of their text, so that
@@ -303,6 +310,9 @@ def match_candidates(
         return rows * length > tokens_at_once or rows * (projected + length * per_token) > budget
 
     images, order = candidates.flatten().sort(stable=True)
+    if chosen is not None:
+        kept = chosen.flatten()[order]
+        images, order = images[kept], order[kept]
     images, counts = images.unique_consecutive(return_counts=True)
     groups = _groups(
         counts,
@@ -331,6 +341,75 @@ def match_candidates(
     return _sum_over_processes(scores, device).view_as(candidates)
 
 
+def in_doubt(
+    similarity: torch.Tensor, local_scores: torch.Tensor, tolerance: float, match_score: str = "probability"
+) -> torch.Tensor:
+    """
+    Which candidates `(queries, K)` may change places with others at the borders behind ranks 1, 5 and 10.
+
+    Args:
+        similarity: S_G of the candidates `(queries, K)`.
+        local_scores: their S_L `(queries, K)`.
+        tolerance: how far the logits behind S_L may be off.
+        match_score: what S_L is: a "probability" or a "logit".
+    """
+    scores, probability = local_scores.double(), match_score == "probability"
+    logits = scores.logit() if probability else scores
+    low, high = (
+        similarity.double() + (shift.sigmoid() if probability else shift)
+        for shift in (logits - tolerance, logits + tolerance)
+    )
+    doubtful = torch.zeros_like(scores, dtype=torch.bool)
+    for rank in _SAFE_RANKS:
+        if rank < scores.shape[1]:
+            inside = low > high.topk(rank + 1).values[:, -1:]  # no more than `rank` can be as high
+            outside = high < low.topk(rank).values[:, -1:]
+            doubtful |= ~(inside | outside)
+    return doubtful
+
+
+def score_candidates(
+    model,
+    queries: Queries,
+    gallery: Gallery,
+    candidates: torch.Tensor,
+    similarity: torch.Tensor,
+    memory: float = RERANK_MEMORY,
+    progress: bool = False,
+) -> torch.Tensor:
+    """
+    Local scores S_L `(queries, K)` of the candidates with the global scores `similarity` `(queries, K)`.
+
+    Half precision cannot tell close candidates apart. Under autocast it reads all pairs. A sample, read again in the
+    precision of the weights, shows how far it is off. Then candidates whose place among the first 1, 5 or 10 is in
+    doubt are read again, too. Thus Rank-1, 5 and 10 are those of full precision for a part of its work.
+    """
+    options = {"memory": memory, "progress": progress}
+    scores = match_candidates(model, queries, gallery, candidates, **options)
+    if not torch.is_autocast_enabled(model.device.type):
+        return scores
+    sample = torch.zeros(candidates.numel(), dtype=torch.bool)
+    sample[:: max(1, len(sample) // _SAMPLED_PAIRS)] = True
+    sample = sample.view_as(candidates)
+    match_score = model.config.match_score
+
+    def logits(scores: torch.Tensor) -> torch.Tensor:
+        return scores[sample].double().logit(eps=1e-7) if match_score == "probability" else scores[sample].double()
+
+    with torch.autocast(model.device.type, enabled=False):
+        exact = match_candidates(model, queries, gallery, candidates, **options, chosen=sample)
+        error = (logits(exact) - logits(scores)).square().mean().sqrt()
+        doubtful = in_doubt(similarity, scores, 4 * float(error), match_score)
+        exact = match_candidates(model, queries, gallery, candidates, **options, chosen=doubtful)
+    return torch.where(doubtful, exact, scores)
+
+
+def _similarity(queries: Queries, gallery: Gallery, rows: slice = slice(None)) -> torch.Tensor:
+    """S_G `(rows, images)`, in float32 also under autocast."""
+    with torch.autocast(queries.embeds.device.type, enabled=False):
+        return queries.embeds[rows] @ gallery.embeds.t()
+
+
 def score_gallery(
     model, queries: Queries, gallery: Gallery, rerank_k: int, memory: float = RERANK_MEMORY, progress: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -338,11 +417,12 @@ def score_gallery(
     Scores `(queries, gallery)` of global matching, and of local matching of the top K; `None` for the latter where
     the model has no match heads. `memory` (GB) bounds local matching.
     """
-    similarity = queries.embeds @ gallery.embeds.t()
+    similarity = _similarity(queries, gallery)
     if not model.config.use_atp:
         return similarity, None
     candidates = top_candidates(similarity, rerank_k)
-    local_scores = match_candidates(model, queries, gallery, candidates, memory, progress)
+    known = similarity.gather(1, candidates)
+    local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
     return similarity, rerank_scores(similarity, candidates, local_scores)
 
 
@@ -391,12 +471,16 @@ def evaluate_retrieval(
         stages = ("global",)
         if model.config.use_atp:
             stages = ("global", "local")
-            similarities = (queries.embeds[rows] @ gallery.embeds.t() for rows in parts)
-            candidates = torch.cat([top_candidates(similarity, rerank_k) for similarity in similarities])
-            local_scores = match_candidates(model, queries, gallery, candidates, memory, progress)
+            best = []
+            for rows in parts:
+                similarity = _similarity(queries, gallery, rows)
+                chosen = top_candidates(similarity, rerank_k)
+                best.append((chosen, similarity.gather(1, chosen)))
+            candidates, known = (torch.cat(tensors) for tensors in zip(*best))
+            local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
         sums = {stage: torch.zeros(len(METRICS), dtype=torch.float64) for stage in stages}
         for rows in parts:  # the whole matrix of scores may be too large
-            similarity = queries.embeds[rows] @ gallery.embeds.t()
+            similarity = _similarity(queries, gallery, rows)
             sums["global"] += _metric_sums(similarity, query_ids[rows], gallery_ids, rows.start)
             if "local" in sums:
                 scores = rerank_scores(similarity, candidates[rows], local_scores[rows])

@@ -15,10 +15,13 @@ from evaluation_cada import (
     Queries,
     RetrievalMetric,
     encode_gallery,
+    encode_queries,
     evaluate_retrieval,
+    in_doubt,
     match_candidates,
     rerank_scores,
     retrieval_metrics,
+    score_gallery,
     top_candidates,
 )
 from modeling_cada import CADAForTextToImageRetrieval
@@ -185,14 +188,16 @@ def small_set() -> Dataset:
     return Dataset.from_dict({"image": images, "captions": captions, "person_id": [1, 1, 2, 3, 3, 4]})
 
 
-@pytest.fixture
-def small_model() -> CADAForTextToImageRetrieval:
+def model_with(initializer_range: float) -> CADAForTextToImageRetrieval:
     torch.manual_seed(0)
     vocabulary = {"vocab_size": 30524, "enc_token_id": 30523}
-    config = tiny_config(
-        text_config={**vocabulary, "initializer_range": 0.5}, vision_config={"initializer_range": 0.5}
-    )
-    return CADAForTextToImageRetrieval(config)
+    spread = {"initializer_range": initializer_range}
+    return CADAForTextToImageRetrieval(tiny_config(text_config={**vocabulary, **spread}, vision_config=spread)).eval()
+
+
+@pytest.fixture
+def small_model() -> CADAForTextToImageRetrieval:
+    return model_with(0.5)
 
 
 def test_two_stages_equal_the_plain_computation(small_model, processor):
@@ -246,14 +251,67 @@ def test_images_beyond_the_memory_are_encoded_again(small_model, processor, imag
     assert less == pytest.approx(whole)
 
 
-def test_states_have_the_precision_of_autocast(small_model, processor):
+def test_global_matching_is_of_full_precision_under_autocast(small_model, processor):
     small_model.eval()
+    images, captions = small_set(), ["a man in red", "a woman"]
+    gallery, queries = encode_gallery(small_model, processor, images), encode_queries(small_model, processor, captions)
+    scores = score_gallery(small_model, queries, gallery, 3)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        gallery = encode_gallery(small_model, processor, small_set(), progress=False)
-        metrics = evaluate_retrieval(small_model, processor, small_set(), rerank_k=3, progress=False)
-    assert gallery.states.dtype == torch.bfloat16
-    assert gallery.embeds.dtype == torch.float32
-    assert metrics["queries"] == 9
+        half_gallery = encode_gallery(small_model, processor, images)
+        half_queries = encode_queries(small_model, processor, captions)
+        half_scores = score_gallery(small_model, half_queries, half_gallery, 3)[0]
+    assert torch.equal(half_gallery.states, gallery.states)
+    assert torch.equal(half_scores, scores)
+
+
+@pytest.mark.parametrize("match_score", ["probability", "logit"])
+def test_first_ranks_of_half_precision_are_those_of_full_precision(match_score):
+    """200 queries with 14 candidates of 16 images; bfloat16 alone puts others among the first ten of some queries."""
+    model = model_with(0.2)
+    model.config.match_score = match_score
+    lengths = torch.randint(3, 10, (200,))
+    mask = (torch.arange(9)[None] < lengths[:, None]).long()
+    queries = Queries(torch.randn(200, 8) / 30, torch.randint(5, 1000, (200, 9)) * mask, mask)
+    gallery = Gallery(torch.randn(16, 8) / 30, torch.randn(16, 9, 16))
+    similarity, scores = score_gallery(model, queries, gallery, 14)
+    candidates = top_candidates(similarity, 14)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        alone = rerank_scores(similarity, candidates, match_candidates(model, queries, gallery, candidates))
+        half = score_gallery(model, queries, gallery, 14)[1]
+
+    def first(scores: torch.Tensor, rank: int) -> torch.Tensor:
+        return scores.topk(rank).indices.sort(dim=1).values
+
+    for rank in (1, 5, 10):
+        assert torch.equal(first(half, rank), first(scores, rank))
+    assert not torch.equal(first(alone, 10), first(scores, 10))
+    assert (half == alone).double().mean() > 0.5  # most pairs are read once
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["probability", "logit"]), st.sampled_from([1e-3, 0.05, 1.0]))
+@settings(deadline=None)
+def test_what_is_not_in_doubt_keeps_its_place(seed, match_score, tolerance):
+    """Any errors up to the tolerance: with the true scores of the doubtful ones the first 1, 5 and 10 are right."""
+    generator = torch.Generator().manual_seed(seed)
+    similarity = torch.rand(8, 14, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(8, 14, generator=generator, dtype=torch.float64)
+    error = tolerance * (2 * torch.rand(8, 14, generator=generator, dtype=torch.float64) - 1)
+    true, read = logits, logits + error
+    if match_score == "probability":
+        true, read = true.sigmoid(), read.sigmoid()
+    doubtful = in_doubt(similarity, read, tolerance, match_score)
+    mixed = similarity + torch.where(doubtful, true, read)
+    for rank in (1, 5, 10):
+        expected = (similarity + true).topk(rank).indices.sort(dim=1).values
+        assert torch.equal(mixed.topk(rank).indices.sort(dim=1).values, expected)
+
+
+def test_in_doubt_by_hand():
+    """Twelve candidates, far apart but for the first two, and for ranks 6 and 7, which are both behind a border."""
+    local = torch.tensor([[9.95, 9.9, 8, 7, 6, 5.05, 5, 4, 3, 2, 1, 0]])
+    doubtful = in_doubt(torch.zeros(1, 12), local, 0.04, "logit")
+    assert doubtful[0].nonzero().flatten().tolist() == [0, 1]
+    assert not in_doubt(torch.zeros(1, 12), local, 0.02, "logit").any()
 
 
 def test_match_candidates_does_not_depend_on_its_batches(small_model):
@@ -266,6 +324,10 @@ def test_match_candidates_does_not_depend_on_its_batches(small_model):
     whole = match_candidates(small_model, queries, gallery, candidates)
     parts = match_candidates(small_model, queries, gallery, candidates, memory=1e-9)  # image by image, pair by pair
     torch.testing.assert_close(whole, parts)
+    chosen = torch.tensor([[True, False, False], [False, False, False], [False, True, True]])
+    some = match_candidates(small_model, queries, gallery, candidates, chosen=chosen)
+    torch.testing.assert_close(some, whole * chosen)
+    assert not match_candidates(small_model, queries, gallery, candidates, chosen=chosen & False).any()
     with torch.no_grad():
         for query, row in enumerate(candidates.tolist()):
             for place, image in enumerate(row):
