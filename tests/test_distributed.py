@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import evaluation_cada
 import modeling_cada
 import train_cada
 from evaluation_cada import evaluate_retrieval
@@ -26,6 +28,7 @@ from publish_cada import model_digest
 from train_cada import whole_model
 
 
+RECIPES = Path(train_cada.__file__).parent / "recipes"
 PAIRS = 19  # two batches of 8 and one of 3: of four processes, one gets nothing of the last batch
 BATCH = 8
 EXACT = ("--optim", "sgd", "--learning_rate", "0.01", "--lr_scheduler_type", "constant")
@@ -73,12 +76,15 @@ def one_process(rank: int, processes: int, port: int, runs: list[list[str]], var
         train_cada.main([*run, "--ddp_backend", "gloo"])
 
 
-def run_in_processes(processes: int, runs: list[list[str]], **variables: str) -> None:
-    """What `accelerate launch` does for a script, for several runs of it."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(one_process, args=(processes, port, runs, variables), nprocs=processes)
+        return free.getsockname()[1]
+
+
+def run_in_processes(processes: int, runs: list[list[str]], run=one_process, **variables: str) -> None:
+    """What `accelerate launch` does for a script, for several runs of it."""
+    mp.spawn(run, args=(processes, free_port(), runs, variables), nprocs=processes)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +140,57 @@ def test_several_processes_equal_one(single, processes):
         assert_equal_runs(single / f"1_{number}", single / f"{processes}_{number}")
 
 
+def killed_process(rank: int, processes: int, port: int, runs: list[list[str]], variables: dict[str, str]) -> None:
+    """The second process is killed in the second evaluation, when it enters the function of the variable MOMENT."""
+    name, calls = variables["MOMENT"], []
+    function = getattr(evaluation_cada, name)
+
+    def counted(*args, **kwargs):
+        calls.append(name)
+        if rank == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(evaluation_cada, name, counted)
+    one_process(rank, processes, port, runs, variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["encode_gallery", "match_candidates"])
+def test_a_process_killed_in_an_evaluation(single, moment):
+    """The other one does not wait for ever; the same command goes on from the last checkpoint to the same end."""
+    run = arguments(single, f"killed_{moment}", 2, *EXACT, "--do_predict", "--resume_from_checkpoint", "last")
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        run_in_processes(2, [run], killed_process, MOMENT=moment)
+    assert not (single / f"killed_{moment}" / "test_results.json").exists()
+    assert [path.name for path in (single / f"killed_{moment}").glob("checkpoint-*")] == ["checkpoint-3"]
+    run_in_processes(2, [run])
+    assert_equal_runs(single / "1_0", single / f"killed_{moment}")
+
+
+@pytest.mark.slow
+def test_two_machines_equal_one(single):
+    """Two launchers on this machine, with the configuration of the recipes, and two processes of each."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(RECIPES / "accelerate" / "two_machines.yaml"), "--num_processes", "4"]
+    launch += ["--mixed_precision", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    run = [train_cada.__file__, *arguments(single, "machines", 4, *EXACT, "--do_predict"), "--ddp_backend", "gloo"]
+    machines = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", str(rank), *run],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for machine in machines:
+        _, errors = machine.communicate(timeout=600)
+        assert machine.returncode == 0, errors[-3000:]
+    assert_equal_runs(single / "1_0", single / "machines")
+
+
 def sharded_process(rank: int, folder: str, start: str) -> None:
     """A step and an evaluation with weights, gradients and images shared out."""
     torch.set_num_threads(1)
@@ -185,9 +242,6 @@ def test_sharded_weights_equal_whole_ones(folder):
 
 
 # Recipes
-
-
-RECIPES = Path(train_cada.__file__).parent / "recipes"
 
 
 def test_accelerate_reads_the_configurations():

@@ -244,21 +244,42 @@ def test_held_out_persons_are_compared_by_the_recorded_name_of_the_set():
         train_cada.check_hold_out(trained, "mine (own data)", 7)
 
 
+NO_DROPOUT = '{"text_config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}'
+
+
 def test_training_in_chunks_gives_the_same_weights(start, tmp_path):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     LAYOUTS["rstp_reid"](data_dir)
-    no_dropout = '{"text_config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}'
     weights = []
     for number, more in enumerate(((), ("--chunk_size", "2"))):
         words = command(start, tmp_path / str(number), "rstp_reid", data_dir, "--do_train", *more)
-        train_cada.main([*words, "--config_overrides", no_dropout])
+        train_cada.main([*words, "--config_overrides", NO_DROPOUT])
         weights.append(CADAForTextToImageRetrieval.from_pretrained(tmp_path / str(number)).state_dict())
     first = CADAForTextToImageRetrieval.from_pretrained(start).state_dict()
     assert any((weights[0][name] - value).abs().max() > 1e-3 for name, value in first.items())
     for name, value in weights[0].items():
         # AdamW divides by the size of a gradient: where that is rounding error, so is the step.
         assert (weights[1][name] - value).abs().mean() < 1e-5, name
+
+
+@pytest.mark.slow  # the compiler takes a minute and more
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_gives_the_same_weights(backend, start, tmp_path):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    LAYOUTS["cuhk_pedes"](data_dir)
+    weights, losses = {}, {}
+    for name, more in {"plain": (), "compiled": ("--torch_compile", "--torch_compile_backend", backend)}.items():
+        arguments = command(start, tmp_path / name, "cuhk_pedes", data_dir, "--do_train", "--max_steps", "2", *more)
+        arguments += ["--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+        train_cada.main([*arguments, "--config_overrides", NO_DROPOUT])
+        weights[name] = CADAForTextToImageRetrieval.from_pretrained(tmp_path / name).state_dict()
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5)
+    # Adam's first steps are as long as the learning rate (1e-3), whatever the gradient: compare far below that.
+    torch.testing.assert_close(weights["compiled"], weights["plain"], rtol=0, atol=1e-5)
 
 
 def test_overrides_from_text_or_file(tmp_path):
