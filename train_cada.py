@@ -439,6 +439,20 @@ class CADATrainer(Trainer):
             for checkpoint in others[: max(0, len(checkpoints) - limit)]:
                 remove_folder(Path(checkpoint))
 
+    def _finalize_training(self, *args, **kwargs):
+        """As in `Trainer`, which with a limit of 1 would delete the last checkpoint here, file by file."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if limit == 1 and best is not None and self.args.should_save:
+            for checkpoint in sort_checkpoints(self.args.output_dir):
+                if Path(checkpoint).name != Path(best).name:
+                    remove_folder(Path(checkpoint))
+        return output
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss part since the last line, over all processes."""
         if "loss" in logs and self._part_count:

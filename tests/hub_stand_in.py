@@ -10,7 +10,7 @@ The client reads `HF_ENDPOINT` when it is imported, so it has to run in a subpro
 stand-in the proxy of that process: a request to any other host arrives here too, is refused, and stands in `unknown`.
 
 Covered: model repositories; branches, tags, commits; files inside a commit and through LFS; file lists; downloads, in
-parts too; checks of model cards. Not covered: data sets, Spaces, pull requests, Xet, the protocol of Git itself.
+parts too; checks of model cards; data sets, to read. Not covered: Spaces, pull requests, Xet, the protocol of Git.
 """
 
 import base64
@@ -372,7 +372,7 @@ class HubStandIn:
         references[name] = target.oid
         return Reply({})
 
-    @route("GET", "/api/models/<repo>/refs")
+    @route("GET", "/api/(?:models|datasets)/<repo>/refs")
     def _references(self, call: Call, repo: Repository) -> Reply:
         def listed(folder: str, references: dict[str, str]) -> list[dict]:
             return [{"name": n, "ref": f"refs/{folder}/{n}", "targetCommit": oid} for n, oid in references.items()]
@@ -384,7 +384,7 @@ class HubStandIn:
         who, history = {"authors": [{"user": self.user}]}, repo.at(revision).history()
         return Reply([{"id": c.oid, "title": c.title, "message": c.message, "date": c.date, **who} for c in history])
 
-    @route("GET", "/api/models/<repo>/tree/<revision>(?:/<path>)?")
+    @route("GET", "/api/(?:models|datasets)/<repo>/tree/<revision>(?:/<path>)?")
     def _tree(self, call: Call, repo: Repository, revision: str, path: str = "") -> Reply:
         commit, prefix = repo.at(revision), f"{path.strip('/')}/".lstrip("/")
         inside = [name.removeprefix(prefix).split("/") for name in sorted(commit.files) if name.startswith(prefix)]
@@ -396,7 +396,7 @@ class HubStandIn:
             found.update(dict.fromkeys(prefix + "/".join(names[:depth]) for depth in depths))
         return Reply([self._entry(commit, name, call.query) for name in found])
 
-    @route("POST", "/api/models/<repo>/paths-info/<revision>")
+    @route("POST", "/api/(?:models|datasets)/<repo>/paths-info/<revision>")
     def _paths_info(self, call: Call, repo: Repository, revision: str) -> Reply:
         commit, form = repo.at(revision), parse_qs(call.body.decode())
         paths = [path.rstrip("/") for path in form.get("paths", [])]
@@ -416,7 +416,7 @@ class HubStandIn:
             entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": last.date}
         return entry
 
-    @route("GET HEAD", "/<repo>/resolve/<revision>/<path>")
+    @route("GET HEAD", "/(?:datasets/)?<repo>/resolve/<revision>/<path>")
     def _resolve(self, call: Call, repo: Repository, revision: str, path: str) -> Reply:
         commit = repo.at(revision)
         headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
@@ -439,8 +439,8 @@ class HubStandIn:
         headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         return Reply(content[first : last + 1], 206, headers, cut)
 
-    @route("GET", "/api/models/<repo>/revision/<revision>")
-    @route("GET", "/api/models/<repo>")
+    @route("GET", "/api/(?:models|datasets)/<repo>/revision/<revision>")
+    @route("GET", "/api/(?:models|datasets)/<repo>")
     def _info(self, call: Call, repo: Repository, revision: str = "main") -> Reply:
         commit, siblings = repo.at(revision), []
         for path, blob in sorted(commit.files.items()):

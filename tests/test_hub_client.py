@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import save_colour_set
+from datasets import load_from_disk
 from hub_stand_in import HubStandIn
 from pedes_layout import lay_out_rstp
 from test_hub_cada import expected_of, save
@@ -300,6 +302,30 @@ def test_trainer_pushes_a_checkpoint_that_loads(hub, processor, tmp_path):
     model = CADAForTextToImageRetrieval.from_pretrained(tmp_path / "run").eval()
     assert result == pytest.approx(expected_of(model, CADAProcessor.from_pretrained(tmp_path / "run")), rel=1e-5)
     assert hub.unknown == []
+
+
+DATA = """
+import json, sys
+from data_cada import DataError, load_pairs_dataset
+
+counts = [len(load_pairs_dataset("tester/people", revision=revision)["test"]) for revision in sys.argv[1:]]
+try:
+    load_pairs_dataset("tester/people", revision="v9")
+except DataError as error:
+    json.dump([counts, str(error)], open("results.json", "w"))
+"""
+
+
+def test_data_set_of_a_revision(hub, tmp_path):
+    """Two commits of a data set with 3 and 5 test images, by tag, commit and branch."""
+    commits = []
+    for count in (3, 5):
+        rows = load_from_disk(save_colour_set(tmp_path / str(count), test=count))["test"]
+        rows.to_parquet(tmp_path / "test.parquet")
+        commits.append(hub.add("tester/people", {"data/test.parquet": (tmp_path / "test.parquet").read_bytes()}))
+    counts, message = run(hub, tmp_path, DATA, *commits, "main", modules=True)
+    assert counts == [3, 5, 5]
+    assert "tester/people" in message and "v9" in message
 
 
 def test_hf_upload_and_hf_download(hub, tmp_path):

@@ -150,6 +150,19 @@ def test_old_checkpoints_are_deleted(folder):
     assert len(kept) == 2
 
 
+def test_one_checkpoint_is_the_best(folder, monkeypatch):
+    """With a limit of 1 the last one goes at the end of training, by its name first."""
+    deleted = []
+    remove = train_cada.remove_folder
+    monkeypatch.setattr(train_cada, "remove_folder", lambda path: (deleted.append(path.name), remove(path)))
+    output = folder / "limit"
+    train_cada.main([*arguments(folder, output.name, "epoch"), "--save_total_limit", "1"])
+    state = json.loads((output / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"]).name
+    assert [path.name for path in output.glob("checkpoint-*")] == [best]
+    assert set(deleted) == {"checkpoint-3", "checkpoint-6", "checkpoint-9"} - {best}
+
+
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 @pytest.mark.parametrize("step", [1, 3])
 def test_sigterm_saves_and_ends(folder, strategy, step, monkeypatch):

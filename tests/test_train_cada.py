@@ -263,23 +263,24 @@ def test_training_in_chunks_gives_the_same_weights(start, tmp_path):
         assert (weights[1][name] - value).abs().mean() < 1e-5, name
 
 
-@pytest.mark.slow  # the compiler takes a minute and more
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_training_gives_the_same_weights(backend, start, tmp_path):
+@pytest.mark.slow  # the compiler takes some minutes
+def test_compiled_training_gives_the_same_weights(start, tmp_path):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     LAYOUTS["cuhk_pedes"](data_dir)
     weights, losses = {}, {}
-    for name, more in {"plain": (), "compiled": ("--torch_compile", "--torch_compile_backend", backend)}.items():
+    for name, more in {"plain": (), "compiled": ("--torch_compile",)}.items():
         arguments = command(start, tmp_path / name, "cuhk_pedes", data_dir, "--do_train", "--max_steps", "2", *more)
         arguments += ["--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+        arguments += ["--optim", "sgd", "--learning_rate", "0.01"]  # AdamW makes rounding errors as large as gradients
         train_cada.main([*arguments, "--config_overrides", NO_DROPOUT])
         weights[name] = CADAForTextToImageRetrieval.from_pretrained(tmp_path / name).state_dict()
         history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
         losses[name] = [entry["loss"] for entry in history if "loss" in entry]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5)
-    # Adam's first steps are as long as the learning rate (1e-3), whatever the gradient: compare far below that.
     torch.testing.assert_close(weights["compiled"], weights["plain"], rtol=0, atol=1e-5)
+    first = CADAForTextToImageRetrieval.from_pretrained(start).state_dict()
+    assert any((weights["plain"][name] - value).abs().max() > 1e-4 for name, value in first.items())
 
 
 def test_overrides_from_text_or_file(tmp_path):
