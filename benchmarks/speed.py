@@ -2,6 +2,7 @@
 Time and memory against the authors' way and against BLIP of transformers, side by side, at base size.
 
     python benchmarks/speed.py
+    python benchmarks/speed.py --demo demo    # and how far half precision changes the ranking of the demo's model
 
 All three have random weights: the work does not depend on them. (a) is the authors' way on our weights, written here:
 texts padded to 73, keys and values anew for every pair and pass, all positions of every layer, the vocabulary head
@@ -21,14 +22,23 @@ from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from datasets import Image
+from datasets import Image, load_from_disk
 from tqdm.auto import tqdm
 from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
 
 from configuration_cada import CADAConfig
 from data_cada import PairCollator, PairDataset
 from drawn_cada import load_drawn
-from evaluation_cada import Gallery, Queries, match_candidates, top_candidates
+from evaluation_cada import (
+    Gallery,
+    Queries,
+    encode_gallery,
+    encode_queries,
+    match_candidates,
+    rerank_scores,
+    score_gallery,
+    top_candidates,
+)
 from losses_cada import atp_loss, draw_negatives, group_states, ndf_loss, positive_pairs
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor, clean_caption
@@ -188,6 +198,59 @@ def make_search(model, images: int, texts: int, k: int, device: str):
     return Queries(embeds[0], ids, mask), Gallery(embeds[1], states), candidates
 
 
+def operations_per_pair(config: CADAConfig, lengths: torch.Tensor, pairs_of_image: float) -> dict[str, float]:
+    """Additions and multiplications of re-ranking in GFLOP per pair, of matrix products alone."""
+    text, rows = config.text_config, config.vision_config.grid_size[0] * config.vision_config.grid_size[1] + 1
+    width, layers = text.hidden_size, text.num_hidden_layers
+    keys_and_values = 2 * rows * 2 * config.vision_config.hidden_size * width
+
+    def attention(tokens: float, read: float) -> float:
+        return 2 * tokens * 2 * read * width
+
+    def own_part(tokens: float, read_tokens: float) -> float:  # self-attention of a layer
+        return 2 * (2 * tokens + 2 * read_tokens) * width**2 + attention(read_tokens, tokens)
+
+    def other_part(tokens: float) -> float:  # attention to the image, and the two layers behind
+        return 2 * 2 * tokens * width**2 + attention(tokens, rows) + 2 * 2 * tokens * width * text.intermediate_size
+
+    length = float(lengths.double().mean())
+    plain = layers * (own_part(PADDED, PADDED) + other_part(PADDED) + keys_and_values)
+    # The first self-attention is once per text, here shared by all its pairs; of the last layer e_cls alone is read.
+    ours = (layers - 2) * (own_part(length, length) + other_part(length)) + other_part(length)
+    ours += own_part(length, 1) + other_part(1) + layers * keys_and_values / pairs_of_image
+    return {OURS: ours / 1e9, PLAIN: plain / 1e9}
+
+
+def compare_precisions(folder: Path) -> list[str]:
+    """How many queries of the demo's test find the same images first in bfloat16 as in float32, with K = 32."""
+    model = CADAForTextToImageRetrieval.from_pretrained(folder / "model").eval()
+    processor = CADAProcessor.from_pretrained(folder / "model")
+    rows = load_from_disk(folder / "drawn")["test"]
+    gallery = encode_gallery(model, processor, rows)
+    queries = encode_queries(model, processor, [caption for row in rows["captions"] for caption in row])
+    similarity, exact = score_gallery(model, queries, gallery, 32, progress=True)
+    candidates = top_candidates(similarity, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        read_once = match_candidates(model, queries, gallery, candidates, progress=True)
+        half = score_gallery(model, queries, gallery, 32, progress=True)[1]
+    alone = rerank_scores(similarity, candidates, read_once)
+    read_again = (half.gather(1, candidates) != alone.gather(1, candidates)).double().mean()
+    lines = [
+        f"Half precision on the demo's model: {len(exact)} queries, {len(gallery.embeds)} images, K = 32. "
+        f"Candidates in doubt, {read_again:.1%} of them, are read again in float32.",
+        "",
+        "| the same images as in float32 among the first | 1 | 5 | 10 |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, scores in {"bfloat16 alone": alone, "bfloat16 as it is used": half}.items():
+        cells = []
+        for rank in (1, 5, 10):
+            first, other = (values.topk(rank).indices.sort(dim=1).values for values in (exact, scores))
+            cells.append(f"{(first == other).all(dim=1).double().mean():.2%}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def peak_of_evaluation(kind: str, images: int, texts: int, k: int, dtype: str) -> float:
     """Peak memory in GB that re-ranking adds to the loaded model, in a process of its own (Linux, CPU)."""
 
@@ -338,6 +401,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--demo", type=Path, help="folder of results of demo_cada.py")
     options = parser.parse_args()
     small = options.device == "cpu"
     # A CUHK-PEDES test with K = 32 has 64 pairs per image; here 16 on a CPU, which is to our disadvantage.
@@ -351,6 +415,8 @@ def main() -> None:
         for name, dtype in kinds.items():
             results[name] = measure(options.device, dtype, sizes, options.repeats, bar)
             results[name].update(measure_training(options.device, dtype, batch, options.repeats, bar))
+    lengths = make_texts(sizes["texts"], CADAConfig().text_config.vocab_size)[1].sum(dim=1)
+    operations = operations_per_pair(CADAConfig(), lengths, sizes["texts"] * sizes["k"] / sizes["images"])
     where = environment()
     lines = [
         f"# Speed: {options.device}",
@@ -371,6 +437,13 @@ def main() -> None:
             ratios = [row[PLAIN] / row[OURS], first / row[OURS], other / row[OURS] if other else None]
             cells += [f"{ratio:.2f}" if ratio else "–" for ratio in ratios]
             lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Matrix products of re-ranking, GFLOP per pair: {operations[OURS]:.1f} here, {operations[PLAIN]:.1f} the "
+        f"authors' way, {operations[PLAIN] / operations[OURS]:.2f} times as many.",
+    ]
+    if options.demo is not None:
+        lines += ["", *compare_precisions(options.demo)]
     if small:
         lines += [
             "",
@@ -393,7 +466,8 @@ def main() -> None:
         "|---|---:|---:|---:|",
         *data,
         "",
-        f"- Command: `python benchmarks/speed.py --repeats {options.repeats}`",
+        f"- Command: `python benchmarks/speed.py --repeats {options.repeats}"
+        f"{'' if options.demo is None else ' --demo demo'}`",
         f"- Date: {where['date']}",
         f"- Machine: {where['hardware']}",
         f"- Versions: {', '.join(f'{package} {version}' for package, version in where['versions'].items())}",
