@@ -18,8 +18,7 @@ from PIL import Image
 
 import data_cada
 from data_cada import DataError, load_pairs_dataset, open_image, read_row
-from processing_cada import MAX_PIXELS
-from processing_cada import upright
+from processing_cada import MAX_PIXELS, upright
 
 
 def in_format(image: Image.Image, kind: str, **options) -> bytes:
