@@ -48,12 +48,13 @@ MAX_IMAGES = 60
 THUMBNAIL = (240, 320)  # largest width and height in pixels
 _CLEANING = (600, 3600)  # every ten minutes, copies of images older than an hour are deleted
 
-# Persons are tall, and Gradio's cells are square, with the caption on the feet. {lines} of a caption have their place.
+# Persons are tall, and Gradio's cells are square, with the caption on the feet. The caption has its own place, {high}.
 _CSS = """
 .grid-wrap {{ max-height: none !important; }}
-.thumbnail-item {{ aspect-ratio: 3 / 5 !important; padding-bottom: {lines}em; }}
-.caption-label {{ left: 0; right: 0; max-width: none; max-height: 100%; overflow-y: auto; border: 0;
+.thumbnail-item {{ aspect-ratio: 3 / 5 !important; padding-bottom: {high}; }}
+.caption-label {{ left: 0; right: 0; max-width: none; max-height: {high}; overflow-y: auto; border: 0;
   white-space: pre-line; overflow-wrap: anywhere; }}
+.line {{ border: 0 !important; }}
 .line textarea {{ border: 0 !important; padding: 0 !important; background: none !important;
   box-shadow: none !important; resize: none; opacity: 1; -webkit-text-fill-color: currentColor; }}
 """
@@ -163,9 +164,12 @@ def _number(top) -> int:
     return int(top)
 
 
+def _metadata(result: Result) -> str:
+    return ", ".join(f"{name}={value}" for name, value in result.metadata.items() if value is not None)
+
+
 def _caption(rank: int, result: Result) -> str:
-    metadata = ", ".join(f"{name}={value}" for name, value in result.metadata.items() if value is not None)
-    return f"{rank}.  {result.score:.3f}  {result.path}" + (f"\n{metadata}" if metadata else "")
+    return f"{rank}.  {result.score:.3f}  {result.path}\n{_metadata(result)}".strip()
 
 
 def _line(text: str | None) -> dict:
@@ -220,7 +224,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         said += f" where {' and '.join(conditions)}." if conditions else "."
         if images and sentence and config.use_atp:
             said += " Click one to see why."
-        return images, (sentence, [result.path for result in results]), None, _line(None), _line(said)
+        return images, (sentence, results), None, _line(None), _line(said)
 
     def find(sentence: str | None, where: str | None, top: int | None) -> tuple:
         def question(gallery):
@@ -239,25 +243,27 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
 
         return attempt(question, [gr.skip()] * 4)
 
-    def explain(searched: tuple[str | None, list[str]], event: gr.SelectData) -> tuple:
+    def explain(searched: tuple[str | None, list[Result]], event: gr.SelectData) -> tuple:
         def question(gallery):
             (sentence, found), rank = searched, event.index
             if not isinstance(rank, int) or not 0 <= rank < len(found):
                 raise ValueError("This image is no longer shown. Search again.")
+            said = [f"{found[rank].path}  {_metadata(found[rank])}".strip()]
+            if not config.use_atp:
+                return None, _line(said[0])
             if sentence is None:
-                raise ValueError(
-                    "These images were found by an image. Search by a sentence to see where its words look."
-                )
-            inputs = gallery.model, gallery.processor, gallery.image(found[rank]), sentence
-            attention, predictions, missing = word_attention(*inputs), [], None
+                said.append("It was found by an image. Search by a sentence to see where its words look.")
+                return None, _line("\n".join(said))
+            inputs = gallery.model, gallery.processor, gallery.image(found[rank].path), sentence
+            attention, predictions = word_attention(*inputs), []
             if config.use_ara and tagger_is_here():
                 predictions = attribute_predictions(*inputs)
             elif config.use_ara:
-                missing = (
+                said.append(
                     "What the image suggests for the attributes is left out, as NLTK's tagger data are missing. "
                     f"Download them (6 MB): python -m nltk.downloader {TAGGER}"
                 )
-            return draw_explanation(inputs[2], sentence, attention, predictions), _line(missing)
+            return draw_explanation(inputs[2], sentence, attention, predictions), _line("\n".join(said))
 
         return attempt(question, [None])
 
@@ -273,7 +279,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
     }
     with gr.Blocks(title="Find a person", analytics_enabled=False, delete_cache=_CLEANING) as page:
         gr.Markdown("# Find a person\nA ranking is a list of candidates, no identification.")
-        searched = gr.State((None, []))  # the sentence that was searched for, and the images that are shown
+        searched = gr.State((None, []))  # the sentence that was searched for, and the results that are shown
         with gr.Row():
             sentence = gr.Textbox(
                 label="Sentence",
@@ -283,10 +289,12 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
                 scale=5,
             )
             # A slider's field can be emptied too, and Gradio breaks on it.
-            top = gr.Number(value=12, precision=0, label=f"Number of images (1 to {MAX_IMAGES})", min_width=120)
+            top = gr.Number(value=12, precision=0, label=f"Images (1 to {MAX_IMAGES})", min_width=120)
+        columns = ", ".join(f"{name} ({kind})" for name, kind in gallery.columns.items())
         where = gr.Textbox(
             label="Only images where (=, !=, <, <=, >, >=; a semicolon between two conditions)",
-            placeholder=", ".join(f"{name} ({kind})" for name, kind in gallery.columns.items()),
+            placeholder=columns,
+            max_lines=1,
             max_length=MAX_SENTENCE,
             visible=bool(gallery.columns),
         )
@@ -294,7 +302,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         with gr.Accordion("Search by an image", open=False):
             upload = gr.File(label="Image of a person", file_types=["image"], height=140)
             by_image = gr.Button("Search by the image")
-        message = gr.Textbox(f"{len(gallery):,} images.", **line)
+        message = gr.Textbox(f"{len(gallery):,} images.{f' Known of them: {columns}.' if columns else ''}", **line)
         results = gr.Gallery(
             show_label=False,
             columns=6,
@@ -308,8 +316,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         shown = [results, searched, why, note, message]
         gr.on([sentence.submit, where.submit, by_sentence.click], find, [sentence, where, top], shown, **event)
         by_image.click(find_similar, [upload, where, top], shown, **event)
-        if config.use_atp:
-            results.select(explain, [searched], [why, note], **event)
+        results.select(explain, [searched], [why, note], **event)
     return page
 
 
@@ -353,7 +360,7 @@ def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
                 max_file_size=MAX_UPLOAD,
                 state_session_capacity=100,
                 app_kwargs={"middleware": guards},
-                css=_CSS.format(lines=6 if gallery.columns else 2.6),
+                css=_CSS.format(high="5.2em" if gallery.columns else "2.6em"),
                 footer_links=[],
                 run_history=False,
                 enable_monitoring=False,
