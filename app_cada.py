@@ -4,7 +4,8 @@ A page to search one's own images: type a sentence and see who fits; click an im
     python app_cada.py --index INDEX
 
 It is for the person in front of this machine: it listens on the loopback address only, needs no internet, and hands
-out small copies of the images in the index, no other file.
+out small copies of the images in the index, no other file. Where the index is brought up to date meanwhile, the page
+goes on with the new one.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,9 +25,9 @@ from PIL import Image
 
 from data_cada import open_image
 from explain_cada import attribute_predictions, draw_explanation, word_attention
-from files_cada import Parser, run_command
-from gallery_cada import GalleryIndex, Result, open_index
-from processing_cada import clean_caption
+from files_cada import Parser, one_line, run_command
+from gallery_cada import RECORD, GalleryIndex, Result, open_index
+from processing_cada import TAGGER, tagger_is_here
 from source_cada import GalleryError
 
 
@@ -39,18 +41,22 @@ except ImportError:
 
 
 ADDRESS = "127.0.0.1"
-MAX_SENTENCE = 500  # characters
+MAX_SENTENCE = 500  # characters; of the conditions too
 MAX_UPLOAD = 10_000_000  # bytes
 MAX_PIXELS = 50_000_000  # a small file can hold a huge image
 MAX_IMAGES = 60
 THUMBNAIL = (240, 320)  # largest width and height in pixels
 _CLEANING = (600, 3600)  # every ten minutes, copies of images older than an hour are deleted
 
-# Persons are tall, and Gradio's cells are square, with the caption on the feet.
+# Persons are tall, and Gradio's cells are square, with the caption on the feet. The caption has its own place, {high}.
 _CSS = """
-.grid-wrap { max-height: none !important; }
-.thumbnail-item { aspect-ratio: 3 / 5 !important; padding-bottom: 2.6em; }
-.caption-label { left: 0; right: 0; max-width: none; border: 0; white-space: normal; overflow-wrap: anywhere; }
+.grid-wrap {{ max-height: none !important; }}
+.thumbnail-item {{ aspect-ratio: 3 / 5 !important; padding-bottom: {high}; }}
+.caption-label {{ left: 0; right: 0; max-width: none; max-height: {high}; overflow-y: auto; border: 0;
+  white-space: pre-line; overflow-wrap: anywhere; }}
+.line {{ border: 0 !important; }}
+.line textarea {{ border: 0 !important; padding: 0 !important; background: none !important;
+  box-shadow: none !important; resize: none; opacity: 1; -webkit-text-fill-color: currentColor; }}
 """
 
 # What the page consists of. Gradio has more routes: some fetch addresses, run code or hand out other files.
@@ -97,24 +103,78 @@ class _Guard:
         await app(scope, receive, send_with_headers)
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong appears on the page as a message."""
-    try:
-        yield
-    except (GalleryError, ValueError, LookupError) as error:  # LookupError: NLTK's tagger data are missing
-        raise gr.Error(str(error), print_exception=False) from error
+class LatestIndex:
+    """
+    An open index, opened again once `gallery_cada.py index` has brought its folder up to date.
+
+    Args:
+        gallery: the index as it was opened.
+    """
+
+    def __init__(self, gallery: GalleryIndex):
+        self.gallery, self.stamp = gallery, self._stamp(gallery)
+
+    @staticmethod
+    def _stamp(gallery: GalleryIndex) -> tuple | None:
+        """Changes with every new state, whose record takes the place of the old one."""
+        try:
+            status = os.stat(gallery.folder / RECORD)
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
+    def present(self) -> GalleryIndex:
+        """
+        The index in its present state.
+
+        Raises:
+            GalleryError: where the folder no longer holds one.
+        """
+        stamp = self._stamp(self.gallery)
+        if stamp != self.stamp:
+            self.gallery = open_index(self.gallery.folder, self.gallery.model_name, self.gallery.device)
+            self.stamp = stamp
+        return self.gallery
+
+    def ask(self, question: Callable[[GalleryIndex], tuple]) -> tuple:
+        """What `question(index)` gives; asked once more where it fails because the index is replaced meanwhile."""
+        gallery = self.present()
+        try:
+            return question(gallery)
+        except Exception:  # files of the old state may be gone, and each library has its own error for that
+            if self.present() is gallery:
+                raise
+        return question(self.gallery)
 
 
-def _checked(sentence: str | None) -> str:
-    sentence = (sentence or "").strip()
-    if len(sentence) > MAX_SENTENCE:
-        raise ValueError(f"The sentence has {len(sentence)} characters. Use {MAX_SENTENCE} at most.")
-    return sentence
+def _checked(text: str | None, name: str) -> str:
+    text = (text or "").strip()
+    if len(text) > MAX_SENTENCE:
+        raise ValueError(f"The {name} has {len(text)} characters. Use {MAX_SENTENCE} at most.")
+    return text
+
+
+def _conditions(where: str | None) -> list[str]:
+    return [part.strip() for part in _checked(where, "field of conditions").split(";") if part.strip()]
 
 
 def _number(top) -> int:
-    return min(max(int(top), 1), MAX_IMAGES)
+    if top is None or not 1 <= top <= MAX_IMAGES:
+        raise ValueError(f"The number of images is {'missing' if top is None else top}. Give 1 to {MAX_IMAGES}.")
+    return int(top)
+
+
+def _metadata(result: Result) -> str:
+    return ", ".join(f"{name}={value}" for name, value in result.metadata.items() if value is not None)
+
+
+def _caption(rank: int, result: Result) -> str:
+    return f"{rank}.  {result.score:.3f}  {result.path}\n{_metadata(result)}".strip()
+
+
+def _line(text: str | None) -> dict:
+    """A line of text on the page; none where there is nothing to say."""
+    return gr.update(value=text, visible=bool(text))
 
 
 def open_upload(path: str | os.PathLike) -> Image.Image:
@@ -141,53 +201,108 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
     Raises:
         GalleryError: where the model of the index cannot be loaded.
     """
-    config = gallery.model.config
+    config, latest = gallery.model.config, LatestIndex(gallery)
 
-    def show(results: list[Result]) -> tuple:
+    def attempt(question: Callable[[GalleryIndex], tuple], otherwise: list) -> tuple:
+        """What the index answers. What is wrong is said in a line, the last output; the others are `otherwise`."""
+        try:
+            return latest.ask(question)
+        except (ValueError, LookupError, OSError) as error:  # also CADAError
+            problem = one_line(error)
+        except Exception as error:  # of Milvus or the GPU, say
+            traceback.print_exc()
+            problem = f"This failed: {one_line(error)} More stands where app_cada.py was started."
+        return *otherwise, _line(problem)
+
+    def show(gallery: GalleryIndex, results: list[Result], sentence: str | None, conditions: list[str]) -> tuple:
         images = []
         for rank, result in enumerate(results, start=1):
             image = gallery.image(result.path)
             image.thumbnail(THUMBNAIL)
-            images.append((image, f"{rank}.  {result.score:.3f}  {result.path}"))
-        return images, [result.path for result in results], None
+            images.append((image, _caption(rank, result)))
+        said = f"The best {len(images)} of {len(gallery):,} images" if images else "No image"
+        said += f" where {' and '.join(conditions)}." if conditions else "."
+        if images and sentence and config.use_atp:
+            said += " Click one to see why."
+        return images, (sentence, results), None, _line(None), _line(said)
 
-    def find(sentence: str, top: int) -> tuple:
-        with _told():
-            return show(gallery.search([_checked(sentence)], _number(top))[0])
+    def find(sentence: str | None, where: str | None, top: int | None) -> tuple:
+        def question(gallery):
+            text, conditions = _checked(sentence, "sentence"), _conditions(where)
+            return show(gallery, gallery.search([text], _number(top), where=conditions)[0], text, conditions)
 
-    def find_similar(upload: str | None, top: int) -> tuple:
-        with _told():
+        return attempt(question, [gr.skip()] * 4)
+
+    def find_similar(upload: str | None, where: str | None, top: int | None) -> tuple:
+        def question(gallery):
             if upload is None:
                 raise ValueError("Choose an image first.")
-            return show(gallery.search_image(open_upload(upload), _number(top)))
+            conditions = _conditions(where)
+            results = gallery.search_image(open_upload(upload), _number(top), conditions)
+            return show(gallery, results, None, conditions)
 
-    def explain(found: list[str], sentence: str, event: gr.SelectData) -> Image.Image:
-        with _told():
-            sentence, rank = _checked(sentence), event.index
-            if not clean_caption(sentence):
-                raise ValueError("Type a sentence to see where its words look.")
+        return attempt(question, [gr.skip()] * 4)
+
+    def explain(searched: tuple[str | None, list[Result]], event: gr.SelectData) -> tuple:
+        def question(gallery):
+            (sentence, found), rank = searched, event.index
             if not isinstance(rank, int) or not 0 <= rank < len(found):
                 raise ValueError("This image is no longer shown. Search again.")
-            inputs = gallery.model, gallery.processor, gallery.image(found[rank]), sentence
-            attention = word_attention(*inputs)
-            predictions = attribute_predictions(*inputs) if config.use_ara else []
-            return draw_explanation(inputs[2], sentence, attention, predictions)
+            said = [f"{found[rank].path}  {_metadata(found[rank])}".strip()]
+            if not config.use_atp:
+                return None, _line(said[0])
+            if sentence is None:
+                said.append("It was found by an image. Search by a sentence to see where its words look.")
+                return None, _line("\n".join(said))
+            inputs = gallery.model, gallery.processor, gallery.image(found[rank].path), sentence
+            attention, predictions = word_attention(*inputs), []
+            if config.use_ara and tagger_is_here():
+                predictions = attribute_predictions(*inputs)
+            elif config.use_ara:
+                said.append(
+                    "What the image suggests for the attributes is left out, as NLTK's tagger data are missing. "
+                    f"Download them (6 MB): python -m nltk.downloader {TAGGER}"
+                )
+            return draw_explanation(inputs[2], sentence, attention, predictions), _line("\n".join(said))
+
+        return attempt(question, [None])
 
     # Calls come from this page alone, one at a time, as there is one model.
     event = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
+    line = {
+        "label": "Message",
+        "show_label": False,
+        "container": False,
+        "interactive": False,
+        "max_lines": 6,
+        "elem_classes": "line",
+    }
     with gr.Blocks(title="Find a person", analytics_enabled=False, delete_cache=_CLEANING) as page:
-        gr.Markdown(f"# Find a person\n{len(gallery):,} images. A ranking is a list of candidates, no identification.")
-        found = gr.State([])
-        sentence = gr.Textbox(
-            label="Sentence", placeholder="a woman in a red coat", max_length=MAX_SENTENCE, autofocus=True
-        )
+        gr.Markdown("# Find a person\nA ranking is a list of candidates, no identification.")
+        searched = gr.State((None, []))  # the sentence that was searched for, and the results that are shown
         with gr.Row():
-            by_sentence = gr.Button("Search by the sentence", variant="primary")
-            top = gr.Slider(1, MAX_IMAGES, value=12, step=1, label="Number of images")
+            sentence = gr.Textbox(
+                label="Sentence",
+                placeholder="a woman in a red coat",
+                max_length=MAX_SENTENCE,
+                autofocus=True,
+                scale=5,
+            )
+            # A slider's field can be emptied too, and Gradio breaks on it.
+            top = gr.Number(value=12, precision=0, label=f"Images (1 to {MAX_IMAGES})", min_width=120)
+        columns = ", ".join(f"{name} ({kind})" for name, kind in gallery.columns.items())
+        where = gr.Textbox(
+            label="Only images where (=, !=, <, <=, >, >=; a semicolon between two conditions)",
+            placeholder=columns,
+            max_lines=1,
+            max_length=MAX_SENTENCE,
+            visible=bool(gallery.columns),
+        )
+        by_sentence = gr.Button("Search by the sentence", variant="primary")
         with gr.Accordion("Search by an image", open=False):
             upload = gr.File(label="Image of a person", file_types=["image"], height=140)
             by_image = gr.Button("Search by the image")
-        gr.Markdown(f"Best first: rank, score, file.{' Click an image to see why.' if config.use_atp else ''}")
+        message = gr.Textbox(f"{len(gallery):,} images.{f' Known of them: {columns}.' if columns else ''}", **line)
         results = gr.Gallery(
             show_label=False,
             columns=6,
@@ -196,13 +311,27 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             interactive=False,
             buttons=[],
         )
+        note = gr.Textbox(visible=False, **line)
         why = gr.Image(label="Where each word looks", interactive=False, buttons=[], visible=config.use_atp)
-        shown = [results, found, why]
-        gr.on([sentence.submit, by_sentence.click], find, [sentence, top], shown, **event)
-        by_image.click(find_similar, [upload, top], shown, **event)
-        if config.use_atp:
-            results.select(explain, [found, sentence], why, **event)
+        shown = [results, searched, why, note, message]
+        gr.on([sentence.submit, where.submit, by_sentence.click], find, [sentence, where, top], shown, **event)
+        by_image.click(find_similar, [upload, where, top], shown, **event)
+        results.select(explain, [searched], [why, note], **event)
     return page
+
+
+@contextmanager
+def _files_of_gradio_in(folder: str) -> Iterator[None]:
+    """Gradio keeps its copies of images in `folder`, for as long as the block runs."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GRADIO_TEMP_DIR"]
+        else:
+            os.environ["GRADIO_TEMP_DIR"] = before
 
 
 @contextmanager
@@ -211,10 +340,11 @@ def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
     The page at work, on the loopback address; gives its address. Its copies of images are deleted at the end.
 
     Raises:
-        GalleryError: where the port is taken, or the model cannot be loaded.
+        GalleryError: where the port is taken or none, or the model cannot be loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="cada_app_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    if not 1 <= port <= 65_535:
+        raise GalleryError(f"--port is {port}. Choose one from 1 to 65535.")
+    with tempfile.TemporaryDirectory(prefix="cada_app_") as folder, _files_of_gradio_in(folder):
         page = build_page(gallery)
         guards = [
             Middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"]),
@@ -230,7 +360,7 @@ def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
                 max_file_size=MAX_UPLOAD,
                 state_session_capacity=100,
                 app_kwargs={"middleware": guards},
-                css=_CSS,
+                css=_CSS.format(high="5.2em" if gallery.columns else "2.6em"),
                 footer_links=[],
                 run_history=False,
                 enable_monitoring=False,
@@ -256,7 +386,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--index", required=True, type=Path, help="folder of an index, written by gallery_cada.py")
     parser.add_argument("--model", help="the checkpoint, where it is no longer where the index was made")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="1 to 65535; 7860 by default")
     parser.add_argument("--device", help="of the model; the GPU where there is one")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that also then the copies of images are deleted

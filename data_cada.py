@@ -41,7 +41,7 @@ from transformers.utils import logging
 import processing_cada
 from drawn_cada import load_drawn
 from files_cada import CADAError, FileError, Parser, one_line, read_json, run_command
-from processing_cada import AttributeMasker, CADAProcessor, clean_caption, to_rgb, upright
+from processing_cada import AttributeMasker, CADAProcessor, clean_caption, read_image
 
 
 logger = logging.get_logger(__name__)
@@ -50,13 +50,6 @@ SPLITS = ("train", "val", "test")
 _MASKER_CODE = hashlib.sha256(Path(processing_cada.__file__).read_bytes()).hexdigest()
 # The longest caption of the three sets has about a hundred words. More than this is a damaged file.
 MAX_CAPTION_WORDS, MAX_CAPTION_CHARACTERS = 500, 5000
-# What Pillow may try to read a file as. Its other formats are rare, and some start programs, such as Ghostscript.
-PILImage.init()
-IMAGE_FORMATS = tuple(
-    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM") if name in PILImage.OPEN
-)
-# A file of a few kilobytes may claim any size. 90 million pixels are more than any camera at a street has.
-MAX_PIXELS = 90_000_000
 
 
 @dataclass(frozen=True)
@@ -594,9 +587,7 @@ def undecoded(dataset: Dataset) -> Dataset:
 
 def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Image:
     """
-    The image of an undecoded row, upright and in RGB (see [`to_rgb`]); the first frame of an animation. A JPEG file
-    that is much larger than `size` (height, width) is decoded at a half, a quarter or an eighth, but at no less than
-    twice `size`: several times faster, and hardly another image.
+    The image of an undecoded row, read for a model that reads `size` (height, width), see [`read_image`].
 
     Raises:
         DataError: what is wrong with it; whoever calls names the row.
@@ -616,17 +607,9 @@ def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Ima
         else:  # of an archive, or remote
             with xopen(path, "rb") as remote:
                 file = BytesIO(remote.read())
-        with PILImage.open(file, formats=IMAGE_FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise DataError(f"it has {opened.width}×{opened.height} pixels, more than {MAX_PIXELS:,}")
-            if size is not None and opened.format == "JPEG":
-                side = 2 * max(size)  # the file may lie on its side
-                opened.draft(None, (side, side))
-            return to_rgb(upright(opened))
+        return read_image(file, size)
     except DataError:
         raise
-    except PILImage.UnidentifiedImageError as error:
-        raise DataError(f"it is no {', '.join(IMAGE_FORMATS)} file, or its beginning is damaged") from error
     except Exception as error:  # Pillow's readers of the formats raise many kinds on damaged files
         raise DataError(one_line(error)) from error
 

@@ -9,9 +9,11 @@ The picture is for the reader; `--arrays why.npz` and the functions below give t
 import argparse
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ COLUMNS = 6  # word maps in a row of the picture
 _HOT = np.array([[0, 0, 60], [90, 0, 140], [215, 60, 60], [255, 165, 0], [255, 255, 160]], dtype=np.float32)
 # Characters of a line in the picture.
 MAX_LINE = 160
+# Pillow brings a font for English. For all other letters one of the system is asked for, by these names.
+_SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "segoeui.ttf")
 
 
 class ExplainError(CADAError):
@@ -191,6 +195,25 @@ def _shorten(line: str) -> str:
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 
+@cache
+def _system_font(size: int) -> ImageFont.FreeTypeFont | None:
+    for name in _SYSTEM_FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return None
+
+
+def _drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """A text and a font that shows it. Where the system has none, letters lose their accents; the rest is `?`."""
+    font = None if text.isascii() else _system_font(size)
+    if font is None:
+        kept = (character for character in unicodedata.normalize("NFKD", text) if not unicodedata.combining(character))
+        text, font = "".join(kept).encode("ascii", "replace").decode(), ImageFont.load_default(size)
+    return text, font
+
+
 def draw_explanation(
     image: Image.Image, text: str, attention: WordAttention, predictions: list[AttributePrediction], height: int = 192
 ) -> Image.Image:
@@ -207,27 +230,28 @@ def draw_explanation(
     panels = [("image", image)]
     panels += [(word, _heat(image, weights)) for word, weights in zip(attention.words, attention.maps)]
     rows = -(-len(panels) // COLUMNS)
-    large, small = ImageFont.load_default(17), ImageFont.load_default(14)
-    lines = []
+    title, large = _drawable(text, 17)
+    lines = ["masked: what the image suggests"] if predictions else []
     for prediction in predictions:
         pieces = [", ".join(f"{word} {chance:.2f}" for word, chance in guesses) for guesses in prediction.guesses]
         lines.append(_shorten(f"{prediction.phrase}:  {'  |  '.join(pieces)}"))
+    lines = [_drawable(line, 14) for line in lines]
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    text_width = max([measure.textlength(text, font=large), *(measure.textlength(line, font=small) for line in lines)])
+    text_width = max(measure.textlength(line, font=font) for line, font in [(title, large), *lines])
     width = max(COLUMNS * cell_width, round(text_width)) + 2 * margin
     top = margin + 30
     lines_top = top + rows * cell_height + 8
-    canvas = Image.new("RGB", (width, lines_top + (30 + 22 * len(lines) if lines else 0) + margin), "white")
+    canvas = Image.new("RGB", (width, lines_top + (8 + 22 * len(lines) if lines else 0) + margin), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((margin, margin), text, fill="black", font=large)
+    draw.text((margin, margin), title, fill="black", font=large)
     for number, (label, panel) in enumerate(panels):
         left, upper = margin + number % COLUMNS * cell_width, top + number // COLUMNS * cell_height
         canvas.paste(panel, (left, upper))
-        draw.text((left, upper + height + 4), label[: cell_width // 8], fill="black", font=small)
-    if lines:
-        draw.text((margin, lines_top), "masked: what the image suggests", fill="#57606a", font=small)
-        for number, line in enumerate(lines):
-            draw.text((margin, lines_top + 26 + 22 * number), line, fill="black", font=small)
+        label, small = _drawable(label[: cell_width // 8], 14)
+        draw.text((left, upper + height + 4), label, fill="black", font=small)
+    for number, (line, small) in enumerate(lines):
+        place = (margin, lines_top + 22 * number + (4 if number else 0))
+        draw.text(place, line, fill="black" if number else "#57606a", font=small)
     return canvas
 
 

@@ -15,7 +15,6 @@ import os
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers.image_utils import load_image
 from transformers.pipelines import Pipeline
 from transformers.utils import logging
 
@@ -62,8 +61,9 @@ class CADAPipeline(Pipeline):
             text (`str` or `list[str]`):
                 What is looked for.
             images (list):
-                Paths, addresses (`http://`, `https://`), PIL images, mixed as you like; also a column of `datasets`.
-                Where local matching is used, all their patch states stay in memory: 0.6 MB per image for ViT-B/16.
+                Paths, addresses (`http://`, `https://`), contents of files (bytes), PIL images, mixed as you like;
+                also a column of `datasets`. Where local matching is used, all their patch states stay in memory:
+                0.6 MB per image for ViT-B/16.
             top_k (`int`, *optional*, defaults to 10):
                 Number of images returned for a sentence.
             rerank (`int`, *optional*):
@@ -90,8 +90,11 @@ class CADAPipeline(Pipeline):
             ValueError: for no image, an image that cannot be read (named), no sentence or an empty one, numbers out of
                 range, or `rerank` with a model that has no match head.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)):
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
             images = [images]
+        if isinstance(images, dict) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+            # The results name images by their place, which a generator or a set does not keep.
+            raise ValueError(f"`images` is of the type {type(images).__name__}. Give a list of images.")
         if len(images) == 0:
             raise ValueError("`images` is empty. Give the images to search.")
         if isinstance(text, (list, tuple)):
@@ -99,7 +102,8 @@ class CADAPipeline(Pipeline):
             if not text:
                 raise ValueError("`text` is empty. Give a sentence, or a list of sentences.")
         if batch_size is None:
-            batch_size = self._batch_size or _BATCH_SIZE
+            batch_size = _BATCH_SIZE if self._batch_size is None else self._batch_size
+        _check_number("batch_size", batch_size, 1, "the number of images to encode at once")
         options = {"top_k": top_k, "rerank": rerank, **kwargs}
         options = {name: value for name, value in options.items() if value is not None}
         rerank = {**self._forward_params, **options}.get("rerank", self._default_rerank())
@@ -120,10 +124,10 @@ class CADAPipeline(Pipeline):
 
     def _sanitize_parameters(self, top_k=None, rerank=None, gallery=None, local_files_only=None):
         # `pipeline` hands its own `local_files_only` on.
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"`top_k` is {top_k}. Give the number of images to return, 1 or more.")
-        if rerank is not None and rerank < 0:
-            raise ValueError(f"`rerank` is {rerank}. Give the number of images to rank again, or 0 for none.")
+        if top_k is not None:
+            _check_number("top_k", top_k, 1, "the number of images to return")
+        if rerank is not None:
+            _check_number("rerank", rerank, 0, "the number of images to rank again")
         if rerank and not self._has_match_head():
             raise ValueError("This model has no match head, so it ranks by global matching only. Pass `rerank=0`.")
         forward = {"rerank": rerank, "gallery": gallery}
@@ -136,13 +140,26 @@ class CADAPipeline(Pipeline):
         embeds, states = [], []
         starts = range(0, len(images), batch_size)
         for start in logging.tqdm(starts, desc="Encoding images", leave=False, disable=len(starts) < 2):
-            batch = [_read(images, index, timeout) for index in range(start, min(start + batch_size, len(images)))]
-            pixel_values = self.processor(images=batch, return_tensors="pt")["pixel_values"]
+            stop = min(start + batch_size, len(images))
+            pixel_values = torch.cat([self._pixel_values(images, index, timeout) for index in range(start, stop)])
             outputs = self.model.get_image_features(pixel_values.to(self.model.device, self.model.dtype))
             embeds.append(F.normalize(outputs.pooler_output.float(), dim=-1).cpu())
             if keep_states:
                 states.append(outputs.last_hidden_state.cpu())
         return {"embeds": torch.cat(embeds), "states": torch.cat(states) if keep_states else None}
+
+    def _pixel_values(self, images, index: int, timeout: float | None) -> torch.Tensor:
+        """What the processor, which has its own way to colours, makes of image `index`, `(1, 3, height, width)`."""
+        image = None
+        try:
+            image = images[index]
+            if not isinstance(image, (str, bytes, os.PathLike, Image.Image)):
+                raise ValueError(f"{type(image).__name__} is no path, no address, no bytes and no PIL image")
+            image = self.processor.image_processor.fetch_images(image, timeout=timeout)
+            return self.processor(images=image, return_tensors="pt")["pixel_values"]
+        except Exception as error:  # Pillow, the HTTP client and transformers raise their own
+            name = f", {os.fspath(image)[:200]}," if isinstance(image, (str, os.PathLike)) else ""
+            raise ValueError(f"Image {index}{name} cannot be read: {error}. Repair it or leave it out.") from error
 
     def preprocess(self, text: str):
         """Word pieces of a sentence."""
@@ -189,14 +206,9 @@ class CADAPipeline(Pipeline):
         return ranking
 
 
-def _read(images, index: int, timeout: float | None) -> Image.Image:
-    """Image `index`, upright and in colour."""
-    image = os.fspath(images[index]) if isinstance(images[index], os.PathLike) else images[index]
-    try:
-        return load_image(image, timeout=timeout)
-    except Exception as error:  # Pillow, the HTTP client and transformers raise their own
-        name = f", {image[:200]}," if isinstance(image, str) else ""
-        raise ValueError(f"Image {index}{name} cannot be read: {error}. Repair it or leave it out.") from error
+def _check_number(name: str, value, least: int, what: str) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+        raise ValueError(f"`{name}` is {value!r}. Give {what}, a whole number of {least} or more.")
 
 
 __all__ = ["CADAPipeline"]

@@ -1,10 +1,13 @@
 """From images and captions to tensors: image transforms, caption cleaning, tokenizer, attribute masker."""
 
+import os
 import re
+from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from huggingface_hub.utils import httpx
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, PILImageResampling
@@ -26,6 +29,13 @@ _STRIPPED = re.compile(r'[.!"()*#:;~]')
 _WORD = re.compile(r"\w+(?:[-']\w+)*|[^\w\s]")
 _ADJECTIVES = {"JJ", "JJR", "JJS", "VBN"}  # VBN: participles such as "striped", "hooded"
 _NOUNS = {"NN", "NNS", "NNP", "NNPS"}
+# What Pillow may try to read a file as. Its other formats are rare, and some start programs, such as Ghostscript.
+Image.init()
+IMAGE_FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM") if name in Image.OPEN
+)
+# A file of a few kilobytes may claim any size. 90 million pixels are more than any camera at a street has.
+MAX_PIXELS = 90_000_000
 
 
 def clean_caption(caption: str) -> str:
@@ -92,6 +102,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_image(file, size: tuple[int, int] | None = None) -> Image.Image:
+    """
+    The image of a file, upright and in RGB (see [`to_rgb`]); the first frame of an animation. A JPEG file that is much
+    larger than `size` (height, width) is decoded at a half, a quarter or an eighth, but at no less than twice `size`:
+    several times faster, and hardly another image.
+
+    Args:
+        file: a path, or an open binary file. Of the formats in `IMAGE_FORMATS`, of at most `MAX_PIXELS` pixels.
+        size: what the model reads.
+
+    Raises:
+        ValueError: for another format, too many pixels, or colours that [`to_rgb`] refuses. On damaged files Pillow
+            raises many kinds.
+    """
+    try:
+        opened = Image.open(file, formats=IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is no {', '.join(IMAGE_FORMATS)} file, or its beginning is damaged") from error
+    with opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"it has {opened.width}×{opened.height} pixels, more than {MAX_PIXELS:,}")
+        if size is not None and opened.format == "JPEG":
+            side = 2 * max(size)  # the file may lie on its side
+            opened.draft(None, (side, side))
+        return to_rgb(upright(opened))
+
+
 class CADAImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     do_augment (`bool`, *optional*):
@@ -142,6 +179,30 @@ class CADAImageProcessor(PilBackend):
 
     def __init__(self, **kwargs: Unpack[CADAImageProcessorKwargs]):
         super().__init__(**kwargs)
+
+    def fetch_images(self, images, timeout: float | None = None):
+        """
+        Paths, the content of files (bytes) and addresses (`http://`, `https://`) as images, see [`read_image`]; images
+        as they are; lists of all these.
+
+        Args:
+            timeout: seconds to wait for an image from the web; by default no limit.
+
+        Raises:
+            ValueError: for a file that is missing, or no image.
+            TypeError: for anything else.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self.fetch_images(image, timeout) for image in images]
+        if isinstance(images, str) and images.startswith(("http://", "https://")):
+            images = httpx.get(images, timeout=timeout, follow_redirects=True).raise_for_status().content
+        if isinstance(images, bytes):
+            return read_image(BytesIO(images))
+        if isinstance(images, (str, os.PathLike)):
+            if not os.path.isfile(images):  # to open a named pipe would wait for ever
+                raise ValueError("it is no file" if os.path.exists(images) else "there is no such file")
+            return read_image(images)
+        return super().fetch_images(images)
 
     def process_image(
         self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs: Unpack[ImagesKwargs]
@@ -309,14 +370,23 @@ class AttributeMasker:
 _TAGGER_CACHE: list = []
 
 
+def tagger_is_here() -> bool:
+    """Whether NLTK and its tagger data are on this machine, so that attribute phrases are found without a download."""
+    if nltk is None:
+        return False
+    try:
+        nltk.data.find(f"taggers/{TAGGER}")
+    except LookupError:
+        return False
+    return True
+
+
 def _tagger():
     """NLTK's English perceptron tagger, loaded once; its data are downloaded where they are missing."""
     if not _TAGGER_CACHE:
         if nltk is None:
             raise ImportError("Attribute phrases need NLTK. Run: pip install nltk")
-        try:
-            nltk.data.find(f"taggers/{TAGGER}")
-        except LookupError:
+        if not tagger_is_here():
             logger.warning(f"NLTK's tagger data are missing, downloading {TAGGER}.")
             nltk.download(TAGGER, quiet=True)
         try:
@@ -386,7 +456,7 @@ class CADAProcessor(ProcessorMixin):
         r"""
         Args:
             images (image or list of images, *optional*):
-                PIL images, arrays or tensors.
+                PIL images, arrays, tensors, paths or addresses.
             text (`str` or `list[str]`, *optional*):
                 Captions. They are cleaned, and cut at the tokenizer's `model_max_length`.
             attribute_spans (`list[list[list[int]]]`, *optional*):
@@ -430,4 +500,7 @@ class CADAProcessor(ProcessorMixin):
 CADAImageProcessor.register_for_auto_class("AutoImageProcessor")
 CADAProcessor.register_for_auto_class()
 
-__all__ = ["AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption", "to_rgb", "upright"]
+__all__ = [
+    *("AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption", "read_image", "tagger_is_here"),
+    *("to_rgb", "upright"),
+]

@@ -1,8 +1,10 @@
 """The page: what it answers to whom, what it keeps to itself, and its use in a real browser."""
 
+import csv
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +28,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning") 
 
 COLOURS = ("red", "green", "blue", "white", "black")
 ODD = "<img src=x onerror=alert(1)> & 50%.png"  # a name that the page has to show as it is
+ODD_PLACE = "<img src=x onerror=alert(2)>"
 CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, a folder of six images, its index, and files that are nobody's business."""
+    """A model, six images with a list of metadata, their index, and files that are nobody's business."""
     folder = tmp_path_factory.mktemp("app")
     save(folder / "model", tiny_processor(bert_tokenizer()), 0)
     (folder / "images" / "more").mkdir(parents=True)
@@ -42,7 +45,12 @@ def folder(tmp_path_factory):
     Image.new("RGB", (600, 1200), "orange").save(folder / "images" / ODD)
     (folder / "images" / "notes.txt").write_text("secret")
     (folder / "beside.png").write_bytes((folder / "images" / "more" / "0.png").read_bytes())
-    build_index(folder / "images", folder / "index", str(folder / "model"), progress=False)
+    with open(folder / "images" / "list.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [["path", "camera", "place"], *([f"more/{number}.png", number, "hall"] for number in range(5))]
+            + [[ODD, "", ODD_PLACE]]
+        )
+    build_index(folder / "images" / "list.csv", folder / "index", str(folder / "model"), progress=False)
     return folder
 
 
@@ -68,10 +76,8 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def address(gallery, hosts):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRADIO_TEMP_DIR", "")  # restored afterwards
-        with app_cada.serve(gallery, free_port()) as address:
-            yield address.rstrip("/")
+    with app_cada.serve(gallery, free_port()) as address:
+        yield address.rstrip("/")
 
 
 def free_port() -> int:
@@ -107,31 +113,81 @@ def call(address, number, data, session="tests", **event):
 
 
 FIND, FIND_SIMILAR, EXPLAIN = 0, 1, 2
+RED = "a man in a red coat"
+UNCHANGED = {"__type__": "update"}
+
+
+def line(text):
+    """A line of the page that says `text`."""
+    return {"__type__": "update", "value": text, "visible": bool(text)}
+
+
+def find(address, sentence=RED, where="", top=6, **session):
+    """Images and message."""
+    images, _, _, _, message = call(address, FIND, [sentence, where, top], **session)
+    return images, message["value"]
+
+
+def click(address, index=0, state=None, **session):
+    """Picture and message. The ranking is kept by the server: `state` is what a client claims."""
+    why, note = call(address, EXPLAIN, [state], event_data={"index": index, "value": None}, **session)
+    return why, note["value"]
 
 
 def test_sentence_ranks_images_and_a_click_explains(address, gallery):
-    images, _, why = call(address, FIND, ["a man in a red coat", 4])
-    (expected,) = gallery.search(["a man in a red coat"], 4)
-    captions = [image["caption"] for image in images]
+    images, _, why, note, message = call(address, FIND, [RED, "", 4])
+    (expected,) = gallery.search([RED], 4)
+    captions = [image["caption"].splitlines()[0] for image in images]
     assert captions == [f"{rank}.  {each.score:.3f}  {each.path}" for rank, each in enumerate(expected, start=1)]
-    assert why is None
+    assert why is None and note == line(None)
+    assert message == line("The best 4 of 6 images. Click one to see why.")
     status, headers, body = ask(address, quote(images[0]["image"]["url"].removeprefix(address), safe="/=:"))
     assert status == 200 and headers["content-type"] == "image/webp"
     assert max(Image.open(Path(images[0]["image"]["path"])).size) <= 320
 
-    state = None  # the ranking is kept by the server
-    (why,) = call(address, EXPLAIN, [state, "a man in a red coat"], event_data={"index": 1, "value": None})
-    inputs = gallery.model, gallery.processor, gallery.image(expected[1].path), "a man in a red coat"
+    why, note = click(address, 1)
+    inputs = gallery.model, gallery.processor, gallery.image(expected[1].path), RED
     picture = draw_explanation(*inputs[2:], word_attention(*inputs), attribute_predictions(*inputs))
     shown = Image.open(why["path"]).convert("RGB")
     assert shown.size == picture.size
+    assert note == app_cada._caption(2, expected[1]).split("  ", 2)[2].replace("\n", "  ")
     assert np.abs(np.asarray(shown, dtype=float) - np.asarray(picture, dtype=float)).mean() < 3  # WebP is lossy
 
 
+def test_without_tagger_data_the_maps_are_shown_and_nothing_is_downloaded(address, monkeypatch):
+    find(address)
+    whole, _ = click(address)
+    monkeypatch.setattr("nltk.data.path", [])
+    monkeypatch.setattr("nltk.download", lambda *_, **__: pytest.fail("downloads"))
+    why, note = click(address)
+    assert "are missing. Download them (6 MB): python -m nltk.downloader averaged_perceptron_tagger_eng" in note
+    assert 2 * 192 < Image.open(why["path"]).height < Image.open(whole["path"]).height  # no lines below the maps
+
+
+def test_metadata_are_shown_and_choose(address):
+    images, _ = find(address)
+    captions = {image["caption"].split("  ")[2] for image in images}
+    assert captions == {f"more/{number}.png\ncamera={number}, place=hall" for number in range(5)} | {
+        f"{ODD}\nplace={ODD_PLACE}"
+    }
+    images, message = find(address, where="place = hall; camera>=2;")
+    cameras = {image["caption"].splitlines()[1] for image in images}
+    assert cameras == {f"camera={number}, place=hall" for number in (2, 3, 4)}
+    assert message.startswith("The best 3 of 6 images where place = hall and camera>=2. Click")
+    assert find(address, where="camera>9") == ([], "No image where camera>9.")
+    for where, problem in (
+        ("colour=red", "The index has no column 'colour'"),
+        ("camera=x", "of type int64, with 'x'"),
+    ):
+        images, message = find(address, where=where)
+        assert images == UNCHANGED and problem in message
+    assert "has 501 characters" in find(address, where="x" * 501)[1]
+
+
 def test_large_images_are_handed_out_small(address):
-    images, *_ = call(address, FIND, ["a man", 60])
+    images, _ = find(address, top=60)
     assert len(images) == 6
-    (odd,) = [image["image"]["path"] for image in images if image["caption"].endswith(ODD)]
+    (odd,) = [image["image"]["path"] for image in images if ODD in image["caption"]]
     assert Image.open(odd).size == (160, 320)  # of 600×1200
 
 
@@ -140,17 +196,84 @@ def test_large_images_are_handed_out_small(address):
     [("red " * 126, "has 503 characters. Use 500 at most"), (" .!", "is empty"), (None, "is empty")],
 )
 def test_sentences_out_of_bounds(address, sentence, message):
-    assert message in call(address, FIND, [sentence, 3])
+    """The message is a line of its own; the results stay, and can be clicked."""
+    find(address)
+    answer = call(address, FIND, [sentence, "", 3])
+    assert answer[:1] + answer[2:4] == [UNCHANGED] * 3
+    assert message in answer[4]["value"]
+    why, _ = click(address, 5)
+    assert why is not None
+
+
+@pytest.mark.parametrize(("top", "said"), [(None, "missing"), (0, "0"), (61, "61")])
+def test_numbers_out_of_bounds(address, top, said):
+    images, message = find(address, top=top)
+    assert images == UNCHANGED
+    assert message == f"The number of images is {said}. Give 1 to 60."
+
+
+def test_the_sentence_that_was_searched_for_is_explained(address, folder):
+    """Not what stands in the field by now, which the page does not even send. An image has no words."""
+    find(address, "a blue coat", top=2)
+    first, _ = click(address)
+    find(address, "a man in a red coat and white sneakers", top=2)
+    second, _ = click(address)
+    assert Image.open(first["path"]).height < Image.open(second["path"]).height  # more words, more maps
+    _, _, reply = upload(address, (folder / "images" / "more" / "2.png").read_bytes())
+    call(address, FIND_SIMILAR, [file_data(json.loads(reply)[0]), "", 3])
+    why, note = click(address)
+    assert why is None
+    assert note.startswith("more/2.png  camera=2, place=hall\nIt was found by an image. Search by a sentence")
 
 
 def test_clicks_out_of_bounds(address):
-    call(address, FIND, ["a man", 3])
+    find(address, top=3)
     for index in (3, -1, None, "0", [0, 1]):
-        answer = call(address, EXPLAIN, [None, "a man"], event_data={"index": index, "value": None})
-        assert "no longer shown" in answer, index
-    assert "Type a sentence" in call(address, EXPLAIN, [None, "  "], event_data={"index": 0, "value": None})
-    fresh = call(address, EXPLAIN, [["/etc/passwd"], "a man"], "other", event_data={"index": 0, "value": None})
-    assert "no longer shown" in fresh  # the client's ranking is not asked
+        why, note = click(address, index)
+        assert why is None and "no longer shown" in note, index
+    why, note = click(address, 0, ["a man", ["/etc/passwd"]], session="other")
+    assert why is None and "no longer shown" in note  # the client's ranking is not asked
+
+
+def test_an_index_that_is_updated_goes_on(folder, tmp_path):
+    """The page stays open while an image comes, one goes, and the index is deleted."""
+    shutil.copytree(folder / "images" / "more", tmp_path / "images")
+    build_index(tmp_path / "images", tmp_path / "index", str(folder / "model"), progress=False)
+    with app_cada.serve(open_index(tmp_path / "index", device="cpu"), free_port()) as address:
+        address = address.rstrip("/")
+        assert find(address)[1].startswith("The best 5 of 5 images.")
+        Image.new("RGB", (24, 48), "yellow").save(tmp_path / "images" / "new.png")
+        (tmp_path / "images" / "0.png").unlink()
+        (tmp_path / "images" / "1.png").unlink()
+        images, message = find(address)
+        assert (
+            images == UNCHANGED and "cannot be read any more" in message and "python gallery_cada.py index" in message
+        )
+        build_index(tmp_path / "images", tmp_path / "index", progress=False)
+        images, message = find(address)
+        assert message.startswith("The best 4 of 4 images.")
+        assert "new.png" in {image["caption"].split("  ")[2] for image in images}
+        shutil.rmtree(tmp_path / "index")
+        assert "holds no index" in find(address)[1]
+
+
+def test_a_question_is_asked_again_where_the_index_was_replaced_meanwhile(folder, tmp_path):
+    shutil.copytree(folder / "images" / "more", tmp_path / "images")
+    build_index(tmp_path / "images", tmp_path / "index", str(folder / "model"), progress=False)
+    latest, asked = app_cada.LatestIndex(open_index(tmp_path / "index", device="cpu")), []
+
+    def question(gallery):
+        asked.append(len(gallery))
+        if len(asked) == 1:
+            (tmp_path / "images" / "0.png").unlink()
+            build_index(tmp_path / "images", tmp_path / "index", progress=False)
+            raise RuntimeError("a file of the old state is gone")
+        return (len(gallery),)
+
+    assert latest.ask(question) == (4,) and asked == [5, 4]
+    with pytest.raises(ZeroDivisionError):  # once only, and not where nothing was replaced
+        latest.ask(lambda gallery: asked.append(0) or 1 / 0)
+    assert asked == [5, 4, 0]
 
 
 def upload(address, content, name="person.png"):
@@ -166,9 +289,10 @@ def file_data(path):
 def test_an_uploaded_image_finds_the_same(address, folder):
     status, _, reply = upload(address, (folder / "images" / "more" / "2.png").read_bytes())
     assert status == 200
-    images, *_ = call(address, FIND_SIMILAR, [file_data(json.loads(reply)[0]), 3])
-    assert images[0]["caption"] == "1.  1.000  more/2.png"
-    assert "Choose an image first" in call(address, FIND_SIMILAR, [None, 3])
+    images, *_, message = call(address, FIND_SIMILAR, [file_data(json.loads(reply)[0]), "camera!=9", 3])
+    assert images[0]["caption"] == "1.  1.000  more/2.png\ncamera=2, place=hall"
+    assert message == line("The best 3 of 6 images where camera!=9.")
+    assert call(address, FIND_SIMILAR, [None, "", 3])[4] == line("Choose an image first.")
 
 
 def test_uploads_are_limited(address, tmp_path):
@@ -183,8 +307,8 @@ def test_uploads_are_limited(address, tmp_path):
         app_cada.open_upload(tmp_path / "huge.png")
     status, _, reply = upload(address, (tmp_path / "huge.png").read_bytes())
     status, _, damaged = upload(address, b"no image")
-    assert "no image that can be read" in call(address, FIND_SIMILAR, [file_data(json.loads(damaged)[0]), 3])
-    assert "50,010,000 pixels" in call(address, FIND_SIMILAR, [file_data(json.loads(reply)[0]), 3])
+    for sent, problem in ((damaged, "no image that can be read"), (reply, "50,010,000 pixels")):
+        assert problem in call(address, FIND_SIMILAR, [file_data(json.loads(sent)[0]), "", 3])[4]["value"]
 
 
 def forms_of(path) -> list[str]:
@@ -203,7 +327,7 @@ def forms_of(path) -> list[str]:
 
 def test_no_other_file_is_handed_out(address, folder):
     """Of the machine, of the package, of the index, and of the gallery itself: copies are shown, not its files."""
-    images, *_ = call(address, FIND, ["a man", 1])
+    images, _ = find(address, top=1)
     cache = Path(images[0]["image"]["path"]).parent
     outside = ["/etc/passwd", "/proc/self/environ", app_cada.__file__, Path.cwd() / "README.md", folder / "beside.png"]
     outside += [
@@ -233,7 +357,7 @@ def test_no_other_file_is_handed_out(address, folder):
 def test_files_of_the_machine_are_no_inputs(address, folder):
     """A client that names a file in place of its upload."""
     for path in ("/etc/passwd", str(folder / "beside.png"), str(folder / "images" / "more" / "0.png")):
-        answer = call(address, FIND_SIMILAR, [file_data(path), 3])
+        answer = call(address, FIND_SIMILAR, [file_data(path), "", 3])
         assert isinstance(answer, str) or answer is None, path
 
 
@@ -252,7 +376,7 @@ def test_strangers_are_sent_away(address):
     """Pages of other hosts, also where a name of theirs points to this machine, and other machines."""
     assert ask(address, "/", Host="evil.example")[0] == 400
     assert ask(address, "/", Host=urlsplit(address).netloc)[0] == 200
-    body = json.dumps({"data": ["a man", 3], "fn_index": FIND, "session_hash": "evil"})
+    body = json.dumps({"data": ["a man", "", 3], "fn_index": FIND, "session_hash": "evil"})
     status, headers, _ = ask(
         address, "/gradio_api/queue/join", "POST", body, Content_Type="application/json", Origin="http://evil.example"
     )
@@ -272,7 +396,8 @@ def test_page_names_no_other_host(address):
 
 def test_server_asks_no_other_host(address, hosts):
     """Not for its version, not to count its users, not for a theme."""
-    call(address, FIND, ["a man", 3])
+    find(address)
+    click(address)
     assert "127.0.0.1" in hosts
     assert {str(host) for host in hosts} <= {"127.0.0.1", "localhost", "::1", "None"}
 
@@ -288,9 +413,8 @@ def test_only_the_loopback_address_listens(address):
 
 
 def test_command_serves_until_it_is_interrupted(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])  # restored afterwards
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    port = free_port()
+    before, port = os.environ.get("GRADIO_TEMP_DIR"), free_port()
 
     def interrupted():
         assert ask(f"http://127.0.0.1:{port}", "/")[0] == 200
@@ -301,6 +425,7 @@ def test_command_serves_until_it_is_interrupted(folder, tmp_path, monkeypatch, c
     assert app_cada.main(["--index", str(folder / "index"), "--port", str(port)]) == 0
     assert capsys.readouterr().out == f"Open http://127.0.0.1:{port}/ in a browser. Ctrl+C ends the page.\n"
     assert not list(tmp_path.glob("cada_app_*"))
+    assert os.environ.get("GRADIO_TEMP_DIR") == before
 
 
 @pytest.mark.slow
@@ -320,12 +445,16 @@ def test_command_runs_until_it_is_interrupted(folder, tmp_path, sent):
     assert not list(tmp_path.glob("cada_app_*"))
 
 
-def test_taken_port_is_named(address, gallery, monkeypatch):
-    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])  # restored afterwards
+def test_ports_that_cannot_be_used_are_named(address, folder, gallery, capsys, monkeypatch):
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
     port = urlsplit(address).port
     with pytest.raises(GalleryError, match=f"Port {port} cannot be used: .*Choose another --port"):
         with app_cada.serve(gallery, port):
             pass
+    assert "GRADIO_TEMP_DIR" not in os.environ
+    for number in ("0", "65536", "-1"):
+        assert app_cada.main(["--index", str(folder / "index"), "--port", number]) == 1
+        assert capsys.readouterr().err == f"error: --port is {number}. Choose one from 1 to 65535.\n"
 
 
 def test_errors_are_one_line(folder, tmp_path, capsys, monkeypatch):
@@ -338,9 +467,9 @@ def test_errors_are_one_line(folder, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: apt-get install chromium")
 def test_in_a_browser(address, gallery, tmp_path):
-    """A visitor types, presses Enter, clicks the second image, then searches by an image of the disk."""
+    """A visitor searches, clears the sentence, clicks the second image, narrows the search, searches by an image."""
     playwright = pytest.importorskip("playwright.sync_api")
-    (expected,) = gallery.search(["a man in a red coat"], 12)
+    (expected,) = gallery.search([RED], 12)
     gallery.image(expected[0].path).save(tmp_path / "person.png")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -351,19 +480,36 @@ def test_in_a_browser(address, gallery, tmp_path):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: wrong.append(dialog.message))
         page.goto(address)
-        page.get_by_label("Sentence").fill("a man in a red coat")
-        page.get_by_label("Sentence").press("Enter")
-        captions = page.locator(".caption-label")
+        sentence, captions, said = page.get_by_label("Sentence"), page.locator(".caption-label"), page.locator(".line")
+        sentence.fill(RED)
+        sentence.press("Enter")
         playwright.expect(captions).to_have_count(6)
         shown = [" ".join(text.split()) for text in captions.all_inner_texts()]
-        assert shown == [f"{rank}. {each.score:.3f} {each.path}" for rank, each in enumerate(expected, start=1)]
-        page.locator(".thumbnail-item").nth(1).click()
-        why = page.locator("img[src*='gradio_api/file']").last
-        playwright.expect(page.get_by_test_id("detailed-image").or_(why).last).to_be_visible()
+        assert shown == [
+            " ".join(app_cada._caption(rank, each).split()) for rank, each in enumerate(expected, start=1)
+        ]
+        sentence.fill("")
+        sentence.press("Enter")
+        message = said.first.locator("textarea")
+        playwright.expect(message).to_have_value("The sentence '' is empty. Describe a person.")
+        page.locator(".thumbnail-item").nth(1).click()  # nothing lies over the results
+        pictures = page.locator("img[src*='gradio_api/file']")
+        playwright.expect(pictures).to_have_count(6 + 1)  # with the explanation
         page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth)")
+        sentence.fill(RED)
+        page.get_by_label("Only images where").fill("camera<2")
+        page.get_by_label("Only images where").press("Enter")
+        playwright.expect(captions).to_have_count(2)
+        playwright.expect(pictures).to_have_count(2)
+        page.get_by_label("Images (1 to 60)").fill("")
+        page.get_by_role("button", name="Search by the sentence").click()
+        playwright.expect(message).to_have_value("The number of images is missing. Give 1 to 60.")
+        page.get_by_label("Images (1 to 60)").fill("12")
+        page.get_by_label("Only images where").fill("")
         page.get_by_text("Search by an image").click()
         page.locator("input[type=file]").set_input_files(tmp_path / "person.png")
         page.get_by_role("button", name="Search by the image").click()
+        playwright.expect(captions).to_have_count(6)
         playwright.expect(captions.first).to_contain_text("1.000")
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()

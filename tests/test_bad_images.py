@@ -18,7 +18,7 @@ from PIL import Image
 
 import data_cada
 from data_cada import DataError, load_pairs_dataset, open_image, read_row
-from processing_cada import upright
+from processing_cada import MAX_PIXELS, upright
 
 
 def in_format(image: Image.Image, kind: str, **options) -> bytes:
@@ -274,7 +274,7 @@ def test_any_damage_gives_an_image_or_a_data_error(trials):
         except DataError as error:
             assert str(error)
             return
-        assert image.mode == "RGB" and image.width * image.height <= data_cada.MAX_PIXELS
+        assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
 
     damage()
 

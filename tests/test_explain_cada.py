@@ -133,6 +133,23 @@ def test_picture_has_a_panel_for_every_word(model, processor, image):
     assert (pixels.std(axis=(0, 1)) > 30).all()
 
 
+def test_letters_of_all_kinds_are_drawn_and_no_boxes(model, processor, image, monkeypatch):
+    """With a font of the system, and without one: then letters without accents, and `?`."""
+    attention = word_attention(model, processor, image, "a red coat")
+
+    def title(text):
+        return np.asarray(draw_explanation(image, text, attention, []))[:40]
+
+    explain_cada._system_font.cache_clear()
+    if explain_cada._system_font(17) is not None:
+        drawn = [title(text) for text in ("ä", "ö", "ł", "Ж", "a", "o", "l", "?")]
+        assert all((drawn[one] != drawn[two]).any() for one in range(8) for two in range(one))
+    monkeypatch.setattr(explain_cada, "_SYSTEM_FONTS", ("no-such-font.ttf",))
+    explain_cada._system_font.cache_clear()
+    np.testing.assert_array_equal(title("Ä grün Mäntel, Ж"), title("A grun Mantel, ?"))
+    explain_cada._system_font.cache_clear()
+
+
 def test_command_writes_picture_and_arrays(start, image, tmp_path, capsys):
     image.save(tmp_path / "person.png")
     arguments = ["--model", str(start), "--image", str(tmp_path / "person.png")]

@@ -8,6 +8,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
@@ -169,6 +170,44 @@ def test_paths_addresses_and_images_are_the_same(search, images, tmp_path):
     assert search("a child", images=str(tmp_path / "first.png"))[0]["index"] == 0
 
 
+def hidden_colour(folder):
+    """A transparent PNG: white where a viewer looks, red under it."""
+    image = Image.new("RGBA", (20, 40), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 20, 10))
+    image.save(folder / "hidden.png")
+    return folder / "hidden.png"
+
+
+def grey_of_16_bits(folder):
+    """A 16-bit grey PNG, from black to white."""
+    rows = np.linspace(0, 65_535, 40, dtype=np.uint16)
+    Image.fromarray(np.repeat(rows[:, None], 20, axis=1)).save(folder / "grey.png")
+    return folder / "grey.png"
+
+
+@pytest.mark.parametrize("make", [hidden_colour, grey_of_16_bits])
+def test_colours_are_those_of_the_processor(search, tmp_path, make):
+    """Pillow's own conversion shows the hidden colour, and cuts 16 bits where it should scale them."""
+    path = make(tmp_path)
+    with Image.open(path) as image:
+        inputs = search.processor(images=image, text=["a man"], return_tensors="pt")
+        pillows = search.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    assert (inputs["pixel_values"] - pillows).abs().max() > 0.5
+    with torch.no_grad():
+        expected = search.model(**inputs).logits_per_text.item() * search.model.config.temperature
+    for form in (path, str(path), path.read_bytes(), Image.open(path)):
+        (found,) = search("a man", images=[form])
+        assert found["global_score"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_huge_image_and_other_formats_are_refused(search, images, tmp_path):
+    Image.new("1", (10_000, 9_001)).save(tmp_path / "huge.png")
+    images[0].save(tmp_path / "other.tga")
+    for name, message in (("huge.png", "more than 90,000,000"), ("other.tga", "it is no JPEG, PNG")):
+        with pytest.raises(ValueError, match=f"Image 0, .*{name}, cannot be read: .*{message}"):
+            search("a man", images=[tmp_path / name])
+
+
 def test_sentences_may_stream(search, images):
     """As in every pipeline: a generator gives a generator, and a column of `datasets` serves as images."""
     rows = Dataset.from_dict({"image": images, "text": SENTENCES + ["a man"] * 3}, features=ROWS)
@@ -190,13 +229,25 @@ def test_what_is_wrong_is_named(search, images, tmp_path):
     for arguments, message in (
         ({"images": []}, "`images` is empty"),
         ({"images": [images[0], tmp_path / "damaged.jpg"]}, r"Image 1, .*damaged.jpg, cannot be read"),
-        ({"images": [str(tmp_path / "missing.jpg")]}, r"Image 0, .*missing.jpg, cannot be read"),
-        ({"images": [7]}, "Image 0 cannot be read"),
+        (
+            {"images": [str(tmp_path / "missing.jpg")]},
+            r"Image 0, .*missing.jpg, cannot be read: there is no such file",
+        ),
+        ({"images": [tmp_path]}, "Image 0, .*: it is no file"),
+        ({"images": [7]}, "Image 0 cannot be read: int is no path"),
+        ({"images": [images[0], Image.new("F", (4, 4))]}, "Image 1 cannot be read: pixels are floating-point numbers"),
+        ({"images": (image for image in images)}, "`images` is of the type generator. Give a list"),
+        ({"images": None}, "`images` is of the type NoneType"),
+        ({"images": {"first": images[0]}}, "`images` is of the type dict"),
         ({"text": []}, "`text` is empty"),
         ({"text": ["a man", ". !"]}, "The sentence '. !' is empty"),
         ({"text": ["a man", None]}, "`text` holds None"),
         ({"top_k": 0}, "`top_k` is 0"),
+        ({"top_k": 2.5}, "`top_k` is 2.5. Give the number of images to return, a whole number of 1 or more"),
         ({"rerank": -1}, "`rerank` is -1"),
+        ({"rerank": True}, "`rerank` is True"),
+        ({"batch_size": 0}, "`batch_size` is 0. Give the number of images to encode at once"),
+        ({"batch_size": -1}, "`batch_size` is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             search(**{"text": "a man", "images": images, **arguments})

@@ -262,3 +262,24 @@ def test_photographs_are_turned_upright(processor):
     upright.transpose(Image.Transpose.ROTATE_90).save(file, format="PNG", exif=exif)
     values = [processor(images=image, return_tensors="pt")["pixel_values"] for image in (upright, Image.open(file))]
     assert torch.equal(*values)
+
+
+def test_paths_and_contents_are_read_by_the_processor(processor, tmp_path):
+    """As `transformers` does, but with the colours of `to_rgb`: transparent parts are white."""
+    image = Image.new("RGBA", (20, 40), (255, 0, 0, 0))
+    image.save(tmp_path / "clear.png")
+    white = processor(images=Image.new("RGB", (20, 40), "white"), return_tensors="pt")["pixel_values"]
+    path = tmp_path / "clear.png"
+    for form in (path, str(path), path.read_bytes(), [path], image):
+        assert torch.equal(processor(images=form, return_tensors="pt")["pixel_values"], white)
+    with pytest.raises(ValueError, match="there is no such file"):
+        processor(images=str(tmp_path / "no.png"))
+
+
+def test_missing_tagger_data_are_noticed_without_a_download(monkeypatch):
+    assert processing_cada.tagger_is_here()
+    monkeypatch.setattr("nltk.download", lambda *_, **__: pytest.fail("downloads"))
+    monkeypatch.setattr("nltk.data.path", [])
+    assert not processing_cada.tagger_is_here()
+    monkeypatch.setattr(processing_cada, "nltk", None)
+    assert not processing_cada.tagger_is_here()

@@ -156,12 +156,13 @@ def test_card_of_a_model_without_record_claims_nothing(run):
     assert ModelCard(content).data.eval_results is None
 
 
-def test_snippet_of_the_card_runs(run, tmp_path):
+def test_snippets_of_the_card_run(run, tmp_path):
     """As a reader would: the card's code in a fresh process, with three images beside it."""
     content = model_card(run, str(run), "v1.0").content
-    (code,) = re.findall(r"```python\n(.*?)```", content, flags=re.DOTALL)
-    (ranking,) = run_code_of_a_reader(code, tmp_path)
-    assert sorted(ranking) == [0, 1, 2]
+    short, long = re.findall(r"```python\n(.*?)```", content, flags=re.DOTALL)
+    assert 'pipeline("text-to-image-person-retrieval"' in short and "model.match(" in long
+    ranking, again = run_code_of_a_reader(short + long, tmp_path)
+    assert sorted(ranking) == [0, 1, 2] and again == ranking  # three images are all candidates of local matching
 
 
 def test_release_holds_what_loading_needs_and_no_pickle(run):
