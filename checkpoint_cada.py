@@ -115,6 +115,7 @@ def load_config(name: str | os.PathLike, revision: str | None = None, **override
         return CADAConfig.from_pretrained(name, revision=revision or "main", **overrides)
     except Exception as error:  # the library raises many kinds
         remedy = "Correct the file." if os.path.isdir(name) else _WHERE
+        remedy = "Do the fields of --config_overrides fit it?" if overrides else remedy
         raise CheckpointError(f"The configuration of {name} cannot be used: {one_line(error)} {remedy}") from error
 
 

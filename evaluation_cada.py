@@ -458,6 +458,8 @@ def evaluate_retrieval(
     rerank_k = model.config.rerank_k if rerank_k is None else rerank_k
     if rerank_k < 1:
         raise ValueError(f"`rerank_k` is {rerank_k}. Give the number of candidates, 1 or more.")
+    if not len(dataset):
+        raise ValueError("There are no images to evaluate.")
     columns = dataset.select_columns(["captions", "person_id"])
     gallery_ids = torch.tensor(columns["person_id"])
     captions = [caption for row in columns["captions"] for caption in row]
@@ -492,7 +494,8 @@ def evaluate_retrieval(
         for stage in stages
         for name, value in zip(METRICS, (100 * sums[stage] / len(captions)).tolist())
     }
-    return {**metrics, "queries": len(captions), "gallery": len(gallery_ids), "rerank_k": rerank_k}
+    counts = {"queries": len(captions), "gallery": len(gallery_ids), "rerank_k": min(rerank_k, len(gallery_ids))}
+    return {**metrics, **counts}
 
 
 class RetrievalMetric(evaluate.Metric):

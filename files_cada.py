@@ -45,13 +45,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Exit status of a command line: the number that `command` returns, or 1 after the line `error: ...`."""
+    """
+    Exit status of a command line: the number that `command` returns, 1 after the line `error: ...`, 130 after Ctrl+C.
+    """
     try:
         status = command()
         return status if isinstance(status, int) else 0
-    except (CADAError, OSError, MemoryError) as error:
+    except (CADAError, OSError, MemoryError, SafetensorError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
 def _reject(constant: str) -> None:

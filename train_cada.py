@@ -13,22 +13,19 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.image_utils import SizeDict
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints, speed_metrics
@@ -54,11 +51,12 @@ from data_cada import (
     hold_out_persons,
     load_pairs_dataset,
 )
-from evaluation_cada import RERANK_MEMORY, evaluate_retrieval
+from evaluation_cada import METRICS, RERANK_MEMORY, evaluate_retrieval
 from files_cada import (
     CADAError,
     FileError,
     make_output_folder,
+    one_line,
     parse_json,
     read_json,
     remove_folder,
@@ -66,10 +64,12 @@ from files_cada import (
     report_argument,
     run_command,
 )
+from losses_cada import rank_and_size
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
 from publish_cada import (
     RANDOM_START,
+    RUN_FILE,
     after_training,
     check_licence,
     environment,
@@ -80,6 +80,7 @@ from publish_cada import (
     read_start,
     write_run,
 )
+from resume_cada import RECIPE_FILE, SaveOnSigterm, best_checkpoint, find_checkpoint, recipe_of
 
 
 logger = logging.get_logger(__name__)
@@ -230,6 +231,16 @@ class CADATrainingArguments(TrainingArguments):
     negative_temperature_end: float = field(default=0.01, metadata={"help": "T at the last step of 'annealed'."})
 
     def __post_init__(self):
+        least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+        for name, lowest in {**least, "seed": 0, "dataloader_num_workers": 0}.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"`{name}` is {getattr(self, name)}. Give {lowest} or more.")
+        scores = [f"{stage}_{metric}" for stage in ("local", "global") for metric in METRICS]
+        if (self.metric_for_best_model or "local_R1").removeprefix("eval_") not in scores:
+            raise ValueError(f"`metric_for_best_model` is {self.metric_for_best_model!r}. Choose {', '.join(scores)}.")
+        for name, default in {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random"}.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"`{name}` has no place in this training. Leave it out.")
         if not self.do_train:  # nothing is chosen, and `do_eval` stays as asked
             self.eval_strategy, self.load_best_model_at_end = "no", False
         super().__post_init__()
@@ -248,46 +259,6 @@ class CADATrainingArguments(TrainingArguments):
                 f"`negative_temperature_start` ({self.negative_temperature_start}) has to be at least "
                 f"`negative_temperature_end` ({self.negative_temperature_end}), and both above 0."
             )
-
-
-class SaveOnSigterm(TrainerCallback):
-    """
-    SIGTERM, by which clusters announce the end, saves a checkpoint after the present step and ends the process with
-    status 143. `--resume_from_checkpoint last` goes on from there.
-    """
-
-    def __init__(self):
-        self.received = False
-        self.previous = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            self.previous = signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, number, frame):
-        self.received = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # all processes save after the same step
-            received = torch.tensor(int(self.received), device=args.device)
-            dist.all_reduce(received, dist.ReduceOp.MAX)
-            self.received = bool(received)
-        # At the end of an epoch first comes its evaluation, which a checkpoint before it would leave out.
-        if self.received and state.epoch % 1 != 0:
-            control.should_save = True
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if self.received:
-            control.should_save = True
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.received:
-            logger.warning(f"SIGTERM: saved at step {state.global_step}. Go on with --resume_from_checkpoint last.")
-            sys.exit(128 + signal.SIGTERM)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
 
 
 class EpochLoader(torch.utils.data.DataLoader):
@@ -395,6 +366,22 @@ class CADATrainer(Trainer):
             "Look at these, lower --learning_rate, or train in float32 (without --fp16)."
         )
 
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        """As in `Trainer`, but the output folder may have been moved since."""
+        start = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        if checkpoint is not None:
+            self.state.best_model_checkpoint = best_checkpoint(checkpoint, self.args.output_dir)
+        return start
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As in `Trainer`, which after the last step would make another one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
 
@@ -416,14 +403,17 @@ class CADATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if args.should_save:
                 self.state.save_to_json(str(self._unfinished / name / TRAINER_STATE_NAME))
+                recipe = json.dumps(recipe_of(args, len(self.train_dataset)), indent=2)
+                (self._unfinished / name / RECIPE_FILE).write_text(recipe + "\n", encoding="utf-8")
                 replace_folder(self._unfinished / name, folder / name)
                 self._delete_old_checkpoints(folder, limit)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
+            last = get_last_checkpoint(folder)
             raise TrainingError(
-                f"The checkpoint of step {self.state.global_step} cannot be written to {folder}: {error}. The last "
-                f"complete one is {get_last_checkpoint(folder)}. Make room, or give access, and run again with "
-                "--resume_from_checkpoint last."
+                f"The checkpoint of step {self.state.global_step} cannot be written to {folder}: {error}. "
+                f"{'None is complete yet' if last is None else f'The last complete one is {last}'}. Make room, or "
+                "give access, and run again with --resume_from_checkpoint last."
             ) from error
         finally:
             if args.should_save:
@@ -639,6 +629,8 @@ def prepare_data(
     Returns the splits and how many persons were held out of train.
     """
     held_out = 0
+    if data.holdout_persons < 0:
+        raise ArgumentError(f"--holdout_persons is {data.holdout_persons}. Give 0 or more.")
     with args.main_process_first(desc="loading the data set"):
         splits = load_pairs_dataset(
             data.dataset, data.data_dir, data.captions_per_image, data.skip_unreadable, revision=data.dataset_revision
@@ -657,6 +649,12 @@ def prepare_data(
                 raise DataError(f"{data.dataset} has no split {split!r}; it has {', '.join(splits)}.")
         if args.do_train and find_attributes:
             splits["train"] = add_attribute_spans(splits["train"], processor.attribute_masker)
+    for split in [name for name in splits if name != "train" and args.do_train]:
+        shared = set(splits["train"]["person_id"]) & set(splits[split]["person_id"])
+        if shared:
+            logger.warning(
+                f"{len(shared)} persons of train are in {split} too: its scores say little about persons never seen."
+            )
     for split, rows in splits.items():
         long = count_long_captions(rows, processor)
         if long:
@@ -693,6 +691,7 @@ def describe_training(
 ) -> dict:
     """What a reader of the model card needs to repeat the training. Folders of this machine are named, not located."""
     start = model.model_name_or_path or model.init_from
+    chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None
     recipe = {
         "epochs": round(state.epoch, 2),
         "steps": state.global_step,
@@ -702,7 +701,7 @@ def describe_training(
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "warmup_steps": args.warmup_steps if args.warmup_steps >= 1 else f"{args.warmup_steps:.0%} of all",
+        "warmup_steps": args.warmup_steps if args.warmup_steps >= 1 else f"{100 * args.warmup_steps:g}% of all",
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
         "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
@@ -717,8 +716,8 @@ def describe_training(
         "data": {"persons": len(set(rows["person_id"])), "images": len(rows), "pairs": pairs},
         "start": "random weights" if start is None else Path(start).name if Path(start).exists() else start,
         "recipe": recipe,
-        "selected_by": f"{args.metric_for_best_model} on validation" if args.load_best_model_at_end else None,
-        "seed": args.seed,
+        "selected_by": f"{args.metric_for_best_model} on validation" if chosen else None,
+        "seed": args.seed if args.data_seed is None else f"{args.seed}, of the data {args.data_seed}",
         **environment(args.world_size),
     }
 
@@ -760,6 +759,11 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             f"One process sees {args.n_gpu} GPUs. Start one process for each (`accelerate launch train_cada.py ...`), "
             "or choose one with CUDA_VISIBLE_DEVICES=0."
         )
+    if rank_and_size()[1] != args.world_size:
+        raise ArgumentError(
+            f"{rank_and_size()[1]} processes were started, and the Trainer knows of {args.world_size}. On a machine "
+            "without GPU add --use_cpu --ddp_backend gloo."
+        )
     make_output_folder(args.output_dir)  # what keeps from saving shows now, not after days of training
     set_seed(args.seed)
     try:
@@ -791,29 +795,30 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             f"The training set has {len(train_pairs)} pairs, less than one batch of {batch}. Lower "
             "--per_device_train_batch_size."
         )
-    trainer = CADATrainer(
-        model=model,
-        args=args,
-        data_collator=PairCollator(processor, mask=model.config.use_ara),
-        train_dataset=train_pairs,
-        eval_dataset=splits.get("val"),
-        processing_class=processor,
-    )
+    checkpoint = find_checkpoint(args, len(train_pairs)) if args.do_train else None
+    try:
+        trainer = CADATrainer(
+            model=model,
+            args=args,
+            data_collator=PairCollator(processor, mask=model.config.use_ara),
+            train_dataset=train_pairs,
+            eval_dataset=splits.get("val"),
+            processing_class=processor,
+        )
+    except (ImportError, RuntimeError, ValueError) as error:  # a logger that is not installed, say
+        raise ArgumentError(f"The Trainer does not take these arguments: {one_line(error)}") from error
     if args.do_train:
-        checkpoint = args.resume_from_checkpoint
-        if checkpoint == "last":
-            checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-            if checkpoint is None:
-                logger.warning(
-                    f"{args.output_dir} holds no checkpoint to resume from: training starts at the beginning."
-                )
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.is_world_process_zero():
+            (Path(args.output_dir) / RUN_FILE).unlink(missing_ok=True)  # of the weights that are replaced now
         trainer.save_model(_internal_call=True)  # the push waits for the evaluation
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         training = describe_training(model_arguments, data, args, splits["train"], len(train_pairs), trainer.state)
         training["recipe"]["persons_held_out_of_train"] = held_out
         training["minutes"] = None if checkpoint else result.metrics["train_runtime"] / 60
+        if trainer.is_world_process_zero():  # now, as an evaluation may fail
+            write_run(args.output_dir, origin, training, [])
     evaluations = [] if args.do_train else read_run(args.output_dir)["evaluations"]
     metrics: dict[str, float] = {}
     for wanted, split, prefix in ((args.do_eval, "val", "eval"), (args.do_predict, "test", "test")):

@@ -5,8 +5,8 @@ The paper's ablation (Tables IV to VII, Figures 3 and 4) as training runs, a rep
     python benchmarks/ablation.py --seeds 0 1 2 --name cuhk_pedes -- recipes/cuhk_pedes.json \\
         --data_dir /data/CUHK-PEDES --model_name_or_path start
 
-The first line runs on the drawn set with the demo's training, and across its two domains: 17 trainings of each seed, of
-5 to 11 minutes on one CPU core. What follows `--` goes to train_cada.py; `start` is a
+The first line runs on the drawn set with the demo's training, and across its two domains: 17 trainings of each seed,
+of 5 to 11 minutes on one CPU core. What follows `--` goes to train_cada.py; `start` is a
 CADA checkpoint, such as `convert_cada.py` writes. A finished run is not repeated and an interrupted one goes on: stop
 the command and type it again. Two commands with other seeds and the same `--output_dir` share the work; the last one
 writes the report.

@@ -15,6 +15,7 @@ set -euo pipefail
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would end before scontrol does
 processes=$((SLURM_JOB_NUM_NODES * ${GPUS_PER_NODE:-4}))
 terminated=no
+export PET_SHUTDOWN_TIMEOUT=115  # seconds that the launcher leaves its processes to save; 30 by default
 
 # One launcher on each machine, which starts a process for each of its GPUs.
 srun bash -c 'exec accelerate launch --config_file recipes/accelerate/two_machines.yaml \

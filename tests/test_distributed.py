@@ -96,7 +96,7 @@ def single(folder) -> Path:
     return folder
 
 
-def assert_equal_runs(expected: Path, got: Path) -> None:
+def assert_equal_runs(expected: Path, got: Path, steps: int = 6) -> None:
     """Losses of every step and weights after the last one to 1e-5, scores to the bit."""
     weights, others = (load_file(run / "model.safetensors") for run in (expected, got))
     assert set(weights) == set(others)
@@ -114,7 +114,7 @@ def assert_equal_runs(expected: Path, got: Path) -> None:
         ]
         for run in (expected, got)
     ]
-    assert len(logs[0]) == 2 * 3
+    assert len(logs[0]) == steps
     for one, other in zip(*logs, strict=True):
         assert other == pytest.approx(one, rel=1e-4)
     scores = [
@@ -141,14 +141,14 @@ def test_several_processes_equal_one(single, processes):
 
 
 def killed_process(rank: int, processes: int, port: int, runs: list[list[str]], variables: dict[str, str]) -> None:
-    """The second process is killed in the second evaluation, when it enters the function of the variable MOMENT."""
+    """The second process gets SIGNAL in the second evaluation, when it enters the function MOMENT."""
     name, calls = variables["MOMENT"], []
     function = getattr(evaluation_cada, name)
 
     def counted(*args, **kwargs):
         calls.append(name)
         if rank == 1 and len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[variables["SIGNAL"]])
         return function(*args, **kwargs)
 
     setattr(evaluation_cada, name, counted)
@@ -161,11 +161,24 @@ def test_a_process_killed_in_an_evaluation(single, moment):
     """The other one does not wait for ever; the same command goes on from the last checkpoint to the same end."""
     run = arguments(single, f"killed_{moment}", 2, *EXACT, "--do_predict", "--resume_from_checkpoint", "last")
     with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
-        run_in_processes(2, [run], killed_process, MOMENT=moment)
+        run_in_processes(2, [run], killed_process, MOMENT=moment, SIGNAL="SIGKILL")
     assert not (single / f"killed_{moment}" / "test_results.json").exists()
     assert [path.name for path in (single / f"killed_{moment}").glob("checkpoint-*")] == ["checkpoint-3"]
     run_in_processes(2, [run])
     assert_equal_runs(single / "1_0", single / f"killed_{moment}")
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_in_an_evaluation(single):
+    """Both end after the next step, at the same checkpoint, and neither waits for the other."""
+    run = arguments(single, "terminated", 2, *EXACT, "--do_predict", "--resume_from_checkpoint", "last")
+    run += ["--num_train_epochs", "3"]
+    with pytest.raises(mp.ProcessExitedException, match="143"):
+        run_in_processes(2, [run], killed_process, MOMENT="encode_gallery", SIGNAL="SIGTERM")
+    assert (single / "terminated" / "checkpoint-7" / "trainer_state.json").is_file()
+    run_in_processes(2, [run])
+    train_cada.main([*arguments(single, "whole", 1, *EXACT, "--do_predict"), "--num_train_epochs", "3"])
+    assert_equal_runs(single / "whole", single / "terminated", steps=9)
 
 
 @pytest.mark.slow
