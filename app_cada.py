@@ -144,16 +144,24 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
     config = gallery.model.config
 
     def show(results: list[Result]) -> tuple:
-        images = []
+        images, shown = [], []
         for rank, result in enumerate(results, start=1):
-            image = gallery.image(result.path)
+            try:
+                image = gallery.image(result.path)
+            except GalleryError as error:  # it is gone, or has changed
+                gr.Warning(str(error))
+                continue
             image.thumbnail(THUMBNAIL)
             images.append((image, f"{rank}.  {result.score:.3f}  {result.path}"))
-        return images, [result.path for result in results], None
+            shown.append(result.path)
+        return images, shown, None
 
     def find(sentence: str, top: int) -> tuple:
         with _told():
-            return show(gallery.search([_checked(sentence)], _number(top))[0])
+            results = gallery.search([_checked(sentence)], _number(top))[0]
+            for path, problem in gallery.left_out.items():
+                gr.Warning(f"The image {path} is left out: {problem}. Bring the index up to date.")
+            return show(results)
 
     def find_similar(upload: str | None, top: int) -> tuple:
         with _told():

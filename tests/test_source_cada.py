@@ -30,7 +30,7 @@ def test_a_folder_gives_every_file_that_pillow_reads(tmp_path):
     assert listing["path"].to_pylist() == ["b.png", "d.bmp", "sub/a.JPG", "sub/deeper/c.webp"]
     assert problems == []
     stamp = os.stat(tmp_path / "b.png")
-    assert listing["stamp"][0].as_py() == f"{stamp.st_size}:{stamp.st_mtime_ns}"
+    assert listing["stamp"][0].as_py() == f"{stamp.st_size}:{stamp.st_mtime_ns}:{stamp.st_ctime_ns}:{stamp.st_ino}"
     assert images.read("sub/a.JPG") == (tmp_path / "sub" / "a.JPG").read_bytes()
 
 

@@ -142,7 +142,13 @@ def test_a_store_keeps_what_is_left_and_takes_what_is_new(kind, tmp_path):
     store = written(new_store(kind, tmp_path, columns), *first)
     assert len(store) == 3
     assert store.known() == {name: f"stamp of {name}" for name in "abc"}
-    assert store.find("b") == {"path": "b", "patches": None, "camera": 2, "day": "tue"}
+    assert store.find("b") == {
+        "path": "b",
+        "digest": "digest of b",
+        "patches": None,
+        "camera": 2,
+        "day": "tue",
+    }
     assert store.find("x") is None
 
     _, encoded = tables(["c", "d"], -features[2:])
@@ -221,15 +227,16 @@ def test_approximate_search_finds_nearly_all_and_scores_exactly(factory, tmp_pat
 def test_faiss_errors_name_the_factory(tmp_path):
     pytest.importorskip("faiss", reason="the extra gallery is not installed")
     data = tables(["a", "b"], unit_vectors(2, 0))
-    for factory in ("Nonsense", "IVF1024,Flat"):
-        with pytest.raises(GalleryError, match=f"(?s)'{factory}' over 2 images.*--approximate"):
-            new_store(ArrowStore, tmp_path, approximate=factory).write(*data)
+    with pytest.raises(GalleryError, match="(?s)'IVF1024,Flat' over 2 images.*--approximate"):
+        new_store(ArrowStore, tmp_path, approximate="IVF1024,Flat").write(*data)
+    with pytest.raises(GalleryError, match="(?s)no index 'Nonsense'.*--approximate"):  # before the images are encoded
+        new_store(ArrowStore, tmp_path, approximate="Nonsense").prepare()
 
 
 def test_a_damaged_table_is_reported(tmp_path):
     store = written(new_store(ArrowStore, tmp_path), *tables(["a"], unit_vectors(1, 0)))
     (tmp_path / store.record["table"]).write_bytes(b"no table")
-    with pytest.raises(GalleryError, match="table-.*damaged.*index again"):
+    with pytest.raises(GalleryError, match="table-.*damaged.*run `index` again"):
         ArrowStore(tmp_path, store.record)
 
 
