@@ -142,7 +142,7 @@ def _load(
     try:
         return model.to(device), processor, digest
     except (AssertionError, RuntimeError) as error:  # PyTorch raises the first where it was built without CUDA
-        raise GalleryError(f"The device {device} cannot be used: {error} Give another --device, or none.") from error
+        raise GalleryError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
 
 
 def build_index(
@@ -519,7 +519,7 @@ class GalleryIndex:
         if self.left_out:
             path, problem = next(iter(self.left_out.items()))
             logger.warning(
-                f"{counted(len(self.left_out), 'image')} left out: {printable(path)} {problem}"
+                f"{counted(len(self.left_out), 'image')} left out: {printable(path)} ({problem})"
                 f"{' and others' if len(self.left_out) > 1 else ''}. Bring the index up to date: {self._remedy}"
             )
         return rankings

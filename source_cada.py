@@ -111,9 +111,10 @@ class ImageFiles:
             raise GalleryError(f"{self.list}: the names of its columns are not UTF-8. Save it as UTF-8.") from error
         except (OSError, pa.ArrowInvalid) as error:
             raise GalleryError(f"{self.list} cannot be read as {self.list.suffix[1:].upper()}: {error}") from error
+        twice = next((name for name in columns if columns.count(name) > 1), None)
+        if twice is not None:
+            raise GalleryError(f"{self.list} has two columns `{twice}`. Rename one of them.")
         for number, name in enumerate(columns):
-            if name in columns[:number]:
-                raise GalleryError(f"{self.list} has two columns `{name}`. Rename one of them.")
             if pa.types.is_binary(table[name].type):
                 raise GalleryError(f"{self.list}: the column `{name}` is not UTF-8. Save the file as UTF-8.")
             if pa.types.is_string(table[name].type) and self.list.suffix.lower() == ".csv":  # an empty cell: no value
@@ -279,8 +280,8 @@ def describe_source(
         if source != recorded and not moved:
             changed = [name for name in source if source[name] != recorded[name]]
             raise GalleryError(
-                f"The index holds the images of {source_arguments(recorded)}, not of {source_arguments(source)} (the "
-                f"{' and '.join(changed)} differ). Choose another --out; or, if the images have moved or these are to "
+                f"The index holds the images of {source_arguments(recorded)}, not of {source_arguments(source)} ("
+                f"other {' and '.join(changed)}). Choose another --out; or, if the images have moved or these are to "
                 "take their place, add --moved-source."
             )
     return source
