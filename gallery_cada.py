@@ -772,7 +772,7 @@ def _index(
         )
     except KeyboardInterrupt:
         kept = counted(len(shard_files(out)), "finished shard")
-        print(f"Interrupted. {kept} kept; run the same command to go on.", file=sys.stderr)
+        print(f"\nInterrupted. {kept} kept; run the same command to go on.", file=sys.stderr)
         raise typer.Exit(130) from None
     is_main_process = PartialState().is_main_process
     PartialState().destroy_process_group()

@@ -135,6 +135,17 @@ def test_large_images_are_handed_out_small(address):
     assert Image.open(odd).size == (160, 320)  # of 600×1200
 
 
+def test_an_image_that_is_gone_is_left_out(address, folder):
+    image, away = folder / "images" / "more" / "2.png", folder / "away.png"
+    image.rename(away)
+    try:
+        images, *_ = call(address, FIND, ["a man", 60])
+    finally:
+        away.rename(image)
+    captions = [image["caption"] for image in images]
+    assert len(captions) == 5 and not any(caption.endswith("more/2.png") for caption in captions)
+
+
 @pytest.mark.parametrize(
     ("sentence", "message"),
     [("red " * 126, "has 503 characters. Use 500 at most"), (" .!", "is empty"), (None, "is empty")],
