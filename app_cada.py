@@ -215,16 +215,25 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         return *otherwise, _line(problem)
 
     def show(gallery: GalleryIndex, results: list[Result], sentence: str | None, conditions: list[str]) -> tuple:
-        images = []
-        for rank, result in enumerate(results, start=1):
-            image = gallery.image(result.path)
+        images, shown = [], []
+        missing = dict(gallery.left_out) if sentence else {}  # gone, or changed since they were indexed
+        for result in results:
+            try:
+                image = gallery.image(result.path)
+            except GalleryError as error:
+                missing[result.path] = str(error)
+                continue
             image.thumbnail(THUMBNAIL)
-            images.append((image, _caption(rank, result)))
+            shown.append(result)
+            images.append((image, _caption(len(shown), result)))
         said = f"The best {len(images)} of {len(gallery):,} images" if images else "No image"
         said += f" where {' and '.join(conditions)}." if conditions else "."
         if images and sentence and config.use_atp:
             said += " Click one to see why."
-        return images, (sentence, results), None, _line(None), _line(said)
+        if missing:
+            path, problem = next(iter(missing.items()))
+            said += f" Left out: {len(missing)}, such as {path} ({problem}). Bring the index up to date."
+        return images, (sentence, shown), None, _line(None), _line(said)
 
     def find(sentence: str | None, where: str | None, top: int | None) -> tuple:
         def question(gallery):

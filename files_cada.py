@@ -27,10 +27,27 @@ class FileError(CADAError):
     """A file cannot be read or written."""
 
 
+def printable(text: str) -> str:
+    """A text in one line of a terminal: line ends, escape codes and what else has no form are written like `\\n`."""
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error, in one line; the libraries write long ones."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 600 else f"{text[:600]} ..."
+
+
+def problem_of(error: BaseException) -> str:
+    """What an error says, without the number and file name that an `OSError` of the system says as well."""
+    return getattr(error, "strerror", None) or one_line(error)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def report_argument(parser: argparse.ArgumentParser, message: str) -> NoReturn:
@@ -122,8 +139,9 @@ def _flush(path: Path) -> None:
 
 
 def _not_written(path: Path, error: Exception) -> FileError:
-    reason = getattr(error, "strerror", None) or one_line(error)
-    return FileError(f"{path} cannot be written: {reason}. Nothing was replaced. Free some space, or choose another.")
+    return FileError(
+        f"{path} cannot be written: {problem_of(error)}. Nothing was replaced. Free some space, or choose another."
+    )
 
 
 @contextmanager

@@ -15,8 +15,9 @@ import datetime
 import json
 import os
 import platform
-import shutil
+import shlex
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -35,23 +36,53 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import parse_flag_from_env
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from checkpoint_cada import check_processor, load_model, load_processor
 from data_cada import DataError, open_image
 from evaluation_cada import Gallery, encode_queries, match_candidates
-from files_cada import FileError, read_json, run_command, written_whole
+from files_cada import counted, printable, problem_of, run_command, written_whole
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
-from publish_cada import model_digest
-from source_cada import GalleryError, ImageFiles, ImageRows, content_digest, open_source
-from store_cada import STORES, feature_column, feature_type, parse_conditions, write_table
+from publish_cada import search_digest
+from source_cada import (
+    GalleryError,
+    ImageFiles,
+    ImageRows,
+    ImageSamples,
+    content_digest,
+    describe_source,
+    digest_of,
+    open_source,
+    source_arguments,
+)
+from store_cada import (
+    FORMAT,
+    LOCK,
+    PATCHES,
+    PENDING,
+    RECORD,
+    STORES,
+    announce_states,
+    check_output,
+    clean,
+    feature_column,
+    index_settings,
+    parse_conditions,
+    read_record,
+    read_shards,
+    shard_files,
+    shard_schema,
+    stamps_of_now,
+    write_table,
+)
 
 
-RECORD, PENDING, PATCHES, LOCK = "index.json", "pending", "patches", ".lock"
-FORMAT = 1
+logger = logging.get_logger(__name__)
+
 _IMAGES_AT_ONCE = 16  # whose patch states are in memory for re-ranking
 _WAIT = datetime.timedelta(days=7)  # for the slowest process; a dead one ends the others anyway
 
@@ -85,79 +116,33 @@ class Changes:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
 
-class _Samples(torch.utils.data.Dataset):
-    """Images as pixel values with their digest, or the problem; decoded by data loader workers."""
-
-    def __init__(self, source: ImageFiles | ImageRows, processor: CADAProcessor, paths: list[str]):
-        self.source, self.processor, self.paths = source, processor, paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, number: int) -> tuple[str, torch.Tensor | None, str | None]:
-        try:
-            content = self.source.read(self.paths[number])
-            image = open_image({"bytes": content, "path": None}, self.processor.image_size)
-            pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        except Exception as error:  # decoders raise many kinds on damaged files; it is named, counted, and not indexed
-            return "", None, f"cannot be decoded: {error or type(error).__name__}"
-        return content_digest(content), pixel_values, None
-
-
 def _load(
-    name: str, device: str | torch.device | None = None
+    name: str, device: str | torch.device | None, record: dict | None
 ) -> tuple[CADAForTextToImageRetrieval, CADAProcessor, str]:
     """
-    Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of its weights.
+    Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on.
 
     Raises:
         CheckpointError: where one cannot be loaded whole, or they do not belong together.
+        GalleryError: where `record` has another digest, or the model is no longer where it was, or for the device.
     """
+    if record is not None and name == record["model"] and os.path.isabs(name) and not os.path.exists(name):
+        raise GalleryError(
+            f"The model of this index was in {name}, which is not there. Say where it is: --model NAME."
+        )
     model, processor = load_model(name), load_processor(name)
     check_processor(processor, model.config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), processor, model_digest(model)
-
-
-def _read_record(index: Path) -> dict | None:
-    path = index / RECORD
-    if not os.path.lexists(path):
-        return None
-    try:
-        record = read_json(path)
-        if record["format"] != FORMAT:
-            raise GalleryError(f"{index} was written by another version of this package. Make a new index.")
-        return record
-    except (FileError, KeyError, TypeError) as error:
+    digest = search_digest(model, processor)
+    if record is not None and digest != record["digest"]:
         raise GalleryError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Delete {index}, index again."
-        ) from error
-
-
-def _settings(index: Path, record: dict | None, **given) -> dict:
-    """Arguments of a new index with their defaults; for an old one those that it was made with."""
-    if record is None:
-        if given["model"] is None:
-            raise GalleryError(f"{index} is a new index. Give the --model that encodes its images.")
-        store = given["store"] or "arrow"
-        if store not in STORES:
-            raise GalleryError(f"--store is {store!r}. Choose one of {', '.join(STORES)}.")
-        if store == "arrow" and given["uri"] is not None:
-            raise GalleryError("--uri is for --store milvus.")
-        if store == "milvus":
-            given["uri"] = given["uri"] or str(index.resolve() / "milvus.db")
-        return {**given, "store": store, "keep_patches": bool(given["keep_patches"])}
-    fixed = ("store", "uri", "keep_patches", *(["approximate"] if record["store"] == "milvus" else []))
-    for name in fixed:
-        if given[name] is not None and given[name] != record[name]:
-            raise GalleryError(
-                f"{index} was made with --{name.replace('_', '-')} {record[name]}, not {given[name]}. Leave the "
-                "argument out, or make another index."
-            )
-    kept = {name: record[name] for name in ("store", "uri", "keep_patches")}
-    kept["model"] = record["model"] if given["model"] is None else given["model"]
-    kept["approximate"] = record["approximate"] if given["approximate"] is None else given["approximate"] or None
-    return kept
+            f"The index holds features of {record['model']} as it was then, and {name} has other weights, or other "
+            "settings for images and texts. Give the same --model, or make another index."
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device), processor, digest
+    except (AssertionError, RuntimeError) as error:  # PyTorch raises the first where it was built without CUDA
+        raise GalleryError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
 
 
 def build_index(
@@ -171,6 +156,8 @@ def build_index(
     uri: str | None = None,
     approximate: str | None = None,
     keep_patches: bool | None = None,
+    moved_source: bool = False,
+    check_content: bool = False,
     batch_size: int = 64,
     workers: int = 0,
     shard_size: int = 1024,
@@ -188,43 +175,38 @@ def build_index(
             set with a column `image`, saved by `save_to_disk` or on the Hub.
         index: folder of the index.
         model: the checkpoint; an old index knows its own.
-        split: of the data set.
+        split: of the data set; an old index knows its own, and its root.
         root: folder that the paths of a list are relative to; by default the list's own.
         store: `"arrow"` (default) or `"milvus"`.
         uri: of Milvus: a file, or the address of a cluster. By default a file in `index`.
         approximate: a factory string of FAISS such as `"SQ8"`, or an index type of Milvus such as `"HNSW"`, for more
             than a million images. An empty string makes search exact again.
         keep_patches: keep patch states in half precision, so that re-ranking need not read image files.
+        moved_source: point an old index to another `source`, such as the moved folder. Images whose path and content
+            are as before are not encoded again, all others of the old source are dropped.
+        check_content: read every file. By default one whose size, times and inode are as before is taken as unchanged.
         batch_size: images that are encoded at once.
         workers: processes that decode images.
         shard_size: images per shard: what an interruption costs at most.
 
     Raises:
-        GalleryError: where `source` holds no image, the index belongs to another model, or another run is at work.
+        GalleryError: where `source` holds no image, the index belongs to another model or source, `index` holds other
+            files, or another run is at work.
         CheckpointError: where the model cannot be loaded.
     """
     state = PartialState(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=_WAIT
     )
-    index, record = Path(index), _read_record(Path(index))
+    index, record = Path(index), read_record(Path(index))
     if model is not None and Path(model).is_dir():
         model = str(Path(model).resolve())  # an index is searched from anywhere
-    settings = _settings(
+    settings = index_settings(
         index, record, model=model, store=store, uri=uri, approximate=approximate, keep_patches=keep_patches
     )
-    location = os.fspath(source)
-    place = {
-        "location": str(Path(location).resolve()) if Path(location).exists() else location,
-        "split": split,
-        "root": None if root is None else str(Path(root).resolve()),
-    }
-    images = open_source(place)
-    network, processor, digest = _load(settings["model"], state.device)
-    if record is not None and record["digest"] != digest:
-        raise GalleryError(
-            f"{index} holds features of {record['model']}, and {settings['model']} has other weights. Choose another "
-            "--out for this model, or give that one."
-        )
+    place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source)
+    check_output(index, place, record is None, settings["uri"])
+    images = open_source(place, index if record is not None and place == record["source"] else None)
+    network, processor, digest = _load(settings["model"], state.device, record)
     (index / PENDING).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         plan = None
@@ -241,9 +223,11 @@ def build_index(
                 "collection": f"cada_{uuid5(NAMESPACE_URL, f'{platform.node()}{index.resolve()}{kind}').hex[:16]}",
             }
             job = _Update(index, {**old, **settings, "source": place, "digest": digest}, images)
-            plan = job.plan(shard_size)
+            plan = job.plan(shard_size, record is None, check_content, progress)
             if settings["keep_patches"]:
-                _announce_patches(index, network, sum(len(paths) for _, paths, _ in plan))
+                rows, columns = network.config.vision_config.grid_size
+                size = 2 * (1 + rows * columns) * network.config.vision_config.hidden_size  # in half precision
+                announce_states(index, size, sum(len(paths) for _, paths, _ in plan))
         plan = broadcast_object_list([plan])[0]
         _encode_shards(
             network,
@@ -262,19 +246,6 @@ def build_index(
     return broadcast_object_list([changes])[0]
 
 
-def _state_bytes(model) -> int:
-    """Bytes of the patch states of an image in half precision."""
-    rows, columns = model.config.vision_config.grid_size
-    return 2 * (1 + rows * columns) * model.config.vision_config.hidden_size
-
-
-def _announce_patches(index: Path, model, count: int) -> None:
-    size, free = _state_bytes(model) * count, shutil.disk_usage(index).free
-    print(f"Patch states of {count:,} images will take {size / 1e9:.2f} GB; {free / 1e9:.2f} GB are free.", flush=True)
-    if size > free:
-        raise GalleryError(f"{index}: the disk is too small for --keep-patches. Leave it out, or choose another.")
-
-
 class _Update:
     """What the main process does before and after encoding."""
 
@@ -282,43 +253,52 @@ class _Update:
         self.index, self.record, self.images = index, record, images
         self.kind = _shard_kind(record["digest"], record["keep_patches"])
 
-    def plan(self, shard_size: int) -> list[tuple[str, list[str], list[str]]]:
+    def plan(
+        self, shard_size: int, new: bool, check_content: bool, progress: bool
+    ) -> list[tuple[str, list[str], list[str]]]:
         """Shards to encode: name, paths, stamps. Images of finished shards and of the index are not among them."""
         self.listing, self.unreadable = self.images.listing()
         if not len(self.listing):
             problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
             raise GalleryError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")
-        self.store = STORES[self.record["store"]](self.index, self.record)
-        self.known = self.store.known()
-        finished = self._finished()
-        done = set(zip(finished["path"].to_pylist(), finished["stamp"].to_pylist())) | set(self.known.items())
-        todo = [image for image in _images_of(self.listing) if image not in done]
+        try:
+            self.store = STORES[self.record["store"]](self.index, self.record)
+        except GalleryError as error:
+            if not self.record.get("table"):
+                raise
+            logger.warning(f"{error} All images are encoded again.")
+            self.record |= {"table": None, "faiss": None}
+            self.store = STORES[self.record["store"]](self.index, self.record)
+        images = _images_of(self.listing)
+        stamps = dict(images)
+
+        def changed(path: str, stamp: str, digest: str) -> bool:
+            return stamps.get(path) == stamp and digest_of(self.images, path) != digest
+
+        shards = self._finished(changed if check_content else None)
+        done = {image for _, table in shards for image in _images_of(table)}
+        if new and not done and self.record["store"] == "milvus":
+            self.store.drop()  # of an index whose folder was deleted
+        self.store.prepare()
+        self.known = stamps_of_now(self.store, self.index, images, self.images, check_content, progress)
+        done |= set(self.known.items())
+        todo = [image for image in images if image not in done]
         run = uuid4().hex[:12]
         parts = [todo[start : start + shard_size] for start in range(0, len(todo), shard_size)]
         return [(f"{run}-{number:06}", *map(list, zip(*part))) for number, part in enumerate(parts)]
 
-    def _finished(self, problems_of: Sequence[str] = ()) -> pa.Table:
-        """The rows of all finished shards; half-written files and shards of another model are deleted."""
-        tables = []
-        for path in sorted((self.index / PENDING).iterdir()):
-            if path.suffix == ".arrow" and not path.name.startswith("."):
-                with pa.memory_map(str(path)) as file:
-                    table = pa.ipc.open_stream(file).read_all()
-                if table.schema.metadata[b"kind"].decode() == self.kind:
-                    tables.append(table)
-                    if path.stem in problems_of:
-                        self.unreadable += [tuple(row) for row in json.loads(table.schema.metadata[b"unreadable"])]
-                    continue
-            path.unlink()
-        return pa.concat_tables(
-            [_shard_schema(self.record["dimension"]).empty_table()]
-            + [table.replace_schema_metadata(None) for table in tables]
-        )
+    def _finished(self, changed: Callable[[str, str, str], bool] | None = None) -> Iterator[tuple[str, pa.Table]]:
+        return read_shards(self.index, self.kind, self.record["dimension"], changed)
 
     def commit(self, shards: list[str]) -> Changes:
         """Write the next state of the index."""
-        encoded = self._finished(shards)
-        ready = set(zip(encoded["path"].to_pylist(), encoded["stamp"].to_pylist())) | set(self.known.items())
+        tables = [shard_schema(self.record["dimension"]).empty_table()]
+        for name, table in self._finished():
+            if name in shards:
+                self.unreadable += [tuple(row) for row in json.loads(table.schema.metadata[b"unreadable"])]
+            tables.append(table.replace_schema_metadata(None))
+        encoded = pa.concat_tables(tables)
+        ready = set(_images_of(encoded)) | set(self.known.items())
         images = _images_of(self.listing)
         kept = self.listing.take(pa.array([row for row, key in enumerate(images) if key in ready], pa.int64()))
         paths = {path for path, _ in images} | {path for path, _ in self.unreadable}
@@ -345,26 +325,8 @@ class _Update:
         }
         with written_whole(self.index / RECORD) as temporary:
             temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        self._clean()
+        clean(self.index, self.record)
         return changes
-
-    def _clean(self) -> None:
-        """Delete what the present state does not refer to."""
-        for path in (self.index / PENDING).iterdir():
-            path.unlink()
-        named = {self.record.get("table"), self.record.get("faiss")}
-        for pattern in ("table-*", "features-*", ".unfinished-*"):
-            for path in self.index.glob(pattern):
-                if path.name not in named:
-                    path.unlink()
-        if self.record["keep_patches"]:
-            store = STORES[self.record["store"]](self.index, self.record)
-            used = {
-                place.split("/")[0] for table in store.tables(["patches"]) for place in table["patches"].to_pylist()
-            }
-            for path in (self.index / PATCHES).iterdir():
-                if path.name not in used:
-                    path.unlink()
 
 
 def _images_of(table: pa.Table) -> list[tuple[str, str]]:
@@ -375,17 +337,12 @@ def _shard_kind(digest: str, keep_patches: bool) -> str:
     return f"{digest}{' with patches' if keep_patches else ''}"
 
 
-def _shard_schema(dimension: int) -> pa.Schema:
-    names = ("path", "stamp", "digest", "patches")
-    return pa.schema([*((name, pa.string()) for name in names), ("feature", feature_type(dimension))])
-
-
 @torch.inference_mode()
 def _encode_shards(
     model, processor, images, shards, index: Path, digest: str, keep_patches: bool, batch_size, workers, progress
 ) -> None:
     """Encode shards (name, paths, stamps), each into a file of `pending/`, with a file of `patches/` if asked."""
-    samples = _Samples(images, processor, [path for _, paths, _ in shards for path in paths])
+    samples = ImageSamples(images, processor, [path for _, paths, _ in shards for path in paths])
     batches, start = [], 0
     for _, paths, _ in shards:  # no batch crosses shards, so that features do not depend on who encodes which shard
         end = start + len(paths)
@@ -419,7 +376,7 @@ def _encode_shards(
             (index / PATCHES).mkdir(exist_ok=True)
             with written_whole(index / PATCHES / f"{name}.safetensors") as temporary:
                 save_file({"states": torch.stack(states)}, temporary)
-        schema = _shard_schema(model.config.projection_dim)
+        schema = shard_schema(model.config.projection_dim)
         table = schema.empty_table()
         if rows:
             *columns, kept = zip(*rows)
@@ -442,10 +399,25 @@ def open_index(index: str | os.PathLike, model: str | None = None, device: str |
     Raises:
         GalleryError: where the folder holds no index.
     """
-    record = _read_record(Path(index))
+    folder = Path(index)
+    record = read_record(folder)
     if record is None:
-        raise GalleryError(f"{index} holds no index ({RECORD}). Make one: python gallery_cada.py index ...")
-    return GalleryIndex(Path(index), record, model or record["model"], device)
+        again = f"python gallery_cada.py index ... --out {shlex.quote(str(folder))}"
+        finished = len(shard_files(folder))
+        if finished:
+            raise GalleryError(
+                f"{index} holds no index yet, but {counted(finished, 'finished shard')} of an interrupted run. Run "
+                f"the same command again to go on: {again}"
+            )
+        raise GalleryError(f"{index} holds no index ({RECORD}). Make one: {again}")
+    try:
+        return GalleryIndex(folder, record, model or record["model"], device)
+    except GalleryError:
+        new = read_record(folder)
+        if new is None or new == record:
+            raise
+        # It was brought up to date at this moment.
+        return GalleryIndex(folder, new, model or new["model"], device)
 
 
 class GalleryIndex:
@@ -454,26 +426,23 @@ class GalleryIndex:
 
     Attributes:
         columns: name and type of the metadata columns, which `where` can ask for.
-        model, processor: the checkpoint, loaded at first use. A `GalleryError` where its weights are others.
+        model, processor: the checkpoint, loaded at first use. A `GalleryError` where weights or settings are others.
+        left_out: images that the last search left out, and why: gone, or changed since they were indexed.
     """
 
     def __init__(self, folder: Path, record: dict, model: str, device: str | None = None):
         self.folder, self.record, self.model_name, self.device = folder, record, model, device
         self.columns: dict[str, str] = record["columns"]
+        self.left_out: dict[str, str] = {}
         self.store = STORES[record["store"]](folder, record)
+        self.store.ready()
 
     def __len__(self) -> int:
         return len(self.store)
 
     @cached_property
     def _loaded(self) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
-        model, processor, digest = _load(self.model_name, self.device)
-        if digest != self.record["digest"]:
-            raise GalleryError(
-                f"{self.folder} holds features of {self.record['model']} as it was then, and {self.model_name} has "
-                "other weights. Give the same --model, or make a new index."
-            )
-        return model, processor
+        return _load(self.model_name, self.device, self.record)[:2]
 
     @property
     def model(self) -> CADAForTextToImageRetrieval:
@@ -487,16 +456,27 @@ class GalleryIndex:
 
     @cached_property
     def _source(self) -> ImageFiles | ImageRows:
-        return open_source(self.record["source"])
+        return open_source(self.record["source"], self.folder)
+
+    @property
+    def _remedy(self) -> str:
+        """How to bring the index up to date."""
+        out = shlex.quote(str(self.folder))
+        return f"python gallery_cada.py index {source_arguments(self.record['source'])} --out {out}"
 
     def search(
-        self, sentences: Sequence[str], top: int = 10, rerank: int | None = None, where: Sequence[str] = ()
+        self,
+        sentences: str | Sequence[str],
+        top: int = 10,
+        rerank: int | None = None,
+        where: str | Sequence[str] = (),
     ) -> list[list[Result]]:
         """
-        The `top` images for every sentence, best first.
+        The `top` images for every sentence, best first. A candidate whose image is gone or has changed is left out,
+        with a warning (see `left_out`).
 
         Args:
-            sentences: any number of them.
+            sentences: one or any number of them; there is a list of results for each.
             top: images per sentence.
             rerank: how many candidates of the global ranking the decoder reads; `config.rerank_k` by default, 0 for
                 none.
@@ -504,9 +484,10 @@ class GalleryIndex:
                 hold. They count before ranking.
 
         Raises:
-            GalleryError: for an empty sentence, an unknown column, or a candidate whose image file is gone.
+            GalleryError: for an empty sentence, an unknown column, or where the folder of the images is gone.
         """
-        sentences = list(sentences)
+        sentences = [sentences] if isinstance(sentences, str) else list(sentences)
+        self.left_out = {}
         for sentence in sentences:
             if not clean_caption(sentence):
                 raise GalleryError(f"The sentence {sentence!r} is empty. Describe a person.")
@@ -526,14 +507,24 @@ class GalleryIndex:
         rankings = []
         for hits, scores in zip(found, local_scores):
             near = sorted(
-                ((score + local, row) for (score, row), local in zip(hits, scores)),
+                (
+                    (score + local, row)
+                    for (score, row), local in zip(hits, scores)
+                    if row["path"] not in self.left_out
+                ),
                 key=lambda pair: (-pair[0], pair[1]["path"]),
             )
-            ranked = [(*pair, "local") for pair in near] + [(*pair, "global") for pair in hits[len(near) :]]
+            ranked = [(*pair, "local") for pair in near] + [(*pair, "global") for pair in hits[len(scores) :]]
             rankings.append([self._result(*hit) for hit in ranked[:top]])
+        if self.left_out:
+            path, problem = next(iter(self.left_out.items()))
+            logger.warning(
+                f"{counted(len(self.left_out), 'image')} left out: {printable(path)} ({problem})"
+                f"{' and others' if len(self.left_out) > 1 else ''}. Bring the index up to date: {self._remedy}"
+            )
         return rankings
 
-    def search_image(self, image: Image.Image, top: int = 10, where: Sequence[str] = ()) -> list[Result]:
+    def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
         """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
         if top < 1:
             raise GalleryError(f"top is {top}. Give 1 or more.")
@@ -572,36 +563,51 @@ class GalleryIndex:
         return [row[: len(numbers)] for row, numbers in zip(scores.tolist(), table)]
 
     def _states(self, rows: list[dict]) -> torch.Tensor:
-        """Patch states `(rows, 1 + patches, hidden)`: kept ones, or of the image files."""
-        if self.record["keep_patches"]:
-            return torch.stack([self._kept_states(row) for row in rows])
-        images = [self._decode(row["path"], self.processor.image_size) for row in rows]
-        pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        with torch.inference_mode():
-            return self.model.encode_images(pixel_values.to(self.model.device)).cpu()
+        """Patch states `(rows, 1 + patches, hidden)`: kept ones, or of the image files. Zeros for those `left_out`."""
+        read, good, found = self._kept_states if self.record["keep_patches"] else self._decode, [], []
+        for number, row in enumerate(rows):
+            try:
+                found.append(read(row))
+                good.append(number)
+            except (OSError, KeyError, DataError, SafetensorError) as error:
+                self.left_out[row["path"]] = problem_of(error)
+        config = self.model.config.vision_config
+        states = torch.zeros(len(rows), 1 + config.grid_size[0] * config.grid_size[1], config.hidden_size)
+        if found and self.record["keep_patches"]:
+            states[good] = torch.stack(found).float()
+        elif found:
+            pixel_values = self.processor(images=found, return_tensors="pt")["pixel_values"]
+            with torch.inference_mode():
+                states[good] = self.model.encode_images(pixel_values.to(self.model.device)).float().cpu()
+        return states
 
     def _kept_states(self, row: dict) -> torch.Tensor:
         name, number = row["patches"].split("/")
-        try:
-            with safe_open(self.folder / PATCHES / name, "pt") as file:
-                return file.get_slice("states")[int(number)]
-        except OSError as error:
-            raise GalleryError(f"Patch states of {row['path']}: {error}. Make a new index.") from error
+        with safe_open(self.folder / PATCHES / name, "pt") as file:
+            return file.get_slice("states")[int(number)]
 
-    def _decode(self, path: str, size: tuple[int, int] | None = None) -> Image.Image:
-        try:
-            return open_image({"bytes": self._source.read(path), "path": None}, size)
-        except (OSError, KeyError, DataError) as error:
-            raise GalleryError(
-                f"The image {path} cannot be read any more ({error}). Bring the index up to date: python "
-                f"gallery_cada.py index {self.record['source']['location']} --out {self.folder}"
-            ) from error
+    def _decode(self, row: dict, full_size: bool = False) -> Image.Image:
+        content = self._source.read(row["path"])
+        if content_digest(content) != row["digest"]:
+            raise OSError("has changed since it was indexed")
+        return open_image({"bytes": content, "path": None}, None if full_size else self.processor.image_size)
 
     def image(self, path: str) -> Image.Image:
-        """The image of the gallery named `path`, upright. A `GalleryError` for anything that is not in the index."""
-        if self.store.find(path) is None:
+        """
+        The image of the gallery named `path`, upright.
+
+        Raises:
+            GalleryError: for anything that is not in the index, is gone, or has changed since.
+        """
+        row = self.store.find(path)
+        if row is None:
             raise GalleryError(f"The index holds no image {path!r}.")
-        return self._decode(path)
+        try:
+            return self._decode(row, full_size=True)
+        except (OSError, KeyError, DataError) as error:
+            raise GalleryError(
+                f"The image {path} cannot be shown: {problem_of(error)}. Bring the index up to date: {self._remedy}"
+            ) from error
 
     def info(self) -> dict:
         """What the index holds and how: a flat dictionary, sizes in bytes."""
@@ -618,9 +624,7 @@ class GalleryIndex:
             "keep_patches": self.record["keep_patches"],
             "bytes": sum(path.stat().st_size for path in files),
             "updated": self.record["updated"],
-            "unfinished_shards": sum(
-                path.parent.name == PENDING and path.suffix == ".arrow" and path.name[0] != "." for path in files
-            ),
+            "unfinished_shards": len(shard_files(self.folder)),
         }
 
     def verify(self, progress: bool = True) -> list[tuple[str, str]]:
@@ -634,7 +638,7 @@ class GalleryIndex:
                         if content_digest(self._source.read(path)) != digest:
                             problems.append((path, "has changed since it was indexed"))
                     except (OSError, KeyError) as error:
-                        problems.append((path, f"cannot be read: {getattr(error, 'strerror', None) or error}"))
+                        problems.append((path, f"cannot be read: {problem_of(error)}"))
         return problems
 
     def export(self, path: str | os.PathLike) -> int:
@@ -650,14 +654,23 @@ class GalleryIndex:
         return count
 
 
+def _drawable(text: str) -> str:
+    """A text in the letters of Pillow's font, which has those of English only."""
+    plain = unicodedata.normalize("NFKD", text.replace("ß", "ss"))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return "".join(letter if letter.isascii() else "?" for letter in plain)
+
+
 def draw_results(
     gallery: GalleryIndex,
     rankings: dict[str, list[Result]],
     caption: Callable[[str, int, Result], tuple[str, str]] | None = None,
     height: int = 192,
+    columns: int = 10,
 ) -> Image.Image:
     """
-    A picture: under every title of `rankings` its ranked images.
+    A picture: under every title of `rankings` its ranked images, `columns` of them in a line. In place of an image
+    that is gone or has changed stands a grey field.
 
     Args:
         caption: gives the text below an image (lines apart by newlines) and its colour, from title, rank (from 1) and
@@ -670,29 +683,36 @@ def draw_results(
     for title, results in rankings.items():
         cells = []
         for rank, result in enumerate(results, start=1):
-            image = gallery.image(result.path).convert("RGB")
+            try:
+                image = gallery.image(result.path).convert("RGB")
+            except GalleryError as error:
+                logger.warning(str(error))
+                image = Image.new("RGB", (height // 2, height), "#d0d7de")
             # A very wide picture would leave no place for the others.
             width = min(max(1, round(height * image.width / image.height)), 2 * height)
             image = image.resize((width, height), Image.Resampling.LANCZOS)
             text, colour = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", "#57606a")
-            cells.append((image, text, colour))
-        rows.append((title, cells))
+            cells.append((image, _drawable(text), colour))
+        rows.append((_drawable(title), cells))
     cell = margin + max([96, *(image.width for _, cells in rows for image, _, _ in cells)])
     lines = max([1, *(text.count("\n") + 1 for _, cells in rows for _, text, _ in cells)])
-    row_height = 26 + height + 20 + 16 * lines
+    line_height, title_height = height + 20 + 16 * lines, 26
     width = margin + max(
-        cell * max([1, *(len(cells) for _, cells in rows)]),
+        cell * min(columns, max([1, *(len(cells) for _, cells in rows)])),
         *(round(measure.textlength(title, font=large)) + margin for title, _ in rows),
     )
-    canvas = Image.new("RGB", (width, len(rows) * row_height + margin), "white")
-    draw = ImageDraw.Draw(canvas)
-    for line, (title, cells) in enumerate(rows):
-        upper = line * row_height + margin
+    total = sum(title_height + line_height * max(1, -(-len(cells) // columns)) for _, cells in rows)
+    canvas = Image.new("RGB", (width, total + margin), "white")
+    draw, upper = ImageDraw.Draw(canvas), margin
+    for title, cells in rows:
         draw.text((margin, upper), title, fill="black", font=large)
-        for place, (image, text, colour) in enumerate(cells):
-            left = margin + place * cell
-            canvas.paste(image, (left, upper + 26))
-            draw.multiline_text((left, upper + 30 + height), text, fill=colour, font=small, spacing=2)
+        upper += title_height
+        for start in range(0, max(1, len(cells)), columns):
+            for place, (image, text, colour) in enumerate(cells[start : start + columns]):
+                left = margin + place * cell
+                canvas.paste(image, (left, upper))
+                draw.multiline_text((left, upper + 4 + height), text, fill=colour, font=small, spacing=2)
+            upper += line_height
     return canvas
 
 
@@ -722,34 +742,47 @@ def _index(
     keep_patches: Annotated[
         bool | None, typer.Option("--keep-patches", help="keep patch states for re-ranking without the image files")
     ] = None,
+    moved_source: Annotated[
+        bool, typer.Option("--moved-source", help="the images have moved: point an old index to SOURCE")
+    ] = False,
+    check_content: Annotated[
+        bool, typer.Option("--check-content", help="read all files; by default size, times and inode tell a change")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="images encoded at once")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="processes that decode images")] = 0,
     shard_size: Annotated[int, typer.Option(min=1, help="images that an interruption costs at most")] = 1024,
 ) -> None:
     """Encode images into an index, or bring an index up to date."""
-    changes = build_index(
-        source,
-        out,
-        model,
-        split=split,
-        root=root,
-        store=store,
-        uri=uri,
-        approximate=approximate,
-        keep_patches=keep_patches,
-        batch_size=batch_size,
-        workers=workers,
-        shard_size=shard_size,
-    )
+    try:
+        changes = build_index(
+            source,
+            out,
+            model,
+            split=split,
+            root=root,
+            store=store,
+            uri=uri,
+            approximate=approximate,
+            keep_patches=keep_patches,
+            moved_source=moved_source,
+            check_content=check_content,
+            batch_size=batch_size,
+            workers=workers,
+            shard_size=shard_size,
+        )
+    except KeyboardInterrupt:
+        kept = counted(len(shard_files(out)), "finished shard")
+        print(f"\nInterrupted. {kept} kept; run the same command to go on.", file=sys.stderr)
+        raise typer.Exit(130) from None
     is_main_process = PartialState().is_main_process
     PartialState().destroy_process_group()
     if not is_main_process:
         return
     for path, problem in changes.unreadable:
-        print(f"unreadable: {path}: {problem}", file=sys.stderr)
-    images = changes.added + changes.changed + changes.unchanged
+        print(f"unreadable: {printable(path)}: {printable(problem)}", file=sys.stderr)
+    images = counted(changes.added + changes.changed + changes.unchanged, "image")
     counts = [f"{getattr(changes, name):,} {name}" for name in ("added", "changed", "removed", "unchanged")]
-    print(f"{out}: {images:,} images; {', '.join(counts)}, {len(changes.unreadable):,} unreadable.")
+    print(f"{out}: {images}; {', '.join(counts)}, {len(changes.unreadable):,} unreadable.")
 
 
 @app.command("search")
@@ -771,11 +804,13 @@ def _search(
     device: Annotated[str | None, typer.Option(help="of the model, such as cpu or cuda:1")] = None,
 ) -> None:
     """Rank the images for a sentence, or for a photo."""
+    if picture is not None and Image.registered_extensions().get(picture.suffix.lower()) not in Image.SAVE:
+        raise GalleryError(f"The picture {picture} cannot be written: no such format. Give a name such as out.png.")
     gallery = open_index(index, model, device)
     queries = list(sentences or [])
     if file is not None:
         try:
-            queries += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            queries += [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise GalleryError(f"The file {file} cannot be read: {error}") from error
     if (image is not None) == bool(queries):
@@ -795,10 +830,16 @@ def _search(
         ]
         print(json.dumps(lists, indent=2, ensure_ascii=False))
         return
+    asked = dict.fromkeys(condition.column for condition in parse_conditions(where or (), gallery.columns))
     for query, results in rankings:
-        print(f"{query}\nrank   score  path")
+        print(printable(query))
+        if not results:
+            print(f"No image{f' fulfils {shlex.join(where)}' if where and not gallery.left_out else ''}.")
+            continue
+        print("rank   score  stage   path")
         for rank, result in enumerate(results, start=1):
-            print(f"{rank:4}  {result.score:6.3f}  {result.path}")
+            line = f"{rank:4}  {result.score:6.3f}  {result.stage:6}  {result.path}"
+            print(printable("  ".join([line, *(f"{name}={result.metadata[name]}" for name in asked)])))
     if picture is not None:
         print(f"Wrote {picture}.")
 
@@ -833,8 +874,8 @@ def _verify(index: _Index) -> None:
     gallery = open_index(index)
     problems = gallery.verify()
     for path, problem in problems:
-        print(f"{path}: {problem}")
-    print(f"{len(gallery):,} images; {len(problems):,} with problems.")
+        print(f"{printable(path)}: {printable(problem)}")
+    print(f"{counted(len(gallery), 'image')}; {len(problems):,} with problems.")
     if problems:
         raise typer.Exit(1)
 

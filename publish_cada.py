@@ -33,6 +33,7 @@ from checkpoint_cada import check_config, load_config, weight_files
 from data_cada import PEDES_SETS
 from evaluation_cada import METRICS
 from files_cada import CADAError, Parser, one_line, read_json, run_command, written_whole
+from processing_cada import CADAProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -191,6 +192,27 @@ def model_digest(model: PreTrainedModel) -> str:
     """[`weights_digest`] of a model in memory; tied weights count once, as in its file."""
     tied = model.all_tied_weights_keys
     return weights_digest((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
+    """SHA-256 of the weights and of the settings that change features or scores, those of training left out."""
+    config, tokenizer = model.config, processor.tokenizer
+    towers = {"vision": config.vision_config, "text": config.text_config}
+    training = ("initializer_range", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    settings = {
+        side: {name: getattr(tower, name) for name in type(tower).__annotations__ if name not in training}
+        for side, tower in towers.items()
+    }
+    settings["config"] = [config.projection_dim, config.max_text_length, config.match_score, config.use_atp]
+    names = ("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", "rescale_factor")
+    names += ("do_normalize", "image_mean", "image_std")
+    images = processor.image_processor.to_dict()
+    settings["images"] = {name: images.get(name) for name in names}
+    texts = json.loads(tokenizer.backend_tokenizer.to_str())
+    texts = {name: texts[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")}
+    settings["texts"] = [texts, tokenizer.model_max_length, tokenizer.init_kwargs.get("max_length")]
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(f"{model_digest(model)}{text}".encode()).hexdigest()
 
 
 def checkpoint_digest(folder: str | os.PathLike) -> str:

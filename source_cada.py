@@ -2,20 +2,25 @@
 
 import hashlib
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
+import torch
 from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data_cada import undecoded
-from files_cada import CADAError
+from data_cada import IMAGE_FORMATS, open_image, undecoded
+from files_cada import CADAError, problem_of
+from processing_cada import CADAProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -23,6 +28,7 @@ logger = logging.get_logger(__name__)
 LISTS = (".csv", ".jsonl")
 PATH_COLUMNS = ("path", "file_name", "image")  # of a list: the first that is there names the image
 RESERVED = ("path", "stamp", "digest", "patches", "feature")  # columns of an index that are no metadata
+MAX_BYTES = 1_000_000_000  # of an image file: more than any image of `MAX_PIXELS` has, less than the memory
 
 
 class GalleryError(CADAError):
@@ -43,13 +49,13 @@ class ImageFiles:
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
+        good, stamps, problems = [], [], []
         if self.list is None:
-            names = sorted(self._walk())
+            names = sorted(self._walk(problems))
             table = pa.table({"path": pa.array([], pa.string())})
         else:
             table = self._read_list()
             names = table["path"].to_pylist()
-        good, stamps, problems = [], [], []
         for row, name in enumerate(tqdm(names, desc="Looking for images", unit="image", disable=len(names) < 10_000)):
             try:
                 name.encode()
@@ -61,10 +67,11 @@ class ImageFiles:
             except UnicodeEncodeError:
                 problems.append((os.fsencode(name).decode(errors="backslashreplace"), "has a name that is not UTF-8"))
             except OSError as error:
-                problems.append((name, error.strerror or str(error)))
+                problems.append((name, problem_of(error)))
             else:
                 good.append(row)
-                stamps.append(f"{status.st_size}:{status.st_mtime_ns}")
+                # Of files that are exchanged, or written with their old times, size and time of writing say nothing.
+                stamps.append(f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}")
         if self.list is None:
             table = pa.table({"path": pa.array([names[row] for row in good], pa.string())})
         else:
@@ -72,18 +79,25 @@ class ImageFiles:
         table = table.add_column(1, "stamp", pa.array(stamps, pa.string()))
         return table.sort_by("path"), problems
 
-    def _walk(self) -> Iterator[str]:
-        """Names, relative to the folder, of the files whose ending is of a format that Pillow reads."""
+    def _walk(self, problems: list[tuple[str, str]]) -> Iterator[str]:
+        """Names, relative to the folder, of the image files. Appends what looks like images and is left out."""
         Image.init()
-        endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+        format_of = {ending: name for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
 
         def stop(error: OSError):
             raise GalleryError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
 
-        for folder, _, names in os.walk(self.root, onerror=stop):
+        for folder, subfolders, names in os.walk(self.root, onerror=stop):
+            here = Path(folder).relative_to(self.root)
+            for name in subfolders:
+                if os.path.islink(os.path.join(folder, name)):
+                    problems.append(((here / name).as_posix(), "is a link to a folder, which is not followed"))
             for name in names:
-                if os.path.splitext(name)[1].lower() in endings:
-                    yield (Path(folder) / name).relative_to(self.root).as_posix()
+                kind = format_of.get(os.path.splitext(name)[1].lower())
+                if kind in IMAGE_FORMATS:
+                    yield (here / name).as_posix()
+                elif kind is not None:
+                    problems.append(((here / name).as_posix(), f"is no {', '.join(IMAGE_FORMATS)} file but {kind}"))
 
     def _read_list(self) -> pa.Table:
         """The columns of the CSV or JSONL file that an index keeps; the one that names the image is `path`."""
@@ -92,8 +106,20 @@ class ImageFiles:
                 table = pa.csv.read_csv(self.list)
             else:
                 table = pa.json.read_json(self.list)
+            columns = table.column_names
+        except UnicodeDecodeError as error:
+            raise GalleryError(f"{self.list}: the names of its columns are not UTF-8. Save it as UTF-8.") from error
         except (OSError, pa.ArrowInvalid) as error:
             raise GalleryError(f"{self.list} cannot be read as {self.list.suffix[1:].upper()}: {error}") from error
+        twice = next((name for name in columns if columns.count(name) > 1), None)
+        if twice is not None:
+            raise GalleryError(f"{self.list} has two columns `{twice}`. Rename one of them.")
+        for number, name in enumerate(columns):
+            if pa.types.is_binary(table[name].type):
+                raise GalleryError(f"{self.list}: the column `{name}` is not UTF-8. Save the file as UTF-8.")
+            if pa.types.is_string(table[name].type) and self.list.suffix.lower() == ".csv":  # an empty cell: no value
+                empty = pc.equal(table[name], "")
+                table = table.set_column(number, name, pc.if_else(empty, pa.scalar(None, pa.string()), table[name]))
         named_by = next((name for name in PATH_COLUMNS if name in table.column_names), None)
         if named_by is None:
             raise GalleryError(
@@ -105,12 +131,15 @@ class ImageFiles:
         for row, name in enumerate(names):
             if not isinstance(name, str) or not name or "\0" in name:
                 raise GalleryError(f"{self.list}, row {row}: `{named_by}` is {name!r}. Give the path of an image.")
-            if not Path(os.path.normpath(self.root / name)).is_relative_to(self.root):
+            place = Path(os.path.normpath(self.root / name))
+            if not place.is_relative_to(self.root):  # by a folder's other name, perhaps
+                place = place.parent.resolve() / place.name
+            if not place.is_relative_to(self.root):
                 raise GalleryError(
                     f"{self.list}, row {row}: {name!r} leads out of {self.root}. Give --root, a folder that holds all "
                     "images, and paths relative to it."
                 )
-            names[row] = name = os.path.relpath(os.path.normpath(self.root / name), self.root)
+            names[row] = name = place.relative_to(self.root).as_posix()
             if name in seen:
                 raise GalleryError(f"{self.list}: rows {seen[name]} and {row} name the same image {name!r}.")
             seen[name] = row
@@ -121,6 +150,9 @@ class ImageFiles:
         file = (self.root / path).resolve()
         if not file.is_relative_to(self.root):
             raise OSError(f"leads out of {self.root}")
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise OSError(f"has {size:,} bytes, more than {MAX_BYTES:,}")
         return file.read_bytes()
 
 
@@ -139,11 +171,19 @@ class ImageRows:
             if split not in loaded:
                 raise GalleryError(f"{location} has the splits {', '.join(loaded)}. Choose one with --split.")
             loaded = loaded[split]
+        elif split is not None:
+            raise GalleryError(f"{location} has no splits, so there is no {split!r}. Leave --split out.")
         if "image" not in loaded.column_names:
             raise GalleryError(f"{location} has no column `image`. It has {', '.join(loaded.column_names)}.")
+        if not isinstance(loaded.features["image"], ImageFeature):
+            raise GalleryError(
+                f"{location}: the column `image` holds {loaded.features['image']}, no images. Save the data set "
+                'after dataset.cast_column("image", datasets.Image()).'
+            )
         self.dataset = undecoded(loaded)
-        names = loaded["file_name"] if "file_name" in loaded.column_names else []
-        if len(set(names)) != len(loaded):
+        names = list(loaded["file_name"]) if "file_name" in loaded.column_names else []
+        names = [name if name is None else str(name) for name in names]
+        if None in names or len(set(names)) != len(loaded):
             names = [f"{row:08}" for row in range(len(loaded))]
         self.row_of = {name: row for row, name in enumerate(names)}
 
@@ -168,6 +208,8 @@ class ImageRows:
     def read(self, path: str) -> bytes:
         """The bytes of an image."""
         image = self.dataset[self.row_of[path]]["image"]
+        if image is None:
+            raise OSError("has no image")
         return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
@@ -193,12 +235,89 @@ def _with_metadata(columns: dict[str, pa.Array], table: pa.Table, origin: str) -
     return pa.table(columns)
 
 
-def open_source(source: dict) -> ImageFiles | ImageRows:
-    """The images of an index, from its record."""
+class ImageSamples(torch.utils.data.Dataset):
+    """Images as pixel values with their digest, or the problem; decoded by data loader workers."""
+
+    def __init__(self, source: ImageFiles | ImageRows, processor: CADAProcessor, paths: list[str]):
+        self.source, self.processor, self.paths = source, processor, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> tuple[str, torch.Tensor | None, str | None]:
+        try:
+            content = self.source.read(self.paths[number])
+            image = open_image({"bytes": content, "path": None}, self.processor.image_size)
+            pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        except Exception as error:  # decoders raise many kinds on damaged files; it is named, counted, and not indexed
+            return "", None, f"cannot be decoded: {error or type(error).__name__}"
+        return content_digest(content), pixel_values, None
+
+
+def describe_source(
+    location: str, split: str | None, root: str | os.PathLike | None, recorded: dict | None, moved: bool
+) -> dict:
+    """
+    The record of a source: what is given, and for an index that has one (`recorded`) its split and root where they
+    are not given.
+
+    Args:
+        moved: whether an index of another source may be pointed to this one.
+
+    Raises:
+        GalleryError: where `recorded` is another source and `moved` is false.
+    """
+    is_list = Path(location).suffix.lower() in LISTS
+    source = {
+        "location": str(Path(location).resolve()) if Path(location).exists() else location,
+        "split": split,
+        "root": None if root is None else str(Path(root).resolve()),
+    }
+    if recorded is not None:
+        if not Path(location).exists() or _is_saved(location):
+            source["split"] = source["split"] or recorded["split"]
+        source["root"] = source["root"] or (recorded["root"] if is_list else None)
+        if source != recorded and not moved:
+            changed = [name for name in source if source[name] != recorded[name]]
+            raise GalleryError(
+                f"The index holds the images of {source_arguments(recorded)}, not of {source_arguments(source)} ("
+                f"other {' and '.join(changed)}). Choose another --out; or, if the images have moved or these are to "
+                "take their place, add --moved-source."
+            )
+    return source
+
+
+def source_arguments(source: dict) -> str:
+    """The arguments of the command `index` that name this source."""
+    options = [part for name in ("split", "root") if source[name] for part in (f"--{name}", source[name])]
+    return shlex.join([source["location"], *options])
+
+
+def _is_saved(location: str) -> bool:
+    """Whether it is a folder written by `save_to_disk`."""
+    return any((Path(location) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def open_source(source: dict, index: str | os.PathLike | None = None) -> ImageFiles | ImageRows:
+    """
+    The images that [`describe_source`] describes.
+
+    Args:
+        index: the folder of the index that has them in its record.
+
+    Raises:
+        GalleryError: where they are not there, or not of the kind that the arguments are for.
+    """
     location = source["location"]
     path = Path(location)
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if path.exists() and not saved:
+    for place in (location, source["root"]):
+        if index is not None and place is not None and os.path.isabs(place) and not os.path.exists(place):
+            again = shlex.join(["NEW", "--out", os.fspath(index)])
+            raise GalleryError(
+                f"The images of the index {index} were in {place}, which is not there. Is its disk mounted? If they "
+                f"have moved: python gallery_cada.py index {again} --moved-source"
+            )
+    if path.exists() and not _is_saved(location):
         if source["split"] is not None:
             raise GalleryError(f"--split is for a data set, but {location} is none.")
         if path.is_file() and path.suffix.lower() not in LISTS:
@@ -212,3 +331,11 @@ def open_source(source: dict) -> ImageFiles | ImageRows:
 def content_digest(content: bytes) -> str:
     """SHA-256 of the bytes of an image."""
     return hashlib.sha256(content).hexdigest()
+
+
+def digest_of(source: ImageFiles | ImageRows, path: str) -> str | None:
+    """[`content_digest`] of an image; `None` where it cannot be read, which is reported when it is to be encoded."""
+    try:
+        return content_digest(source.read(path))
+    except (OSError, KeyError):
+        return None

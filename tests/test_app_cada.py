@@ -191,6 +191,18 @@ def test_large_images_are_handed_out_small(address):
     assert Image.open(odd).size == (160, 320)  # of 600×1200
 
 
+def test_an_image_that_is_gone_is_left_out(address, folder):
+    image, away = folder / "images" / "more" / "2.png", folder / "away.png"
+    image.rename(away)
+    try:
+        images, message = find(address, "a man", top=60)
+    finally:
+        away.rename(image)
+    captions = [image["caption"].splitlines()[0] for image in images]
+    assert len(captions) == 5 and not any(caption.endswith("more/2.png") for caption in captions)
+    assert "The best 5 of 6 images." in message and "Left out: 1, such as more/2.png" in message
+
+
 @pytest.mark.parametrize(
     ("sentence", "message"),
     [("red " * 126, "has 503 characters. Use 500 at most"), (" .!", "is empty"), (None, "is empty")],

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from filelock import FileLock
 from PIL import Image
+from transformers.testing_utils import CaptureLogger
 
 import gallery_cada
 from checkpoint_cada import CheckpointError
@@ -25,6 +27,7 @@ from evaluation_cada import encode_gallery, encode_queries, score_gallery
 from gallery_cada import GalleryError, build_index, draw_results, main, open_index
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
+from publish_cada import search_digest
 
 
 ROOT = Path(__file__).parent.parent
@@ -352,8 +355,12 @@ def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, cap
     gone = plain[0][0].path
     (folder / gone).unlink()
     assert open_index(tmp_path / "kept").search(SENTENCES, top=3) == kept
-    with pytest.raises(GalleryError, match=f"{gone} cannot be read any more.*gallery_cada.py index"):
-        open_index(tmp_path / "plain").search(SENTENCES, top=3)
+    left = open_index(tmp_path / "plain")
+    for before, after in zip(plain, left.search(SENTENCES, top=3), strict=True):  # the gone one is left out
+        assert [result.path for result in after] == [result.path for result in before if result.path != gone]
+    assert left.left_out == {gone: "No such file or directory"}
+    with pytest.raises(GalleryError, match=f"{gone} cannot be shown: No such file.*gallery_cada.py index"):
+        left.image(gone)
     # An update drops shards of which no image is left.
     for path in [*folder.glob("0*.png")]:
         path.unlink()
@@ -383,9 +390,9 @@ def test_commands(checkpoint, folder, tmp_path, capsys):
     assert main(["search", index, SENTENCES[0], "--top", "2", "--picture", str(tmp_path / "out" / "found.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
     expected = open_index(index).search(SENTENCES[:1], top=2)[0]
-    assert lines[:2] == [SENTENCES[0], "rank   score  path"]
+    assert lines[:2] == [SENTENCES[0], "rank   score  stage   path"]
     assert [line.split() for line in lines[2:4]] == [
-        [str(rank), f"{result.score:.3f}", result.path] for rank, result in enumerate(expected, 1)
+        [str(rank), f"{result.score:.3f}", result.stage, result.path] for rank, result in enumerate(expected, 1)
     ]
     with Image.open(tmp_path / "out" / "found.png") as picture:
         assert picture.height > 192
@@ -465,6 +472,11 @@ def test_one_run_at_a_time(checkpoint, folder, tmp_path):
         (["search", "INDEX", "--image", "missing.png"], "missing.png cannot be read"),
         (["search", "INDEX", "--file", "missing.txt"], "missing.txt cannot be read"),
         (["search", "INDEX", "a man", "--picture", "x.unknown"], "x.unknown cannot be written"),
+        (["search", "INDEX", "a man", "--device", "nonsense"], "The device nonsense cannot be used"),
+        (["index", "IMAGES", "--out", "IMAGES", "--model", "MODEL"], "where the images are. Choose another folder"),
+        (["index", "IMAGES", "--out", "FOREIGN", "--model", "MODEL"], "is no index and holds notes.txt"),
+        (["index", "FOREIGN", "--out", "INDEX"], "add --moved-source"),
+        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--approximate", "FOO"], "FAISS has no index 'FOO'"),
         (["export", "INDEX", "missing/folder/x.parquet"], "missing/folder"),
     ],
 )
@@ -480,7 +492,9 @@ def small_index(checkpoint, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("small")
     save_images(folder / "images", ["a.png", "b.png"])
     build(folder / "images", folder / "index", checkpoint)
-    names = {"IMAGES": "images", "INDEX": "index", "NEW": "new"}
+    names = {"IMAGES": "images", "INDEX": "index", "NEW": "new", "FOREIGN": "foreign"}
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "notes.txt").write_text("kept")
     return {"MODEL": str(checkpoint), **{name: str(folder / value) for name, value in names.items()}}
 
 
@@ -493,5 +507,215 @@ def test_usage_errors_end_with_status_2(capsys):
 def test_a_damaged_record_is_reported(checkpoint, folder, tmp_path):
     build(folder, tmp_path / "index", checkpoint)
     (tmp_path / "index" / "index.json").write_text('{"format": 1')
-    with pytest.raises(GalleryError, match="index.json is damaged.*index again"):
+    with pytest.raises(GalleryError, match="index.json is damaged.*another folder"):
         open_index(tmp_path / "index")
+
+
+@pytest.fixture
+def copied(small_index, tmp_path) -> tuple[Path, Path]:
+    """An index of two images `a.png`, `b.png`, and their folder: moved copies of the small ones."""
+    for name in ("IMAGES", "INDEX"):
+        shutil.copytree(small_index[name], tmp_path / Path(small_index[name]).name)
+    build(tmp_path / "images", tmp_path / "index", moved_source=True)
+    return tmp_path / "index", tmp_path / "images"
+
+
+def test_a_moved_folder_is_not_encoded_again(copied, tmp_path, encoded):
+    index, folder = copied
+    assert encoded == []  # not even the copies that the fixture makes
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(GalleryError, match="Is its disk mounted.*--moved-source"):
+        open_index(index).search("a man")
+    changes = build(tmp_path / "elsewhere", index, moved_source=True)
+    assert (changes.unchanged, changes.changed, encoded) == (2, 0, [])
+    assert len(open_index(index).search("a man")[0]) == 2
+
+
+def test_an_exchange_of_two_files_is_noticed(copied, encoded):
+    """Size and time of both are equal."""
+    index, folder = copied
+    sizes = [path.write_bytes(path.read_bytes().ljust(9000, b"\0")) for path in folder.iterdir()]
+    assert sizes == [9000, 9000]
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    build(folder, index)
+    encoded.clear()
+    before = contents(index)
+    (folder / "a.png").rename(folder / "c")
+    (folder / "b.png").rename(folder / "a.png")
+    (folder / "c").rename(folder / "b.png")
+    assert build(folder, index).changed == 2
+    after = contents(index)
+    assert [after[name][1:] for name in ("a.png", "b.png")] == [before[name][1:] for name in ("b.png", "a.png")]
+    # A file system that tells nothing: only the content does.
+    stamps = {name: row[0] for name, row in after.items()}
+    (folder / "a.png").write_bytes((folder / "b.png").read_bytes())
+    listing = gallery_cada.ImageFiles.listing
+
+    def stale(self):
+        table, problems = listing(self)
+        return table.set_column(1, "stamp", [[stamps[path] for path in table["path"].to_pylist()]]), problems
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery_cada.ImageFiles, "listing", stale)
+        assert build(folder, index).changed == 0
+        assert build(folder, index, check_content=True).changed == 1
+    assert contents(index)["a.png"][1:] == contents(index)["b.png"][1:]
+
+
+def test_changed_and_lost_images_are_left_out_with_a_warning(copied, capsys):
+    index, folder = copied
+    gallery = open_index(index)
+    save_images(folder, ["a.png"], seed=5)
+    with CaptureLogger(gallery_cada.logger) as captured:
+        assert [result.path for result in gallery.search("a man")[0]] == ["b.png"]
+    assert gallery.left_out == {"a.png": "has changed since it was indexed"}
+    assert "1 image left out: a.png (has changed since it was indexed). Bring the index up to date" in captured.out
+    assert f"python gallery_cada.py index {folder} --out {index}" in captured.out
+    with pytest.raises(GalleryError, match="a.png cannot be shown: has changed"):
+        gallery.image("a.png")
+    grey = np.asarray(draw_results(gallery, {"x": gallery.search("a man", rerank=0)[0]}))
+    assert (grey == (0xD0, 0xD7, 0xDE)).all(axis=2).sum() >= 96 * 192
+    (folder / "b.png").unlink()
+    assert main(["search", str(index), "a man"]) == 0
+    assert capsys.readouterr().out == "a man\nNo image.\n"
+
+
+def test_settings_of_the_model_belong_to_the_index(copied, checkpoint, tmp_path):
+    index, folder = copied
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    settings = json.loads((other / "processor_config.json").read_text())
+    settings["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    (other / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(GalleryError, match="other settings for images and texts"):
+        build(folder, index, other)
+    model, processor = (
+        CADAForTextToImageRetrieval.from_pretrained(checkpoint),
+        CADAProcessor.from_pretrained(checkpoint),
+    )
+    digests = [open_index(index).record["digest"], search_digest(model, processor)]
+    # How many candidates are read, how it was trained, and what was done with the tokenizer, is no matter.
+    model.config.rerank_k, model.config.mask_rate, model.config.text_config.hidden_dropout_prob = 7, 0.5, 0.5
+    processor(text=["a man"], max_length=5, truncation=True)
+    digests.append(search_digest(model, processor))
+    assert len(set(digests)) == 1
+    for part, name, value in (
+        (model.config, "match_score", "logit"),
+        (model.config.vision_config, "layer_norm_eps", 0.1),
+        (processor.image_processor, "resample", 0),
+        (processor.tokenizer, "model_max_length", 9),
+    ):
+        setattr(part, name, value)
+        digests.append(search_digest(model, processor))
+    processor.tokenizer.add_tokens(["anorak"])
+    digests.append(search_digest(model, processor))
+    assert len(set(digests)) == 6
+
+
+def test_damaged_tables_and_patch_states_are_mended(checkpoint, small_index, tmp_path, encoded):
+    index, folder = tmp_path / "index", small_index["IMAGES"]
+    build(folder, index, checkpoint, keep_patches=True, shard_size=1)
+    whole, ranking = contents(index), open_index(index).search(SENTENCES)
+    encoded.clear()
+    lost, cut = sorted((index / "patches").iterdir())
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:100])
+    gallery = open_index(index)
+    assert gallery.search("a man", rerank=2) == [[]]
+    assert len(gallery.left_out) == 2
+    assert build(folder, index).changed == 2
+    assert (sum(encoded), contents(index)) == (2, whole)
+    (table,) = index.glob("table-*")
+    table.write_bytes(b"no table")
+    with pytest.raises(GalleryError, match="table-.*run `index` again"):
+        open_index(index)
+    build(folder, index)
+    assert open_index(index).search(SENTENCES) == ranking
+
+
+def test_an_index_is_opened_while_it_is_brought_up_to_date(copied, monkeypatch):
+    index, folder = copied
+    reads, read = [], gallery_cada.read_record
+
+    def late(path):
+        record = read(path)
+        if not reads:  # the update comes between the record and the table
+            reads.append(1)
+            save_images(folder, ["c.png"], seed=9)
+            build(folder, index)
+        return record
+
+    monkeypatch.setattr(gallery_cada, "read_record", late)
+    assert len(open_index(index)) == 3
+
+
+def test_an_interrupted_first_run_says_how_to_go_on(checkpoint, small_index, tmp_path, monkeypatch, capsys):
+    index = str(tmp_path / "index")
+    arguments = ["index", small_index["IMAGES"], "--model", str(checkpoint), "--out", index, "--shard-size", "1"]
+    with monkeypatch.context() as patch:
+
+        def interrupt(self, shards):
+            raise KeyboardInterrupt
+
+        patch.setattr(gallery_cada._Update, "commit", interrupt)
+        assert main(arguments) == 130
+    assert "Interrupted. 2 finished shards kept; run the same command to go on." in capsys.readouterr().err
+    assert main(["info", index]) == 1
+    assert "holds no index yet, but 2 finished shards of an interrupted run" in capsys.readouterr().err
+    assert main(arguments) == 0
+
+
+def test_a_moved_milvus_file_is_found_and_a_lost_one_told(checkpoint, small_index, tmp_path):
+    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
+    index, folder = tmp_path / "index", small_index["IMAGES"]
+    build(folder, index, checkpoint, store="milvus", keep_patches=True)
+    assert json.loads((index / "index.json").read_text())["uri"] == "milvus.db"
+    shutil.copytree(index, tmp_path / "moved")
+    moved = open_index(tmp_path / "moved")
+    assert len(moved) == 2 and moved.store.find("a.png") is not None
+    moved.store.drop()
+    with pytest.raises(GalleryError, match="holds 0 images, and 2 were written"):
+        open_index(tmp_path / "moved")
+    # The folder is deleted, the collection outside it stays: its rows name patch states that are gone.
+    uri = str(tmp_path / "outside.db")
+    for _ in range(2):
+        build(folder, tmp_path / "two", checkpoint, store="milvus", uri=uri, keep_patches=True)
+        assert len(open_index(tmp_path / "two").search("a man")[0]) == 2
+        shutil.rmtree(tmp_path / "two")
+
+
+def test_the_picture_goes_on_in_the_next_line_and_has_no_boxes(copied):
+    gallery = open_index(copied[0])
+    results = gallery.search("a man", rerank=0)[0] * 3
+    pictures = [draw_results(gallery, {title: results}, height=64, columns=4) for title in ("Süße Öde", "Susse Ode")]
+    one = draw_results(gallery, {"x": results[:4]}, height=64, columns=4)
+    assert pictures[0].width == one.width
+    assert pictures[0].height - one.height == 64 + 20 + 16  # a line more: image and text
+    assert pictures[0].tobytes() == pictures[1].tobytes()
+
+
+def test_what_is_printed_stays_in_its_line(checkpoint, tmp_path, capsys):
+    name = "a\n\x1b[31mb.png"
+    save_images(tmp_path / "images", [name])
+    (tmp_path / "images" / "bad\n.png").write_text("no image")
+    (tmp_path / "list.csv").write_text(f'path,place\n"images/{name}",Süd\n"images/bad\n.png",Nord\n')
+    index = str(tmp_path / "index")
+    assert main(["index", str(tmp_path / "list.csv"), "--model", str(checkpoint), "--out", index]) == 0
+    printed = capsys.readouterr()
+    assert f"{index}: 1 image; 1 added" in printed.out and "unreadable: images/bad\\n.png: " in printed.err
+    (tmp_path / "sentences.txt").write_text("a man\n", encoding="utf-8-sig")
+    assert main(["search", index, "--file", str(tmp_path / "sentences.txt"), "--where", "place='Süd'"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["a man", "rank   score  stage   path"]
+    assert lines[2].endswith("  local   images/a\\n\\x1b[31mb.png  place=Süd")
+    assert main(["search", index, "a man", "--where", "place=Ost"]) == 0
+    assert capsys.readouterr().out == "a man\nNo image fulfils place=Ost.\n"
+
+
+def test_a_missing_model_is_told(copied, tmp_path):
+    index, _ = copied
+    record = json.loads((index / "index.json").read_text())
+    (index / "index.json").write_text(json.dumps({**record, "model": str(tmp_path / "gone")}))
+    with pytest.raises(GalleryError, match="model of this index was in .*gone, which is not there.*--model"):
+        open_index(index).search("a man")

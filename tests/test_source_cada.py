@@ -9,7 +9,8 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from source_cada import GalleryError, content_digest, open_source
+import source_cada
+from source_cada import GalleryError, content_digest, describe_source, open_source, source_arguments
 
 
 def picture(path, colour: str = "red") -> None:
@@ -30,7 +31,7 @@ def test_a_folder_gives_every_file_that_pillow_reads(tmp_path):
     assert listing["path"].to_pylist() == ["b.png", "d.bmp", "sub/a.JPG", "sub/deeper/c.webp"]
     assert problems == []
     stamp = os.stat(tmp_path / "b.png")
-    assert listing["stamp"][0].as_py() == f"{stamp.st_size}:{stamp.st_mtime_ns}"
+    assert listing["stamp"][0].as_py() == f"{stamp.st_size}:{stamp.st_mtime_ns}:{stamp.st_ctime_ns}:{stamp.st_ino}"
     assert images.read("sub/a.JPG") == (tmp_path / "sub" / "a.JPG").read_bytes()
 
 
@@ -90,6 +91,8 @@ def test_lists_bring_metadata(tmp_path):
         ("path,camera\nx.png,1\n./x.png,2\n", "rows 0 and 1 name the same image"),
         ("path,camera\nx.png,1\n,2\n", "row 1: `path` is"),
         ("path,stamp\nx.png,1\n", "column `stamp`.*Rename"),
+        ("path,camera,path\nx.png,1,y.png\n", "two columns `path`.*Rename"),
+        ("path,camera,camera\nx.png,1,2\n", "two columns `camera`.*Rename"),
         ("path,camera\nx.png,1\ny.png\n", "cannot be read as CSV"),
         ("", "cannot be read as CSV"),
     ],
@@ -157,3 +160,97 @@ def test_columns_of_lists_keep_their_types(tmp_path):
     listing, _ = source(tmp_path / "list.jsonl").listing()
     types = [listing.schema.field(name).type for name in "abcd"]
     assert types == [pa.int64(), pa.float64(), pa.bool_(), pa.string()]
+
+
+def test_a_list_in_another_encoding_is_refused(tmp_path):
+    picture(tmp_path / "x.png")
+    for text in ("path,ort\nx.png,Süd\n", "path,örtlich\nx.png,1\n"):
+        (tmp_path / "list.csv").write_bytes(text.encode("latin-1"))
+        with pytest.raises(GalleryError, match="UTF-8"):
+            source(tmp_path / "list.csv").listing()
+
+
+def test_an_empty_cell_is_no_value(tmp_path):
+    for name in "abcd":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "list.csv").write_text('path,place\na.png,\nb.png,""\nc.png,NA\nd.png,Markt\n')
+    listing, _ = source(tmp_path / "list.csv").listing()
+    assert listing["place"].to_pylist() == [None, None, "NA", "Markt"]
+
+
+def test_absolute_paths_may_go_through_a_link_to_the_folder(tmp_path):
+    picture(tmp_path / "real" / "x.png")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "list.csv").write_text(f"path\n{tmp_path}/link/x.png\n")
+    listing, problems = source(tmp_path / "list.csv", root=tmp_path / "link").listing()
+    assert (listing["path"].to_pylist(), problems) == (["x.png"], [])
+
+
+def test_what_a_folder_holds_besides_images_is_named_and_not_read(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    picture(folder / "x.png")
+    picture(tmp_path / "elsewhere" / "y.png")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "film.mpg").write_bytes(b"film")
+    images = source(folder)
+    listing, problems = images.listing()
+    assert listing["path"].to_pylist() == ["x.png"]
+    problems = dict(problems)
+    assert problems.keys() == {"more", "film.mpg"}
+    assert "link to a folder" in problems["more"] and "MPEG" in problems["film.mpg"]
+    monkeypatch.setattr(source_cada, "MAX_BYTES", (folder / "x.png").stat().st_size)
+    assert images.read("x.png") == (folder / "x.png").read_bytes()
+    monkeypatch.setattr(source_cada, "MAX_BYTES", (folder / "x.png").stat().st_size - 1)
+    with pytest.raises(OSError, match="bytes, more than"):
+        images.read("x.png")
+
+
+def saved(folder, features, **columns):
+    Dataset.from_dict(columns, features=Features(features)).save_to_disk(folder)
+    return folder
+
+
+def test_odd_data_sets(tmp_path):
+    picture(tmp_path / "x.png")
+    rows = [str(tmp_path / "x.png"), None]
+    image = ImageFeature()
+    images = source(
+        saved(tmp_path / "gap", {"image": image, "file_name": Value("int64")}, image=rows, file_name=[7, 8])
+    )
+    listing, problems = images.listing()
+    assert (listing["path"].to_pylist(), problems) == (["7"], [("8", "has no image")])
+    images = source(
+        saved(
+            tmp_path / "named",
+            {"image": image, "file_name": Value("string")},
+            image=rows[:1] * 2,
+            file_name=["a", None],
+        )
+    )
+    assert images.listing()[0]["path"].to_pylist() == ["00000000", "00000001"]
+    with pytest.raises(GalleryError, match="no images.*cast_column"):
+        source(saved(tmp_path / "text", {"image": Value("string")}, image=["x.png"]))
+    with pytest.raises(GalleryError, match="has no splits.*--split"):
+        source(tmp_path / "named", split="nonsense")
+
+
+def test_an_old_index_knows_its_source(tmp_path):
+    picture(tmp_path / "images" / "x.png")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "list.csv").write_text("path\nx.png\n")
+    given = [str(tmp_path / "list.csv"), None, tmp_path / "images"]
+    recorded = describe_source(*given, None, False)
+    assert recorded == {"location": given[0], "split": None, "root": str(tmp_path / "images")}
+    assert describe_source(given[0], None, None, recorded, False) == recorded  # the root need not be said again
+    assert source_arguments(recorded) == f"{tmp_path}/list.csv --root {tmp_path}/images"
+    with pytest.raises(GalleryError, match="other location and root.*--moved-source"):
+        describe_source(str(tmp_path / "other"), None, None, recorded, False)
+    moved = describe_source(str(tmp_path / "other"), None, None, recorded, True)
+    assert moved == {"location": str(tmp_path / "other"), "split": None, "root": None}
+    # A data set on the Hub: the split of the record counts.
+    hub = {"location": "org/set", "split": "test", "root": None}
+    assert describe_source("org/set", None, None, hub, False) == hub
+    with pytest.raises(GalleryError, match="other split"):
+        describe_source("org/set", "train", None, hub, False)
+    with pytest.raises(GalleryError, match="which is not there. Is its disk mounted.*--moved-source"):
+        open_source({**recorded, "root": str(tmp_path / "gone")}, tmp_path / "index")

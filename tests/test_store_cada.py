@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 import store_cada
 from source_cada import GalleryError
-from store_cada import ArrowStore, Condition, MilvusStore, feature_column, parse_conditions
+from store_cada import (
+    ArrowStore,
+    Condition,
+    MilvusStore,
+    clean,
+    feature_column,
+    parse_conditions,
+    read_record,
+    read_shards,
+    write_table,
+)
 
 
 DIMENSION = 8
@@ -103,6 +113,11 @@ def test_conditions_count_before_ranking(cameras, symbol, value, k):
 
 def test_conditions_are_typed():
     columns = {"camera": "int64", "height": "float64", "indoors": "bool", "day": "string"}
+    assert parse_conditions("camera==3", columns) == parse_conditions(["camera='3'"], columns)
+    assert parse_conditions(['day="=>"', "day='"], columns) == [
+        Condition("day", "=", "=>"),
+        Condition("day", "=", "'"),
+    ]
     assert parse_conditions(["camera=3", "height <= 1.8", "indoors=true", "day!=2024-05-01"], columns) == [
         Condition("camera", "=", 3),
         Condition("height", "<=", 1.8),
@@ -119,11 +134,16 @@ def test_conditions_are_typed():
         ("camera=three", "of type int64.*'three'"),
         ("camera=", "of type int64"),
         ("indoors=maybe", "of type bool"),
+        ("camera=>3", "operator =>. Write >="),
+        ("camera=<3", "operator =<. Write <="),
+        ("camera=9223372036854775808", "of type int64"),
+        ("height>=inf", "of type float64.*'inf'"),
+        ("height!=nan", "of type float64.*'nan'"),
     ],
 )
 def test_wrong_conditions_are_explained(condition, message):
     with pytest.raises(GalleryError, match=message):
-        parse_conditions([condition], {"camera": "int64", "indoors": "bool"})
+        parse_conditions([condition], {"camera": "int64", "indoors": "bool", "height": "float64"})
 
 
 @pytest.fixture(params=[ArrowStore, MilvusStore])
@@ -142,7 +162,13 @@ def test_a_store_keeps_what_is_left_and_takes_what_is_new(kind, tmp_path):
     store = written(new_store(kind, tmp_path, columns), *first)
     assert len(store) == 3
     assert store.known() == {name: f"stamp of {name}" for name in "abc"}
-    assert store.find("b") == {"path": "b", "patches": None, "camera": 2, "day": "tue"}
+    assert store.find("b") == {
+        "path": "b",
+        "digest": "digest of b",
+        "patches": None,
+        "camera": 2,
+        "day": "tue",
+    }
     assert store.find("x") is None
 
     _, encoded = tables(["c", "d"], -features[2:])
@@ -178,8 +204,10 @@ def test_both_stores_fulfil_conditions_alike(tmp_path):
         "height": [1.5 + n / 100 for n in range(count)],
         "indoors": [n % 2 == 0 for n in range(count)],
         "attributes.sex": ["man" if n % 3 else 'wo"man' for n in range(count)],
+        "größe": ["Straße" if n % 2 else None for n in range(count)],
     }
     columns = {"camera": "int64", "height": "float64", "indoors": "bool", "attributes.sex": "string"}
+    columns["größe"] = "string"
     data = tables([f"{n:03}" for n in range(count)], features, **metadata)
     arrow, milvus = (written(new_store(kind, tmp_path, columns), *data) for kind in (ArrowStore, MilvusStore))
     for where in (
@@ -191,6 +219,7 @@ def test_both_stores_fulfil_conditions_alike(tmp_path):
         ['attributes.sex=wo"man'],
         ["attributes.sex!=man", "camera>1"],
         ["camera=99"],
+        ["größe=Straße"],
     ):
         conditions = parse_conditions(where, columns)
         results = [store.search(asked, 6, conditions) for store in (arrow, milvus)]
@@ -218,18 +247,98 @@ def test_approximate_search_finds_nearly_all_and_scores_exactly(factory, tmp_pat
     assert np.mean(shares) >= (0.1 if factory.startswith("IVF") else 0.99)
 
 
+def test_an_approximate_search_gives_as_many_as_are_asked_for(kind, tmp_path):
+    """Of many lists few are visited, which hold fewer images than are asked for."""
+    pytest.importorskip("faiss", reason="the extra gallery is not installed")
+    features, asked = unit_vectors(600, 7), torch.from_numpy(unit_vectors(2, 8))
+    data = tables([f"{n:03}" for n in range(600)], features, even=[n % 2 == 0 for n in range(600)])
+    factory = "IVF16,Flat" if kind is ArrowStore else "IVF_FLAT"
+    store = new_store(kind, tmp_path, {"even": "bool"}, approximate=factory)
+    store.prepare()
+    store = written(store, *data)
+    assert [len(hits) for hits in store.search(asked, 500)] == [500, 500]
+    even = parse_conditions("even=true", store.record["columns"])
+    assert [len(hits) for hits in store.search(asked, 500, even)] == [300, 300]
+
+
+def test_faiss_is_quiet_and_read_when_an_index_is_opened(tmp_path, capfd):
+    pytest.importorskip("faiss", reason="the extra gallery is not installed")
+    data = tables([f"{n:02}" for n in range(50)], unit_vectors(50, 0))
+    store = written(new_store(ArrowStore, tmp_path, approximate="IVF4,PQ4x4", images=50), *data)
+    assert capfd.readouterr() == ("", "")
+    store.ready()
+    path = tmp_path / store.record["faiss"]
+    content = path.read_bytes()
+    path.unlink()  # by an update
+    assert len(store.search(torch.from_numpy(unit_vectors(1, 1)), 5)[0]) == 5
+    path.write_bytes(content[:100])
+    with pytest.raises(GalleryError, match="faiss is missing or damaged.*run `index` again"):
+        ArrowStore(tmp_path, store.record).ready()
+
+
+def test_fewer_rows_than_were_written_are_reported(kind, tmp_path):
+    store = written(new_store(kind, tmp_path, images=2), *tables(["a", "b"], unit_vectors(2, 0)))
+    store.ready()
+    store.record["images"] = 3
+    with pytest.raises(GalleryError, match="(2 images|2 rows), and 3 were written.*run `index` again"):
+        store.ready()
+
+
+def test_milvus_errors_are_explained(tmp_path):
+    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
+    with pytest.raises(GalleryError, match="no index 'FOO', but FLAT"):
+        new_store(MilvusStore, tmp_path, approximate="FOO").prepare()
+    store = written(new_store(MilvusStore, tmp_path), *tables(["a"], unit_vectors(1, 0)))
+    with pytest.raises(GalleryError, match="Milvus at .*milvus.db"):
+        store.search(torch.ones(1, DIMENSION + 1), 1)
+    store.drop()
+    assert len(new_store(MilvusStore, tmp_path)) == 0
+
+
+def test_only_own_files_are_deleted(tmp_path):
+    """What one of our runs leaves goes; what only looks like it stays."""
+    own = ["table-0123456789ab.arrow", "features-0123456789ab.faiss", ".unfinished-table-0123456789ab.arrow"]
+    own += [".unfinished-index.json", "pending/0123456789ab-000000.arrow", "patches/0123456789ab-000000.safetensors"]
+    foreign = ["table-of-guests.arrow", "features-list.txt", ".unfinished-letter", "pending/x.arrow", "pending/a.jpg"]
+    foreign += ["patches/jeans.safetensors", "notes.txt"]
+    for name in own + foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    store = written(new_store(ArrowStore, tmp_path, keep_patches=True, store="arrow"), *tables([], unit_vectors(0, 0)))
+    clean(tmp_path, store.record)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*foreign, store.record["table"]}
+
+
+@pytest.mark.parametrize("damage", ["", "no shard", "cut", "foreign"])
+def test_damaged_shards_are_dropped(tmp_path, damage):
+    (tmp_path / "pending").mkdir()
+    _, encoded = tables(["a"], unit_vectors(1, 0))
+    names = [tmp_path / "pending" / f"0123456789ab-00000{number}.arrow" for number in (0, 1)]
+    for name in names:
+        write_table(encoded.replace_schema_metadata({"kind": "x", "unreadable": "[]"}), name)
+    content = names[1].read_bytes()
+    if damage == "foreign":
+        write_table(pa.table({"a": [1]}), names[1])
+    else:
+        names[1].write_bytes(content[: len(content) // 2] if damage == "cut" else damage.encode())
+    assert [name for name, _ in read_shards(tmp_path, "x", DIMENSION)] == [names[0].stem]
+    assert not names[1].exists()
+
+
 def test_faiss_errors_name_the_factory(tmp_path):
     pytest.importorskip("faiss", reason="the extra gallery is not installed")
     data = tables(["a", "b"], unit_vectors(2, 0))
-    for factory in ("Nonsense", "IVF1024,Flat"):
-        with pytest.raises(GalleryError, match=f"(?s)'{factory}' over 2 images.*--approximate"):
-            new_store(ArrowStore, tmp_path, approximate=factory).write(*data)
+    with pytest.raises(GalleryError, match="(?s)'IVF1024,Flat' over 2 images.*--approximate"):
+        new_store(ArrowStore, tmp_path, approximate="IVF1024,Flat").write(*data)
+    with pytest.raises(GalleryError, match="(?s)no index 'Nonsense'.*--approximate"):  # before the images are encoded
+        new_store(ArrowStore, tmp_path, approximate="Nonsense").prepare()
 
 
 def test_a_damaged_table_is_reported(tmp_path):
     store = written(new_store(ArrowStore, tmp_path), *tables(["a"], unit_vectors(1, 0)))
     (tmp_path / store.record["table"]).write_bytes(b"no table")
-    with pytest.raises(GalleryError, match="table-.*damaged.*index again"):
+    with pytest.raises(GalleryError, match="table-.*damaged.*run `index` again"):
         ArrowStore(tmp_path, store.record)
 
 
@@ -237,3 +346,10 @@ def test_milvus_that_cannot_be_reached_is_reported(tmp_path):
     pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
     with pytest.raises(GalleryError, match="Cannot open Milvus at .*--uri"):
         new_store(MilvusStore, tmp_path, uri=str(tmp_path / "missing" / "folder" / "x.db"))
+
+
+@pytest.mark.parametrize("text", ['{"format": 2}', "[]", '{"format": 1}', '{"name": "a web page"}'])
+def test_what_is_no_record_is_reported(tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(GalleryError, match="another folder"):
+        read_record(tmp_path)
