@@ -18,9 +18,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data_cada import IMAGE_FORMATS, open_image, undecoded
+from data_cada import open_image, undecoded
 from files_cada import CADAError, problem_of
-from processing_cada import CADAProcessor
+from processing_cada import IMAGE_FORMATS, CADAProcessor
 
 
 logger = logging.get_logger(__name__)
