@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -399,10 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="of the model; the GPU where there is one")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that also then the copies of images are deleted
-    try:
-        return run_command(lambda: _run(options))
-    except KeyboardInterrupt:
-        return 0
+    return run_command(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -410,7 +407,8 @@ def _run(options: argparse.Namespace) -> None:
         raise GalleryError('The page needs Gradio. Run: pip install "cada-transformers[app]"')
     with serve(open_index(options.index, options.model, options.device), options.port) as address:
         print(f"Open {address} in a browser. Ctrl+C ends the page.", flush=True)
-        _wait()
+        with suppress(KeyboardInterrupt):  # the way to end it
+            _wait()
 
 
 if __name__ == "__main__":

@@ -258,9 +258,7 @@ def test_an_index_that_is_updated_goes_on(folder, tmp_path):
         (tmp_path / "images" / "0.png").unlink()
         (tmp_path / "images" / "1.png").unlink()
         images, message = find(address)
-        assert (
-            images == UNCHANGED and "cannot be read any more" in message and "python gallery_cada.py index" in message
-        )
+        assert len(images) == 3 and "Left out: 2, such as 0.png (No such file or directory)" in message
         build_index(tmp_path / "images", tmp_path / "index", progress=False)
         images, message = find(address)
         assert message.startswith("The best 4 of 4 images.")

@@ -68,11 +68,14 @@ def arguments(folder: Path, output: str, processes: int, *more: str) -> list[str
     ]
 
 
-def one_process(rank: int, processes: int, port: int, runs: list[list[str]], variables: dict[str, str]) -> None:
+def one_process(rank: int, processes: int, ports: list[int], runs: list[list[str]], variables: dict[str, str]) -> None:
     torch.set_num_threads(1)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    address = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
     os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), **variables})
-    for run in runs:
+    for port, run in zip(ports, runs):
+        os.environ["MASTER_PORT"] = str(
+            port
+        )  # the first to begin a run must not meet the others at the end of the last
         train_cada.main([*run, "--ddp_backend", "gloo"])
 
 
@@ -84,7 +87,7 @@ def free_port() -> int:
 
 def run_in_processes(processes: int, runs: list[list[str]], run=one_process, **variables: str) -> None:
     """What `accelerate launch` does for a script, for several runs of it."""
-    mp.spawn(run, args=(processes, free_port(), runs, variables), nprocs=processes)
+    mp.spawn(run, args=(processes, [free_port() for _ in runs], runs, variables), nprocs=processes)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +143,9 @@ def test_several_processes_equal_one(single, processes):
         assert_equal_runs(single / f"1_{number}", single / f"{processes}_{number}")
 
 
-def killed_process(rank: int, processes: int, port: int, runs: list[list[str]], variables: dict[str, str]) -> None:
+def killed_process(
+    rank: int, processes: int, ports: list[int], runs: list[list[str]], variables: dict[str, str]
+) -> None:
     """The second process gets SIGNAL in the second evaluation, when it enters the function MOMENT."""
     name, calls = variables["MOMENT"], []
     function = getattr(evaluation_cada, name)
@@ -152,7 +157,7 @@ def killed_process(rank: int, processes: int, port: int, runs: list[list[str]], 
         return function(*args, **kwargs)
 
     setattr(evaluation_cada, name, counted)
-    one_process(rank, processes, port, runs, variables)
+    one_process(rank, processes, ports, runs, variables)
 
 
 @pytest.mark.slow
