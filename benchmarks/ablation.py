@@ -225,9 +225,14 @@ def table(study: str, rows: list[Row], output_dir: Path, seeds: list[int]) -> li
 
 def draw_figure(studies: dict[str, list[Row]], output_dir: Path, seeds: list[int], path: Path) -> None:
     """Figures 3 and 4: scores of local matching over K and over the mask rate, with the deviation as bars."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     panels = {"k": (K, "candidates K (log scale)"), "mask_rate": (MASK_RATES, "mask rate")}
-    for axis, (study, (places, title)) in zip(axes, panels.items()):
+    panels = {study: panel for study, panel in panels.items() if study in studies}
+    if not panels:
+        return
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 3.2), layout="constrained", squeeze=False
+    )
+    for axis, (study, (places, title)) in zip(axes[0], panels.items()):
         for metric, label in (("R1", "Rank-1"), ("mAP", "mAP")):
             points = [scores_of(output_dir, row.run.name, seeds, "local", metric) for row in studies[study]]
             shown = [(place, values) for place, values in zip(places, points) if values]
@@ -241,7 +246,8 @@ def draw_figure(studies: dict[str, list[Row]], output_dir: Path, seeds: list[int
             )
         axis.set(xlabel=title, ylabel="local matching (%)")
         axis.legend()
-    axes[0].set_xscale("log", base=2)
+        if study == "k":
+            axis.set_xscale("log", base=2)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -259,7 +265,9 @@ def write_report(
     ]
     for study, rows in studies.items():
         lines += table(study, rows, output_dir, seeds)
-    lines += ["", f"![Scores over K and over the mask rate](ablation_{name}.png)", "", "## The paper's findings", ""]
+    if {"k", "mask_rate"} & set(studies):
+        lines += ["", f"![Local matching over K and over the mask rate](ablation_{name}.png)"]
+    lines += ["", "## The paper's findings", ""]
     lines += ["Difference in Rank-1, seed by seed.", "", "| finding | difference | holds in |", "|---|---:|---:|"]
     for sentence, better, worse in claims(start):
         pair = [scores_of(output_dir, run, seeds, stage, "R1") for run, stage in (better, worse)]
@@ -267,7 +275,7 @@ def write_report(
             differences = [first - second for first, second in zip(*pair)]
             holds = sum(difference > 0 for difference in differences)
             lines.append(f"| {sentence} | {spread(differences, '+')} | {holds} of {len(differences)} seeds |")
-    own = " ".join(["--seeds", *map(str, seeds)])
+    own = " ".join(["--seeds", *map(str, seeds), *([] if set(studies) == set(TITLES) else ["--studies", *studies])])
     lines += [
         "",
         f"- Command: `python benchmarks/ablation.py {own}`",
