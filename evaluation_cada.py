@@ -352,6 +352,9 @@ def in_doubt(
         local_scores: their S_L `(queries, K)`.
         tolerance: how far the logits behind S_L may be off.
         match_score: what S_L is: a "probability" or a "logit".
+
+    Returns:
+        Booleans `(queries, K)`.
     """
     scores, probability = local_scores.double(), match_score == "probability"
     logits = scores.logit() if probability else scores
@@ -378,7 +381,8 @@ def score_candidates(
     progress: bool = False,
 ) -> torch.Tensor:
     """
-    Local scores S_L `(queries, K)` of the candidates with the global scores `similarity` `(queries, K)`.
+    Local scores S_L `(queries, K)` of the candidates `(queries, K)`, whose global scores are `similarity`
+    `(queries, K)`, within `memory` (GB).
 
     Half precision cannot tell close candidates apart. Under autocast it reads all pairs. A sample, read again in the
     precision of the weights, shows how far it is off. Then candidates whose place among the first 1, 5 or 10 is in
@@ -453,7 +457,11 @@ def evaluate_retrieval(
             GB that patch states and the batches of local matching may take, whatever the size of the gallery.
 
     Returns:
-        `global_R1`, ... `global_mINP`, `local_R1`, ... in percent; `queries`, `gallery`, `rerank_k`.
+        `global_R1`, ... `global_mINP`, `local_R1`, ... in percent; `queries`, `gallery`, `rerank_k` (no more than
+        there are images).
+
+    Raises:
+        ValueError: for no images, `rerank_k` below 1, or scores that are NaN.
     """
     rerank_k = model.config.rerank_k if rerank_k is None else rerank_k
     if rerank_k < 1:

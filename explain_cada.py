@@ -205,10 +205,14 @@ def _system_font(size: int) -> ImageFont.FreeTypeFont | None:
     return None
 
 
-def _drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """A text and a font that shows it. Where the system has none, letters lose their accents; the rest is `?`."""
+def drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """
+    A text and a font of `size` pixels that shows it: Pillow's own for English, else one of the system. Where the
+    system has none, letters lose their accents; the rest is `?`.
+    """
     font = None if text.isascii() else _system_font(size)
     if font is None:
+        text = text.replace("ß", "ss")
         kept = (character for character in unicodedata.normalize("NFKD", text) if not unicodedata.combining(character))
         text, font = "".join(kept).encode("ascii", "replace").decode(), ImageFont.load_default(size)
     return text, font
@@ -230,12 +234,12 @@ def draw_explanation(
     panels = [("image", image)]
     panels += [(word, _heat(image, weights)) for word, weights in zip(attention.words, attention.maps)]
     rows = -(-len(panels) // COLUMNS)
-    title, large = _drawable(text, 17)
+    title, large = drawable(text, 17)
     lines = ["masked: what the image suggests"] if predictions else []
     for prediction in predictions:
         pieces = [", ".join(f"{word} {chance:.2f}" for word, chance in guesses) for guesses in prediction.guesses]
         lines.append(_shorten(f"{prediction.phrase}:  {'  |  '.join(pieces)}"))
-    lines = [_drawable(line, 14) for line in lines]
+    lines = [drawable(line, 14) for line in lines]
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     text_width = max(measure.textlength(line, font=font) for line, font in [(title, large), *lines])
     width = max(COLUMNS * cell_width, round(text_width)) + 2 * margin
@@ -247,7 +251,7 @@ def draw_explanation(
     for number, (label, panel) in enumerate(panels):
         left, upper = margin + number % COLUMNS * cell_width, top + number // COLUMNS * cell_height
         canvas.paste(panel, (left, upper))
-        label, small = _drawable(label[: cell_width // 8], 14)
+        label, small = drawable(label[: cell_width // 8], 14)
         draw.text((left, upper + height + 4), label, fill="black", font=small)
     for number, (line, small) in enumerate(lines):
         place = (margin, lines_top + 22 * number + (4 if number else 0))

@@ -17,7 +17,6 @@ import os
 import platform
 import shlex
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -35,7 +34,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import parse_flag_from_env
 from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -44,6 +43,7 @@ from transformers.utils import logging
 from checkpoint_cada import check_processor, load_model, load_processor
 from data_cada import DataError, open_image
 from evaluation_cada import Gallery, encode_queries, match_candidates
+from explain_cada import drawable
 from files_cada import counted, printable, problem_of, run_command, written_whole
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
@@ -654,13 +654,6 @@ class GalleryIndex:
         return count
 
 
-def _drawable(text: str) -> str:
-    """A text in the letters of Pillow's font, which has those of English only."""
-    plain = unicodedata.normalize("NFKD", text.replace("ß", "ss"))
-    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
-    return "".join(letter if letter.isascii() else "?" for letter in plain)
-
-
 def draw_results(
     gallery: GalleryIndex,
     rankings: dict[str, list[Result]],
@@ -677,9 +670,7 @@ def draw_results(
             result; by default rank and score.
         height: of the images in pixels.
     """
-    large, small, margin = ImageFont.load_default(17), ImageFont.load_default(13), 12
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    rows = []
+    measure, margin, rows = ImageDraw.Draw(Image.new("RGB", (1, 1))), 12, []
     for title, results in rankings.items():
         cells = []
         for rank, result in enumerate(results, start=1):
@@ -692,26 +683,26 @@ def draw_results(
             width = min(max(1, round(height * image.width / image.height)), 2 * height)
             image = image.resize((width, height), Image.Resampling.LANCZOS)
             text, colour = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", "#57606a")
-            cells.append((image, _drawable(text), colour))
-        rows.append((_drawable(title), cells))
-    cell = margin + max([96, *(image.width for _, cells in rows for image, _, _ in cells)])
-    lines = max([1, *(text.count("\n") + 1 for _, cells in rows for _, text, _ in cells)])
+            cells.append((image, *drawable(text, 13), colour))
+        rows.append((*drawable(title, 17), cells))
+    cell = margin + max([96, *(image.width for *_, cells in rows for image, *_ in cells)])
+    lines = max([1, *(text.count("\n") + 1 for *_, cells in rows for _, text, *_ in cells)])
     line_height, title_height = height + 20 + 16 * lines, 26
     width = margin + max(
-        cell * min(columns, max([1, *(len(cells) for _, cells in rows)])),
-        *(round(measure.textlength(title, font=large)) + margin for title, _ in rows),
+        cell * min(columns, max([1, *(len(cells) for *_, cells in rows)])),
+        *(round(measure.textlength(title, font=font)) + margin for title, font, _ in rows),
     )
-    total = sum(title_height + line_height * max(1, -(-len(cells) // columns)) for _, cells in rows)
+    total = sum(title_height + line_height * max(1, -(-len(cells) // columns)) for *_, cells in rows)
     canvas = Image.new("RGB", (width, total + margin), "white")
     draw, upper = ImageDraw.Draw(canvas), margin
-    for title, cells in rows:
-        draw.text((margin, upper), title, fill="black", font=large)
+    for title, font, cells in rows:
+        draw.text((margin, upper), title, fill="black", font=font)
         upper += title_height
         for start in range(0, max(1, len(cells)), columns):
-            for place, (image, text, colour) in enumerate(cells[start : start + columns]):
+            for place, (image, text, font, colour) in enumerate(cells[start : start + columns]):
                 left = margin + place * cell
                 canvas.paste(image, (left, upper))
-                draw.multiline_text((left, upper + 4 + height), text, fill=colour, font=small, spacing=2)
+                draw.multiline_text((left, upper + 4 + height), text, fill=colour, font=font, spacing=2)
             upper += line_height
     return canvas
 

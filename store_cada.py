@@ -735,7 +735,8 @@ class MilvusStore:
         options = {"data": queries.tolist(), "limit": k, "filter": condition}
         options["output_fields"] = ["path", "digest", "patches", "metadata"]
         hits = self.client.search(self.name, **options)
-        if self.record.get("approximate") and min(map(len, hits)) < min(k, self._count(condition)):
+        fewest = min(map(len, hits))
+        if self.record.get("approximate") and fewest < k and fewest < self._count(condition):
             # The lists that were visited may hold fewer images than are asked for.
             hits = self.client.search(self.name, search_params=_MILVUS_THOROUGH, **options)
         return [

@@ -31,6 +31,17 @@ def test_groups_are_those_of_table_5(studies):
     assert list(groups)[0] == "36/36" and groups["36/36"] == {"use_ara": False}
 
 
+def test_groups_fit_a_text_that_cannot_be_halved_or_thirded_twice():
+    """A text of 34 words, as on the drawn set. Three groups at a stride of 34 / 4 = 8.5, so 8: 34 - 2 * 8 = 18."""
+    words = 34
+    start = CADAConfig(max_text_length=words + 1, group_size=17, group_stride=17)
+    groups = {row.title: row.run.overrides for row in plan(start, drawn=True)["groups"]}
+    sizes = {title: (fields.get("group_size", 17), fields.get("group_stride", 17)) for title, fields in groups.items()}
+    assert sizes == {"36/36": (17, 17), "36/18": (18, 8), "24/24": (12, 11), "48/24": (23, 11), "72/72": (34, 34)}
+    for fields in groups.values():
+        CADAConfig(**{"max_text_length": words + 1, "group_size": 17, "group_stride": 17, **fields})
+
+
 def test_components_and_layers_are_those_of_tables_4_and_7(studies):
     switches = {row.run.name: row.run.overrides for row in studies["components"]}
     assert switches["full"] == {}
