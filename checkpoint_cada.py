@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 from transformers.utils import logging
+from transformers.utils.hub import resolve_revision
 
 import register_cada  # noqa: F401  # checkpoints load with the code beside this file
 from configuration_cada import CADAConfig
@@ -102,6 +103,16 @@ def check_config(folder: str | os.PathLike, model_type: str = CADAConfig.model_t
             "or convert the checkpoint with convert_cada.py."
         )
     return config
+
+
+def commit_of(name: str | os.PathLike, revision: str | None = None) -> str | None:
+    """
+    The commit that `revision` (default: `main`) of a checkpoint on the Hub is now; `revision` as it is where the Hub
+    does not say, and `None` for a folder.
+    """
+    if os.path.isdir(name):
+        return None
+    return getattr(resolve_revision(name, revision), "resolved", revision)
 
 
 def load_config(name: str | os.PathLike, revision: str | None = None, **overrides) -> CADAConfig:

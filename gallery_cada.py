@@ -40,7 +40,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from checkpoint_cada import check_processor, load_model, load_processor
+from checkpoint_cada import check_processor, commit_of, load_model, load_processor
 from data_cada import DataError, open_image
 from evaluation_cada import Gallery, encode_queries, match_candidates
 from explain_cada import drawable
@@ -117,7 +117,7 @@ class Changes:
 
 
 def _load(
-    name: str, device: str | torch.device | None, record: dict | None
+    name: str, revision: str | None, device: str | torch.device | None, record: dict | None
 ) -> tuple[CADAForTextToImageRetrieval, CADAProcessor, str]:
     """
     Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on.
@@ -130,7 +130,7 @@ def _load(
         raise GalleryError(
             f"The model of this index was in {name}, which is not there. Say where it is: --model NAME."
         )
-    model, processor = load_model(name), load_processor(name)
+    model, processor = load_model(name, revision), load_processor(name, revision)
     check_processor(processor, model.config)
     digest = search_digest(model, processor)
     if record is not None and digest != record["digest"]:
@@ -150,6 +150,7 @@ def build_index(
     index: str | os.PathLike,
     model: str | None = None,
     *,
+    revision: str | None = None,
     split: str | None = None,
     root: str | os.PathLike | None = None,
     store: str | None = None,
@@ -175,6 +176,7 @@ def build_index(
             set with a column `image`, saved by `save_to_disk` or on the Hub.
         index: folder of the index.
         model: the checkpoint; an old index knows its own.
+        revision: tag, branch or commit of `model` on the Hub. The index keeps the commit, whatever comes after it.
         split: of the data set; an old index knows its own, and its root.
         root: folder that the paths of a list are relative to; by default the list's own.
         store: `"arrow"` (default) or `"milvus"`.
@@ -201,12 +203,20 @@ def build_index(
     if model is not None and Path(model).is_dir():
         model = str(Path(model).resolve())  # an index is searched from anywhere
     settings = index_settings(
-        index, record, model=model, store=store, uri=uri, approximate=approximate, keep_patches=keep_patches
+        index,
+        record,
+        model=model,
+        revision=revision,
+        store=store,
+        uri=uri,
+        approximate=approximate,
+        keep_patches=keep_patches,
     )
+    settings["revision"] = commit_of(settings["model"], settings["revision"])
     place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source)
     check_output(index, place, record is None, settings["uri"])
     images = open_source(place, index if record is not None and place == record["source"] else None)
-    network, processor, digest = _load(settings["model"], state.device, record)
+    network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
     (index / PENDING).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         plan = None
@@ -229,18 +239,9 @@ def build_index(
                 size = 2 * (1 + rows * columns) * network.config.vision_config.hidden_size  # in half precision
                 announce_states(index, size, sum(len(paths) for _, paths, _ in plan))
         plan = broadcast_object_list([plan])[0]
-        _encode_shards(
-            network,
-            processor,
-            images,
-            plan[state.process_index :: state.num_processes],
-            index,
-            digest,
-            settings["keep_patches"],
-            batch_size,
-            workers,
-            progress and state.is_main_process,
-        )
+        part, shown = plan[state.process_index :: state.num_processes], progress and state.is_main_process
+        keep_patches = settings["keep_patches"]
+        _encode_shards(network, processor, images, part, index, digest, keep_patches, batch_size, workers, shown)
         state.wait_for_everyone()
         changes = job.commit([name for name, _, _ in plan]) if state.is_main_process else None
     return broadcast_object_list([changes])[0]
@@ -442,7 +443,8 @@ class GalleryIndex:
 
     @cached_property
     def _loaded(self) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
-        return _load(self.model_name, self.device, self.record)[:2]
+        revision = self.record["revision"] if self.model_name == self.record["model"] else None
+        return _load(self.model_name, revision, self.device, self.record)[:2]
 
     @property
     def model(self) -> CADAForTextToImageRetrieval:
@@ -617,6 +619,7 @@ class GalleryIndex:
             "columns": self.columns,
             "source": self.record["source"]["location"],
             "model": self.record["model"],
+            "revision": self.record["revision"] or "none",
             "digest": self.record["digest"],
             "dimension": self.record["dimension"],
             "store": self.record["store"] + (f" at {self.record['uri']}" if self.record["uri"] else ""),
@@ -723,6 +726,7 @@ def _index(
     source: Annotated[str, typer.Argument(help="folder of images, CSV or JSONL file, or data set")],
     out: Annotated[Path, typer.Option(help="folder of the index, new or old")],
     model: _Model = None,
+    revision: Annotated[str | None, typer.Option(help="tag, branch or commit of --model on the Hub")] = None,
     split: Annotated[str | None, typer.Option(help="of a data set")] = None,
     root: Annotated[Path | None, typer.Option(help="folder that the paths of a list are relative to")] = None,
     store: Annotated[str | None, typer.Option(help="arrow (default) or milvus")] = None,
@@ -749,6 +753,7 @@ def _index(
             source,
             out,
             model,
+            revision=revision,
             split=split,
             root=root,
             store=store,

@@ -35,9 +35,9 @@ from source_cada import RESERVED, GalleryError, ImageFiles, ImageRows, digest_of
 
 
 RECORD, PENDING, PATCHES, LOCK = "index.json", "pending", "patches", ".lock"
-FORMAT = 2
-_RECORDED = ("dimension", "collection", "model", "store", "uri", "approximate", "keep_patches", "source", "digest")
-_RECORDED += ("columns", "images", "updated")
+FORMAT = 3
+_RECORDED = ("dimension", "collection", "model", "revision", "store", "uri", "approximate", "keep_patches", "source")
+_RECORDED += ("digest", "columns", "images", "updated")
 _MEND = "To mend the index, run `index` again."
 _RUN = "[0-9a-f]{12}"
 _SHARD = re.compile(rf"(\.unfinished-)?{_RUN}-\d{{6,}}\.arrow")
@@ -123,7 +123,8 @@ def index_settings(index: Path, record: dict | None, **given) -> dict:
                 "argument out, or make another index."
             )
     kept = {name: record[name] for name in ("store", "uri", "keep_patches")}
-    kept["model"] = record["model"] if given["model"] is None else given["model"]
+    kept["model"] = given["model"] or record["model"]
+    kept["revision"] = given["revision"] or (record["revision"] if kept["model"] == record["model"] else None)
     kept["approximate"] = record["approximate"] if given["approximate"] is None else given["approximate"] or None
     return kept
 

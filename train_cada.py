@@ -15,6 +15,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,6 +88,14 @@ from resume_cada import RECIPE_FILE, SaveOnSigterm, best_checkpoint, find_checkp
 logger = logging.get_logger(__name__)
 
 LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
+STEPS = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
+# Arguments of `TrainingArguments` that this training has no use for, with their defaults.
+OF_LANGUAGE_MODELS = {
+    "label_smoothing_factor": 0.0,
+    "neftune_noise_alpha": None,
+    "train_sampling_strategy": "random",
+    "use_liger_kernel": False,
+}
 UNFINISHED = ".unfinished"  # folder of the checkpoint that is being written, beside the others
 
 
@@ -232,33 +242,46 @@ class CADATrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-        for name, lowest in {**least, "seed": 0, "dataloader_num_workers": 0}.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. Give {lowest} or more.")
+        for name, lowest in {**least, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ValueError(f"`{name}` is {value}. Give {lowest} or more.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", *STEPS):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:  # also where it is NaN
+                raise ValueError(f"`{name}` is {value}. Give a number of 0 or more.")
         scores = [f"{stage}_{metric}" for stage in ("local", "global") for metric in METRICS]
         if (self.metric_for_best_model or "local_R1").removeprefix("eval_") not in scores:
             raise ValueError(f"`metric_for_best_model` is {self.metric_for_best_model!r}. Choose {', '.join(scores)}.")
-        for name, default in {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random"}.items():
+        for name, default in OF_LANGUAGE_MODELS.items():
             if getattr(self, name) != default:
                 raise ValueError(f"`{name}` has no place in this training. Leave it out.")
+        modes = list(torch._inductor.list_mode_options())
+        if self.torch_compile_mode not in [None, *modes]:
+            raise ValueError(f"`torch_compile_mode` is {self.torch_compile_mode!r}. Choose one of {', '.join(modes)}.")
         if not self.do_train:  # nothing is chosen, and `do_eval` stays as asked
             self.eval_strategy, self.load_best_model_at_end = "no", False
         super().__post_init__()
         if self.negative_sampling not in ("hardest", "annealed"):
             raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:  # also where it is NaN
-                raise ValueError(f"`{name}` is {value}. Give a number of 0 or more.")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise ValueError(f"`chunk_size` is {self.chunk_size}. Give a number of pairs, or leave it out.")
-        if not self.rerank_memory > 0:
+        if not 0 < self.rerank_memory < math.inf:
             raise ValueError(f"`rerank_memory` is {self.rerank_memory}. Give the GB an evaluation may take.")
         if not self.negative_temperature_start >= self.negative_temperature_end > 0:
             raise ValueError(
                 f"`negative_temperature_start` ({self.negative_temperature_start}) has to be at least "
                 f"`negative_temperature_end` ({self.negative_temperature_end}), and both above 0."
             )
+
+
+@contextmanager
+def _made_of_arguments(what: str) -> Iterator[None]:
+    """Around the making of a part, from arguments whose mistakes show in the part alone."""
+    try:
+        yield
+    except (ImportError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentError(f"{what} cannot be made of these arguments: {one_line(error)}") from error
 
 
 class EpochLoader(torch.utils.data.DataLoader):
@@ -319,16 +342,27 @@ class CADATrainer(Trainer):
             args.world_size,
             args.dataloader_drop_last,
         )
-        return EpochLoader(
-            self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator(),
-        )
+        with _made_of_arguments("The data loader"):
+            return EpochLoader(
+                self.train_dataset,
+                batch_sampler=batches,
+                collate_fn=self.data_collator,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=args.dataloader_pin_memory,
+                persistent_workers=args.dataloader_persistent_workers,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                generator=torch.Generator(),
+            )
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As in `Trainer`."""
+        with _made_of_arguments("The optimizer"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
+        """As in `Trainer`."""
+        with _made_of_arguments("The learning rate schedule"):
+            return super().create_scheduler(*args, **kwargs)
 
     def negative_temperature(self) -> float | None:
         """T of this step: falls geometrically over the run; `None` for the hardest negatives."""
@@ -577,6 +611,8 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
     overrides = read_overrides(arguments.config_overrides)
     if arguments.model_name_or_path is not None and arguments.init_from is not None:
         raise ArgumentError("Choose one start: --model_name_or_path or --init_from.")
+    if arguments.vocabulary_head is not None and arguments.init_from is None:
+        raise ArgumentError("--vocabulary_head goes with --init_from, which is not given.")
     if arguments.init_from is not None:
         model, report = convert(
             arguments.init_source,
@@ -771,7 +807,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     except StrictDataclassError as error:
         raise ArgumentError(f"The configuration does not hold together. {error}") from error
     if model_arguments.attn_implementation is not None:
-        model.set_attn_implementation(model_arguments.attn_implementation)
+        with _made_of_arguments("The attention"):
+            model.set_attn_implementation(model_arguments.attn_implementation)
     splits, held_out = prepare_data(data, args, processor, find_attributes=model.config.use_ara)
     origin, training = find_history(model_arguments, args.do_train)
     if held_out and not args.do_train:
@@ -796,7 +833,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             "--per_device_train_batch_size."
         )
     checkpoint = find_checkpoint(args, len(train_pairs)) if args.do_train else None
-    try:
+    with _made_of_arguments("The Trainer"):  # a logger that is not installed, say
         trainer = CADATrainer(
             model=model,
             args=args,
@@ -805,8 +842,6 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             eval_dataset=splits.get("val"),
             processing_class=processor,
         )
-    except (ImportError, RuntimeError, ValueError) as error:  # a logger that is not installed, say
-        raise ArgumentError(f"The Trainer does not take these arguments: {one_line(error)}") from error
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
@@ -850,7 +885,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         arguments = [*read_recipe(arguments[0], arguments[1:]), *arguments[1:]]  # the last of two equal ones counts
     try:
         parsed = parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:  # an unknown argument, or values that do not go together
+    except (OSError, TypeError, ValueError) as error:  # an unknown argument, or values that do not go together
         raise ArgumentError(f"{error} (`python train_cada.py --help` lists all arguments.)") from error
     logging.set_verbosity(parsed[2].get_process_log_level())
     transformers.logging.enable_explicit_format()

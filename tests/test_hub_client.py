@@ -1,6 +1,7 @@
 """The real client of the Hub against a server on the loopback address: what is pushed is what a user loads."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from conftest import save_colour_set
 from datasets import load_from_disk
 from hub_stand_in import HubStandIn
 from pedes_layout import lay_out_rstp
+from PIL import Image
 from test_hub_cada import expected_of, save
 
 from modeling_cada import CADAForTextToImageRetrieval
@@ -326,6 +328,35 @@ def test_data_set_of_a_revision(hub, tmp_path):
     counts, message = run(hub, tmp_path, DATA, *commits, "main", modules=True)
     assert counts == [3, 5, 5]
     assert "tester/people" in message and "v9" in message
+
+
+INDEX = """
+import json, sys
+from gallery_cada import build_index, open_index
+
+images, revision, step = sys.argv[1:]
+build_index(images, "../index", "tester/cada-tiny" if step == "new" else None, revision=revision or None)
+gallery = open_index("../index")
+[found] = gallery.search("a red coat", rerank=0)
+json.dump([gallery.info()["revision"], [result.score for result in found]], open("results.json", "w"))
+"""
+
+
+def test_index_keeps_the_commit_of_its_model(hub, processor, tmp_path):
+    """An index made from a tag, and one from `main`, go on with their weights when `main` has others."""
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        Image.new("RGB", (16, 32), (80 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+    save(tmp_path / "first", processor, 0)
+    save(tmp_path / "second", processor, 1)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("first", "second")]
+    for named in (True, False):
+        commit = hub.add("tester/cada-tiny", files[0])
+        first = run(hub, tmp_path, INDEX, tmp_path / "images", commit if named else "", "new", modules=True)
+        assert first[0] == commit
+        hub.add("tester/cada-tiny", files[1])
+        assert run(hub, tmp_path, INDEX, tmp_path / "images", "", "again", modules=True) == first
+        shutil.rmtree(tmp_path / "index")
 
 
 def test_hf_upload_and_hf_download(hub, tmp_path):

@@ -348,7 +348,7 @@ def test_milvus_that_cannot_be_reached_is_reported(tmp_path):
         new_store(MilvusStore, tmp_path, uri=str(tmp_path / "missing" / "folder" / "x.db"))
 
 
-@pytest.mark.parametrize("text", ['{"format": 2}', "[]", '{"format": 1}', '{"name": "a web page"}'])
+@pytest.mark.parametrize("text", ['{"format": 3}', "[]", '{"format": 1}', '{"name": "a web page"}'])
 def test_what_is_no_record_is_reported(tmp_path, text):
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(GalleryError, match="another folder"):

@@ -178,6 +178,12 @@ def test_training_learns(tmp_path):
         ({"negative_temperature_end": 0.0}, "negative_temperature_end"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"rerank_memory": 0.0}, "rerank_memory"),
+        ({"rerank_memory": float("inf")}, "rerank_memory"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"save_steps": float("inf")}, "save_steps"),
+        ({"data_seed": -1}, "data_seed"),
+        ({"torch_compile_mode": "fast"}, "Choose one of default, "),
+        ({"use_liger_kernel": True}, "has no place in this training"),
     ],
 )
 def test_training_arguments_are_checked(tmp_path, fields, message):
@@ -210,6 +216,8 @@ def test_checkpoint_starts_with_another_image_size(start):
         (["--config_overrides", '{"group_size": 500}'], "group_size"),
         (["--config_overrides", '{"vision_config": 5}'], "`vision_config` should be an object"),
         (["--dataset", "rstp_ried"], "Do you mean rstp_reid"),
+        (["--accelerator_config", "no_such_file"], "no_such_file"),
+        (["--vocabulary_head", "captions"], "goes with --init_from"),
     ],
 )
 def test_mistakes_of_the_command_line_are_named_in_a_line(start, tmp_path, more, message, capfd):
@@ -221,6 +229,20 @@ def test_mistakes_of_the_command_line_are_named_in_a_line(start, tmp_path, more,
     assert status == 1
     last = capfd.readouterr().err.strip().split("error: ")[-1]
     assert message in last and len(last) < 800 and "Traceback" not in last
+
+
+def test_mistakes_that_show_in_a_part_alone_are_named(start, tmp_path):
+    """Wrong values that the library takes and PyTorch does not, when the optimizer or a loader is made."""
+    LAYOUTS["rstp_reid"](tmp_path)
+    mistakes = {
+        "The attention": ["--attn_implementation", "no_such_attention"],
+        "The data loader": ["--dataloader_persistent_workers", "true"],
+        "The optimizer": ["--adam_beta1", "2"],
+        "The learning rate schedule": ["--lr_scheduler_kwargs", '{"no_such_argument": 1}'],
+    }
+    for part, more in mistakes.items():
+        with pytest.raises(ArgumentError, match=f"{part} cannot be made of these arguments"):
+            train_cada.main([*command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"), *more])
 
 
 def test_a_mistake_ends_the_program_with_a_line(start, tmp_path):
