@@ -400,7 +400,28 @@ def _load_other(
                 ) from error
         if skip_unreadable:
             loaded[split] = _leave_out_unreadable(split, rows)
+        else:
+            _check_files(dataset, split, rows)
     return loaded
+
+
+def _check_files(dataset: str, split: str, rows: Dataset) -> None:
+    """Images that are files on this machine have to be there; of those in the table nothing is read."""
+    records, start = [], 0
+    for table in rows.select_columns("image").with_format("arrow").iter(1000):
+        images = table["image"].combine_chunks()
+        in_table = images.field("bytes").is_valid().to_pylist()
+        for row, (path, is_in_table) in enumerate(zip(images.field("path").to_pylist(), in_table), start):
+            if not is_in_table and path and "://" not in path:
+                records.append({"path": path, "row": row})
+        start += len(images)
+    bad = find_bad_images(records, decode=False, description=f"{split}: image files")
+    if bad:
+        record, problem = bad[0]
+        raise DataError(
+            f"{record['path']} ({dataset}, split {split!r}, row {record['row']}) {problem}; {len(bad)} such image(s) "
+            "in this split. Bring the files back, or leave them out with --skip_unreadable."
+        )
 
 
 def _check_rows(rows: Dataset, where: str) -> None:
@@ -457,6 +478,13 @@ def hold_out_persons(train: Dataset, persons: int, seed: int = 0) -> DatasetDict
         train=train.select([row for row, held_out in enumerate(is_held_out) if not held_out]),
         val=train.select([row for row, held_out in enumerate(is_held_out) if held_out]),
     )
+
+
+def shared_persons(splits: DatasetDict) -> dict[str, int]:
+    """How many persons of train are in another split too, where there are any. No set of the field has them."""
+    persons = {split: set(rows["person_id"]) for split, rows in splits.items()}
+    counts = {split: len(own & persons["train"]) for split, own in persons.items() if split != "train"}
+    return {split: count for split, count in counts.items() if count}
 
 
 def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int | None = None) -> Dataset:

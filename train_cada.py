@@ -52,6 +52,7 @@ from data_cada import (
     add_attribute_spans,
     hold_out_persons,
     load_pairs_dataset,
+    shared_persons,
 )
 from evaluation_cada import METRICS, RERANK_MEMORY, evaluate_retrieval
 from files_cada import (
@@ -685,12 +686,8 @@ def prepare_data(
                 raise DataError(f"{data.dataset} has no split {split!r}; it has {', '.join(splits)}.")
         if args.do_train and find_attributes:
             splits["train"] = add_attribute_spans(splits["train"], processor.attribute_masker)
-    for split in [name for name in splits if name != "train" and args.do_train]:
-        shared = set(splits["train"]["person_id"]) & set(splits[split]["person_id"])
-        if shared:
-            logger.warning(
-                f"{len(shared)} persons of train are in {split} too: its scores say little about persons never seen."
-            )
+    for split, count in shared_persons(splits).items() if args.do_train else ():
+        logger.warning(f"{count} persons of train are in {split} too: its scores say little about persons never seen.")
     for split, rows in splits.items():
         long = count_long_captions(rows, processor)
         if long:
@@ -851,6 +848,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         trainer.save_metrics("train", result.metrics)
         training = describe_training(model_arguments, data, args, splits["train"], len(train_pairs), trainer.state)
         training["recipe"]["persons_held_out_of_train"] = held_out
+        for split, count in shared_persons(splits).items():
+            training["recipe"][f"persons_of_train_also_in_{split}"] = count
         training["minutes"] = None if checkpoint else result.metrics["train_runtime"] / 60
         if trainer.is_world_process_zero():  # now, as an evaluation may fail
             write_run(args.output_dir, origin, training, [])

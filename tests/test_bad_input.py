@@ -26,7 +26,7 @@ import explain_cada
 import publish_cada
 import train_cada
 from convert_cada import ConversionError, convert, read_checkpoint
-from data_cada import DataError, add_attribute_spans, load_pairs_dataset, read_annotations, read_row
+from data_cada import DataError, add_attribute_spans, load_pairs_dataset, read_annotations
 from files_cada import CADAError, run_command
 from processing_cada import AttributeMasker, clean_caption
 from publish_cada import PublishError, model_card, read_run, write_run
@@ -191,9 +191,11 @@ def test_own_data_that_is_damaged_or_empty(tmp_path):
 
 def test_own_data_that_names_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    rows = load_pairs_dataset(saved_rows(tmp_path, image=[str(tmp_path / "pipe.png")] * 2))["train"]
-    with pytest.raises(DataError, match="row 1 cannot be decoded: it is not a file but a folder or a device"):
-        read_row(rows, 1)
+    folder = saved_rows(tmp_path, image=[str(tmp_path / "pipe.png")] * 2)
+    with pytest.raises(DataError, match=r"row 0\) is not a file; 2 such"):
+        load_pairs_dataset(folder)
+    with pytest.raises(DataError, match="row 0 cannot be decoded: it is not a file but a folder or a device"):
+        load_pairs_dataset(folder, skip_unreadable=True)
 
 
 def test_pickled_data_sets_are_refused(tmp_path):

@@ -29,6 +29,7 @@ from data_cada import (
     open_image,
     read_annotations,
     read_row,
+    shared_persons,
 )
 from processing_cada import AttributeMasker, clean_caption
 
@@ -248,6 +249,12 @@ def test_hold_out_persons_splits_by_person(laid_out):
         hold_out_persons(train, 6)
 
 
+def test_persons_of_train_in_other_splits_are_counted():
+    persons = {"train": [1, 2, 2, 3], "val": [4, 5], "test": [3, 2, 6, 2]}
+    splits = DatasetDict({split: Dataset.from_dict({"person_id": ids}) for split, ids in persons.items()})
+    assert shared_persons(splits) == {"test": 2}
+
+
 def test_own_data_from_disk(tmp_path):
     image = Image.new("RGB", (8, 16), (200, 0, 0))
     rows = Dataset.from_dict({"image": [image, image], "captions": [["a man"], ["a woman"]], "person_id": [4, 5]})
@@ -273,6 +280,10 @@ def test_own_data_with_file_names_of_images(laid_out, tmp_path, caplog, monkeypa
     assert list(rows["person_id"]) == [0, 0, 0]
     assert "left out 1 of 4 images" in caplog.text
     assert "row 3 cannot be decoded" in caplog.text
+    damaged.unlink()
+    with pytest.raises(DataError, match=r"damaged.jpg .*split 'train', row 3\) is missing; 1 such.*--skip_unreadable"):
+        load_pairs_dataset(str(tmp_path / "own"))
+    assert len(load_pairs_dataset(str(tmp_path / "own"), skip_unreadable=True)["train"]) == 3
 
 
 def test_own_data_without_a_column(tmp_path):

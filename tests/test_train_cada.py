@@ -21,6 +21,7 @@ from data_cada import DataError
 from files_cada import run_command
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
+from publish_cada import read_run
 from train_cada import (
     ArgumentError,
     CADATrainer,
@@ -166,6 +167,9 @@ def test_training_learns(tmp_path):
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss_ndf"] for entry in history if "loss_ndf" in entry]
     assert losses[-1] < losses[0] / 10
+    # The seven persons of train are those of the other splits; the record says so, and the model card with it.
+    recipe = read_run(tmp_path / "run")["training"]["recipe"]
+    assert (recipe["persons_of_train_also_in_val"], recipe["persons_of_train_also_in_test"]) == (7, 7)
     temperatures = [entry["negative_temperature"] for entry in history if "loss_ndf" in entry]
     assert temperatures == sorted(temperatures, reverse=True)
 
