@@ -9,6 +9,7 @@ goes on with the new one.
 """
 
 import argparse
+import csv
 import os
 import re
 import signal
@@ -155,7 +156,10 @@ def _checked(text: str | None, name: str) -> str:
 
 
 def _conditions(where: str | None) -> list[str]:
-    return [part.strip() for part in _checked(where, "field of conditions").split(";") if part.strip()]
+    """Conditions between semicolons; one that holds a semicolon itself stands in quotes, as in a CSV file."""
+    line = ";".join(_checked(where, "field of conditions").splitlines())
+    parts = next(csv.reader([line], delimiter=";", skipinitialspace=True), [])
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _number(top) -> int:
@@ -301,7 +305,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             top = gr.Number(value=12, precision=0, label=f"Images (1 to {MAX_IMAGES})", min_width=120)
         columns = ", ".join(f"{name} ({kind})" for name, kind in gallery.columns.items())
         where = gr.Textbox(
-            label="Only images where (=, !=, <, <=, >, >=; a semicolon between two conditions)",
+            label='Only images where (=, !=, <, <=, >, >=; a semicolon between two; "place=a;b" in quotes)',
             placeholder=columns,
             max_lines=1,
             max_length=MAX_SENTENCE,

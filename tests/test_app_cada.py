@@ -267,6 +267,12 @@ def test_an_index_that_is_updated_goes_on(folder, tmp_path):
         assert "holds no index" in find(address)[1]
 
 
+def test_conditions_stand_between_semicolons():
+    assert app_cada._conditions('camera=3; "place=hall; left" ;time>2;') == ["camera=3", "place=hall; left", "time>2"]
+    assert app_cada._conditions('say="a"\nb=1') == ['say="a"', "b=1"]
+    assert app_cada._conditions(" ; ") == app_cada._conditions(None) == []
+
+
 def test_a_question_is_asked_again_where_the_index_was_replaced_meanwhile(folder, tmp_path):
     shutil.copytree(folder / "images" / "more", tmp_path / "images")
     build_index(tmp_path / "images", tmp_path / "index", str(folder / "model"), progress=False)
