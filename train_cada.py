@@ -10,27 +10,16 @@ the batch size is then per process, and the paper's 96 is the product of both.
 """
 
 import json
-import math
 import os
-import shutil
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import transformers
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.image_utils import SizeDict
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints, speed_metrics
 from transformers.utils import logging
 
 from checkpoint_cada import check_processor, load_config, load_model, load_processor, load_tokenizer
@@ -46,7 +35,6 @@ from convert_cada import (
 from data_cada import (
     PEDES_SETS,
     DataError,
-    GlobalBatches,
     PairCollator,
     PairDataset,
     add_attribute_spans,
@@ -54,19 +42,7 @@ from data_cada import (
     load_pairs_dataset,
     shared_persons,
 )
-from evaluation_cada import METRICS, RERANK_MEMORY, evaluate_retrieval
-from files_cada import (
-    CADAError,
-    FileError,
-    make_output_folder,
-    one_line,
-    parse_json,
-    read_json,
-    remove_folder,
-    replace_folder,
-    report_argument,
-    run_command,
-)
+from files_cada import FileError, make_output_folder, parse_json, read_json, report_argument, run_command
 from losses_cada import rank_and_size
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
@@ -78,34 +54,15 @@ from publish_cada import (
     environment,
     model_digest,
     open_repository,
-    publish,
     read_run,
     read_start,
     write_run,
 )
-from resume_cada import RECIPE_FILE, SaveOnSigterm, best_checkpoint, find_checkpoint, recipe_of
+from resume_cada import find_checkpoint
+from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments, made_of_arguments, whole_model
 
 
 logger = logging.get_logger(__name__)
-
-LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
-STEPS = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
-# Arguments of `TrainingArguments` that this training has no use for, with their defaults.
-OF_LANGUAGE_MODELS = {
-    "label_smoothing_factor": 0.0,
-    "neftune_noise_alpha": None,
-    "train_sampling_strategy": "random",
-    "use_liger_kernel": False,
-}
-UNFINISHED = ".unfinished"  # folder of the checkpoint that is being written, beside the others
-
-
-class TrainingError(CADAError):
-    """Training cannot go on. The message says where it stands and what to do."""
-
-
-class ArgumentError(CADAError):
-    """Arguments that do not go together. The message names them and the remedy."""
 
 
 @dataclass
@@ -178,365 +135,6 @@ class DataArguments:
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Tag, branch or commit of --dataset on the Hub."}
     )
-
-
-@dataclass
-class CADATrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the paper's recipe as defaults, and the negatives of ATP."""
-
-    num_train_epochs: float = field(default=40.0, metadata={"help": "Number of epochs."})
-    per_device_train_batch_size: int = field(default=96, metadata={"help": "Batch size per process."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images encoded at once."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leave out the last batch of an epoch where it is smaller than the others."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate on validation."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the best and the last."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best checkpoint on validation."})
-    metric_for_best_model: str | None = field(
-        default="local_R1", metadata={"help": "Validation score that chooses the checkpoint."}
-    )
-    chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Pairs whose activations are in memory at once. A batch of 96 fits a small device so, at the "
-            "price of a second forward pass; losses, negatives and gradients stay those of the whole batch. "
-            "Default: all."
-        },
-    )
-    rerank_memory: float = field(
-        default=RERANK_MEMORY,
-        metadata={"help": "GB that an evaluation may take for patch states and batches, whatever the gallery."},
-    )
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pinned memory for copies to an accelerator."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for parameters without gradient; CADA has none."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
-    hub_strategy: str = field(
-        default="end", metadata={"help": "With --push_to_hub: push once, after the evaluation, with the model card."}
-    )
-    hub_tag: str | None = field(
-        default=None,
-        metadata={"help": "With --push_to_hub: name of this state, such as v1.0. The card pins it, else the commit."},
-    )
-    hub_overwrite: bool = field(
-        default=False, metadata={"help": "With --push_to_hub: replace weights that the repository holds already."}
-    )
-    negative_sampling: str = field(
-        default="hardest",
-        metadata={
-            "help": "Negatives of ATP: 'hardest' (the paper), or 'annealed', drawn with probability softmax(S / T), "
-            "for training from random weights, where the hardest alone teach nothing.",
-            "choices": ["hardest", "annealed"],
-        },
-    )
-    negative_temperature_start: float = field(default=10.0, metadata={"help": "T at the first step of 'annealed'."})
-    negative_temperature_end: float = field(default=0.01, metadata={"help": "T at the last step of 'annealed'."})
-
-    def __post_init__(self):
-        least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-        for name, lowest in {**least, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"`{name}` is {value}. Give {lowest} or more.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", *STEPS):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:  # also where it is NaN
-                raise ValueError(f"`{name}` is {value}. Give a number of 0 or more.")
-        scores = [f"{stage}_{metric}" for stage in ("local", "global") for metric in METRICS]
-        if (self.metric_for_best_model or "local_R1").removeprefix("eval_") not in scores:
-            raise ValueError(f"`metric_for_best_model` is {self.metric_for_best_model!r}. Choose {', '.join(scores)}.")
-        for name, default in OF_LANGUAGE_MODELS.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"`{name}` has no place in this training. Leave it out.")
-        modes = list(torch._inductor.list_mode_options())
-        if self.torch_compile_mode not in [None, *modes]:
-            raise ValueError(f"`torch_compile_mode` is {self.torch_compile_mode!r}. Choose one of {', '.join(modes)}.")
-        if not self.do_train:  # nothing is chosen, and `do_eval` stays as asked
-            self.eval_strategy, self.load_best_model_at_end = "no", False
-        super().__post_init__()
-        if self.negative_sampling not in ("hardest", "annealed"):
-            raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"`chunk_size` is {self.chunk_size}. Give a number of pairs, or leave it out.")
-        if not 0 < self.rerank_memory < math.inf:
-            raise ValueError(f"`rerank_memory` is {self.rerank_memory}. Give the GB an evaluation may take.")
-        if not self.negative_temperature_start >= self.negative_temperature_end > 0:
-            raise ValueError(
-                f"`negative_temperature_start` ({self.negative_temperature_start}) has to be at least "
-                f"`negative_temperature_end` ({self.negative_temperature_end}), and both above 0."
-            )
-
-
-@contextmanager
-def _made_of_arguments(what: str) -> Iterator[None]:
-    """Around the making of a part, from arguments whose mistakes show in the part alone."""
-    try:
-        yield
-    except (ImportError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ArgumentError(f"{what} cannot be made of these arguments: {one_line(error)}") from error
-
-
-class EpochLoader(torch.utils.data.DataLoader):
-    """A data loader that tells its batch sampler the epoch, as the Trainer expects."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-
-
-def whole_model(model: CADAForTextToImageRetrieval) -> CADAForTextToImageRetrieval:
-    """
-    The model itself, or where FSDP2 shares out its weights, a copy with all of them; to be called in all processes.
-    FSDP2 gathers weights in calls that all processes make alike, but an evaluation calls in each of them as often as
-    its part of the images needs.
-    """
-    if not isinstance(model, FSDPModule):
-        return model
-    weights = model.state_dict()
-    with torch.device("meta"):
-        whole = CADAForTextToImageRetrieval(model.config)
-    whole.load_state_dict(
-        {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in weights.items()},
-        assign=True,
-    )
-    whole.tie_weights()
-    return whole
-
-
-class CADATrainer(Trainer):
-    """
-    `Trainer` for CADA: logs every loss part, anneals the negatives of ATP, and evaluates by retrieval.
-
-    Args:
-        args ([`CADATrainingArguments`]): training arguments.
-        train_dataset ([`PairDataset`]): pairs of image and caption.
-        eval_dataset: rows with `image`, `captions`, `person_id`; all captions search all images.
-        processing_class ([`CADAProcessor`]): the processor, saved with every checkpoint.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
-        self._part_count = 0
-        self._unfinished: Path | None = None  # folder of the checkpoint that is being written
-        self.add_callback(SaveOnSigterm())
-
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """
-        Batches of [`GlobalBatches`], which knows the processes: the loader is not for accelerate to prepare. It draws
-        from a generator of its own, so that the process's random numbers are those of the model alone.
-        """
-        args = self.args
-        batches = GlobalBatches(
-            len(self.train_dataset),
-            args.train_batch_size,
-            args.seed if args.data_seed is None else args.data_seed,
-            args.process_index,
-            args.world_size,
-            args.dataloader_drop_last,
-        )
-        with _made_of_arguments("The data loader"):
-            return EpochLoader(
-                self.train_dataset,
-                batch_sampler=batches,
-                collate_fn=self.data_collator,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=args.dataloader_pin_memory,
-                persistent_workers=args.dataloader_persistent_workers,
-                prefetch_factor=args.dataloader_prefetch_factor,
-                generator=torch.Generator(),
-            )
-
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """As in `Trainer`."""
-        with _made_of_arguments("The optimizer"):
-            return super().create_optimizer(*args, **kwargs)
-
-    def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
-        """As in `Trainer`."""
-        with _made_of_arguments("The learning rate schedule"):
-            return super().create_scheduler(*args, **kwargs)
-
-    def negative_temperature(self) -> float | None:
-        """T of this step: falls geometrically over the run; `None` for the hardest negatives."""
-        if self.args.negative_sampling == "hardest":
-            return None
-        start, end = self.args.negative_temperature_start, self.args.negative_temperature_end
-        progress = self.state.global_step / max(1, self.state.max_steps - 1)
-        return start * (end / start) ** min(1.0, progress)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Equation (8). `num_items_in_batch` counts tokens of language models, and is not used."""
-        outputs = model(
-            **{name: values for name, values in inputs.items() if name != "pair"},
-            return_loss=True,
-            negative_temperature=self.negative_temperature(),
-            chunk_size=self.args.chunk_size,
-        )
-        if not torch.isfinite(outputs.loss):
-            raise TrainingError(self._describe_divergence(outputs, inputs))
-        self._part_count += 1
-        for name in LOSS_PARTS:
-            part = outputs.get(name)
-            if part is not None:
-                self._part_sums[name] = self._part_sums[name] + part.detach()
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def _describe_divergence(self, outputs, inputs) -> str:
-        """Which loss is not finite, and for which samples: those with damaged features, else all of the batch."""
-        losses = ", ".join(f"{name} {outputs[name].item()}" for name in LOSS_PARTS if outputs.get(name) is not None)
-        finite = outputs.image_embeds.isfinite().all(dim=1) & outputs.text_embeds.isfinite().all(dim=1)
-        rows = list(range(len(finite))) if finite.all() else (~finite).nonzero().flatten().tolist()
-        samples = [self.train_dataset.name_of(int(inputs["pair"][row])) for row in rows]
-        return (
-            f"The loss is not finite at step {self.state.global_step + 1}: {losses}. Samples: {'; '.join(samples)}. "
-            "Look at these, lower --learning_rate, or train in float32 (without --fp16)."
-        )
-
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        """As in `Trainer`, but the output folder may have been moved since."""
-        start = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
-        )
-        if checkpoint is not None:
-            self.state.best_model_checkpoint = best_checkpoint(checkpoint, self.args.output_dir)
-        return start
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """As in `Trainer`, which after the last step would make another one."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        """
-        As in `Trainer`, but a checkpoint is complete or absent: it is written into a hidden folder, flushed to the
-        disk, and then gets its name. One that is deleted loses its name first.
-        """
-        args, folder = self.args, Path(self.args.output_dir)
-        name, limit = f"checkpoint-{self.state.global_step}", args.save_total_limit
-        self._unfinished, args.save_total_limit = folder / UNFINISHED, None
-        try:
-            if args.should_save:
-                shutil.rmtree(self._unfinished, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(folder / name)
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                self.state.save_to_json(str(self._unfinished / name / TRAINER_STATE_NAME))
-                recipe = json.dumps(recipe_of(args, len(self.train_dataset)), indent=2)
-                (self._unfinished / name / RECIPE_FILE).write_text(recipe + "\n", encoding="utf-8")
-                replace_folder(self._unfinished / name, folder / name)
-                self._delete_old_checkpoints(folder, limit)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            last = get_last_checkpoint(folder)
-            raise TrainingError(
-                f"The checkpoint of step {self.state.global_step} cannot be written to {folder}: {error}. "
-                f"{'None is complete yet' if last is None else f'The last complete one is {last}'}. Make room, or "
-                "give access, and run again with --resume_from_checkpoint last."
-            ) from error
-        finally:
-            if args.should_save:
-                shutil.rmtree(self._unfinished, ignore_errors=True)
-            self._unfinished, args.save_total_limit = None, limit
-
-    def _delete_old_checkpoints(self, folder: Path, limit: int | None) -> None:
-        """Keep `limit` checkpoints, the last and the best one among them."""
-        checkpoints = sort_checkpoints(str(folder))
-        if limit is not None and limit > 0:
-            kept = {checkpoints[-1], str(self.state.best_model_checkpoint)}
-            others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
-            for checkpoint in others[: max(0, len(checkpoints) - limit)]:
-                remove_folder(Path(checkpoint))
-
-    def _finalize_training(self, *args, **kwargs):
-        """As in `Trainer`, which with a limit of 1 would delete the last checkpoint here, file by file."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            output = super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
-        best = self.state.best_model_checkpoint
-        if limit == 1 and best is not None and self.args.should_save:
-            for checkpoint in sort_checkpoints(self.args.output_dir):
-                if Path(checkpoint).name != Path(best).name:
-                    remove_folder(Path(checkpoint))
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each loss part since the last line, over all processes."""
-        if "loss" in logs and self._part_count:
-            for name, value in self._part_sums.items():
-                if isinstance(value, torch.Tensor):
-                    logs[name] = self.accelerator.reduce(value / self._part_count, reduction="mean").item()
-            if "loss_atp" in logs and self.args.negative_sampling == "annealed":
-                logs["negative_temperature"] = self.negative_temperature()
-            self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
-            self._part_count = 0
-        super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in `Trainer`, without its pickle of the arguments: nothing of a release is unpickled."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-
-    def push_to_hub(self, commit_message=None, blocking=True, token=None, revision=None, private=None, **kwargs):
-        """Model, processor, record of the run and model card, by [`publish`]. Always waits for the end."""
-        self.save_model(_internal_call=True)
-        self._finish_current_push()
-        if self.is_world_process_zero():
-            pinned = publish(
-                self.args.output_dir,
-                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
-                tag=self.args.hub_tag,
-                private=self.args.hub_private_repo if private is None else private,
-                # What this very run pushed on its way (`hub_strategy`) is its own to replace.
-                overwrite=self.args.hub_overwrite or self.push_in_progress is not None,
-                token=token or self.args.hub_token,
-            )
-            logger.warning(f"Published {self.hub_model_id}, revision {pinned}.")
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Tied weights are saved once. Their second name is not missing, so it is no reason for a warning."""
-        tied = self.model.all_tied_weights_keys
-        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result)
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
-        started = time.time()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        with self.accelerator.autocast():
-            metrics = evaluate_retrieval(
-                whole_model(self.accelerator.unwrap_model(self.model)),
-                self.processing_class,
-                dataset,
-                batch_size=self.args.eval_batch_size,
-                num_workers=self.args.dataloader_num_workers,
-                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-                memory=self.args.rerank_memory,
-            )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics.update(speed_metrics(metric_key_prefix, started, num_samples=metrics[f"{metric_key_prefix}_queries"]))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 
 def read_overrides(text: str | None) -> dict:
@@ -804,7 +402,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     except StrictDataclassError as error:
         raise ArgumentError(f"The configuration does not hold together. {error}") from error
     if model_arguments.attn_implementation is not None:
-        with _made_of_arguments("The attention"):
+        with made_of_arguments("The attention"):
             model.set_attn_implementation(model_arguments.attn_implementation)
     splits, held_out = prepare_data(data, args, processor, find_attributes=model.config.use_ara)
     origin, training = find_history(model_arguments, args.do_train)
@@ -830,7 +428,7 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             "--per_device_train_batch_size."
         )
     checkpoint = find_checkpoint(args, len(train_pairs)) if args.do_train else None
-    with _made_of_arguments("The Trainer"):  # a logger that is not installed, say
+    with made_of_arguments("The Trainer"):  # a logger that is not installed, say
         trainer = CADATrainer(
             model=model,
             args=args,

@@ -25,7 +25,7 @@ import train_cada
 from evaluation_cada import evaluate_retrieval
 from modeling_cada import CADAForTextToImageRetrieval
 from publish_cada import model_digest
-from train_cada import whole_model
+from trainer_cada import whole_model
 
 
 RECIPES = Path(train_cada.__file__).parent / "recipes"

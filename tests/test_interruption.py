@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 import train_cada
 from files_cada import CADAError
-from train_cada import CADATrainer, TrainingError
+from trainer_cada import CADATrainer, TrainingError
 
 
 # Checkpoints at the end of an epoch of three steps, the best is kept; or every two steps, the last is kept.

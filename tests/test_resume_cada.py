@@ -17,7 +17,7 @@ from checkpoint_cada import CheckpointError
 from files_cada import run_command
 from publish_cada import read_run
 from resume_cada import ResumeError
-from train_cada import ArgumentError, CADATrainer
+from trainer_cada import ArgumentError, CADATrainer
 
 
 def without_resuming(words: list[str]) -> list[str]:

@@ -22,14 +22,8 @@ from files_cada import run_command
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 from publish_cada import read_run
-from train_cada import (
-    ArgumentError,
-    CADATrainer,
-    CADATrainingArguments,
-    ModelArguments,
-    load_model_and_processor,
-    read_overrides,
-)
+from train_cada import ModelArguments, load_model_and_processor, read_overrides
+from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments
 
 
 ROOT = Path(train_cada.__file__).parent
