@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import train_cada
+import trainer_cada
 from files_cada import CADAError
 from trainer_cada import CADATrainer, TrainingError
 
@@ -153,8 +154,8 @@ def test_old_checkpoints_are_deleted(folder):
 def test_one_checkpoint_is_the_best(folder, monkeypatch):
     """With a limit of 1 the last one goes at the end of training, by its name first."""
     deleted = []
-    remove = train_cada.remove_folder
-    monkeypatch.setattr(train_cada, "remove_folder", lambda path: (deleted.append(path.name), remove(path)))
+    remove = trainer_cada.remove_folder
+    monkeypatch.setattr(trainer_cada, "remove_folder", lambda path: (deleted.append(path.name), remove(path)))
     output = folder / "limit"
     train_cada.main([*arguments(folder, output.name, "epoch"), "--save_total_limit", "1"])
     state = json.loads((output / "trainer_state.json").read_text())
