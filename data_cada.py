@@ -9,7 +9,9 @@ One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally
 import argparse
 import hashlib
 import os
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -567,6 +569,22 @@ class GlobalBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
             # 63 bits: what torch takes as a seed without complaint.
             seeds = (np.random.SeedSequence([*epoch, pair]).generate_state(1, np.uint64)[0] >> 1 for pair in part)
             yield [(pair, int(seed)) for pair, seed in zip(part, seeds)]
+
+
+def outlive_sigterm(worker: int) -> None:
+    """
+    For the workers of a data loader. Clusters send SIGTERM to all processes of a job; the main one saves and ends, and
+    its workers have to live until then. SIGTERM of the main process itself still ends them.
+    """
+
+    def wait_for_the_main_process():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait_for_the_main_process, daemon=True).start()
 
 
 class PairDataset(torch.utils.data.Dataset):

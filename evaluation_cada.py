@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from data_cada import read_row, undecoded
+from data_cada import outlive_sigterm, read_row, undecoded
 from losses_cada import rank_and_size
 
 
@@ -212,7 +212,11 @@ def encode_gallery(
         indices = [list(range(starts[batch], min(starts[batch] + batch_size, len(images)))) for batch in batches]
         # A generator of its own: an evaluation leaves the random numbers of a training as they were.
         loader = torch.utils.data.DataLoader(
-            images, batch_sampler=indices, num_workers=num_workers, generator=torch.Generator()
+            images,
+            batch_sampler=indices,
+            num_workers=num_workers,
+            generator=torch.Generator(),
+            worker_init_fn=outlive_sigterm,
         )
         return (pixel_values.to(device) for pixel_values in loader)
 

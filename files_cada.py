@@ -12,9 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 
+LOCK = ".lock"
 # The names that `save_pretrained` gives; other files of a folder are not ours to remove.
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -130,6 +132,25 @@ def make_output_folder(folder: str | os.PathLike) -> Path:
         reason = "is a file" if os.path.isfile(folder) else f"cannot be written to: {error.strerror}"
         raise FileError(f"The output folder {folder} {reason}. Choose another one.") from error
     return folder
+
+
+@contextmanager
+def only_writer(folder: str | os.PathLike) -> Iterator[None]:
+    """
+    No other process that asks for it writes into `folder` during the block. Where one is killed, the next may.
+
+    Raises:
+        FileError: where another one does.
+    """
+    lock = FileLock(Path(folder) / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileError(f"Another process is writing {folder}. Wait for it to end.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _flush(path: Path) -> None:

@@ -33,7 +33,6 @@ import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import parse_flag_from_env
-from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -44,7 +43,7 @@ from checkpoint_cada import check_processor, commit_of, load_model, load_process
 from data_cada import DataError, open_image
 from evaluation_cada import Gallery, encode_queries, match_candidates
 from explain_cada import drawable
-from files_cada import counted, printable, problem_of, run_command, written_whole
+from files_cada import counted, only_writer, printable, problem_of, run_command, written_whole
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
 from publish_cada import search_digest
@@ -61,7 +60,6 @@ from source_cada import (
 )
 from store_cada import (
     FORMAT,
-    LOCK,
     PATCHES,
     PENDING,
     RECORD,
@@ -221,10 +219,7 @@ def build_index(
     with ExitStack() as stack:
         plan = None
         if state.is_main_process:
-            try:
-                stack.enter_context(FileLock(index / LOCK, timeout=0))
-            except Timeout as error:
-                raise GalleryError(f"Another process is writing {index}. Wait for it to end.") from error
+            stack.enter_context(only_writer(index))
             kind = _shard_kind(digest, settings["keep_patches"])
             old = record or {
                 "format": FORMAT,

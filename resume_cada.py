@@ -1,5 +1,6 @@
 """An interrupted training goes on: SIGTERM saves it; a checkpoint is whole and of the same training, or refused."""
 
+import hashlib
 import json
 import os
 import signal
@@ -9,44 +10,67 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from checkpoint_cada import weight_files
-from files_cada import CADAError, read_json
+from checkpoint_cada import load_model
+from files_cada import CADAError, FileError, one_line, read_json
+from modeling_cada import CADAForTextToImageRetrieval
+from publish_cada import model_digest
 
 
 logger = logging.get_logger(__name__)
 
 RECIPE_FILE = "cada_recipe.json"
-# Arguments of which the weights of every step depend; with other ones it is another training.
+# Arguments on which the weights depend, and which of them are kept; with other ones it is another training.
 _RECIPE = (
     *("seed", "data_seed", "num_train_epochs", "max_steps", "gradient_accumulation_steps", "dataloader_drop_last"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("weight_decay", "max_grad_norm", "bf16", "fp16"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
     *("negative_sampling", "negative_temperature_start", "negative_temperature_end"),
+    *("metric_for_best_model", "load_best_model_at_end"),
 )
-
-
+_UNLIKE = ("architectures", "auto_map", "custom_pipelines", "transformers_version", "_name_or_path")  # no settings
 _ANEW = "start a new training from its weights: --model_name_or_path {}, with another --output_dir."
+_OTHER = f"Take another checkpoint, or {_ANEW}"
 
 
 class ResumeError(CADAError):
     """A training cannot go on from what is there. The message says from what, why, and the remedy."""
 
 
-def recipe_of(args: TrainingArguments, pairs: int) -> dict:
-    """What makes a training, besides model and data: arguments, number of pairs, the batch of all processes."""
+def recipe_of(args: TrainingArguments, model: CADAForTextToImageRetrieval, splits: dict[str, Dataset | None]) -> dict:
+    """
+    What makes a training, as plain values: arguments, the batch of all processes, the configuration, and digests of
+    the `model` at its start and of the captions and persons of the `splits`.
+    """
     recipe = {name: getattr(args, name) for name in _RECIPE}
     recipe = {name: getattr(value, "value", value) for name, value in recipe.items()}
-    return {**recipe, "batch": args.train_batch_size * args.world_size, "pairs": pairs}
+    recipe["batch"] = args.train_batch_size * args.world_size
+    for name, value in model.config.to_dict().items():
+        if isinstance(value, dict) and name not in _UNLIKE:
+            recipe |= {f"{name}.{field}": own for field, own in value.items() if field not in _UNLIKE}
+        elif name not in _UNLIKE:
+            recipe[name] = value
+    recipe["weights at the start"] = model_digest(model)[:16]
+    for split, rows in splits.items():
+        if rows is not None:
+            content = json.dumps([list(rows["captions"]), list(rows["person_id"])])
+            recipe[f"{len(rows)} images of {split}"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return json.loads(json.dumps(recipe, default=str))
 
 
-def find_checkpoint(args: TrainingArguments, pairs: int) -> str | None:
+def find_checkpoint(args: TrainingArguments, recipe: dict) -> str | None:
     """
     The folder of the checkpoint from which to go on, looked at; `None` to begin.
+
+    Args:
+        args: of the training.
+        recipe: of the training, by [`recipe_of`].
 
     Raises:
         ResumeError: for a checkpoint that is missing, not whole, or of another training; and for checkpoints that an
@@ -72,45 +96,73 @@ def find_checkpoint(args: TrainingArguments, pairs: int) -> str | None:
             f"--resume_from_checkpoint {wanted} is no checkpoint of a training: it has no {TRAINER_STATE_NAME}. Give "
             "the folder of one, or `last`."
         )
+    try:
+        state, saved = read_json(folder / TRAINER_STATE_NAME), read_json(folder / RECIPE_FILE)
+        if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or not isinstance(saved, dict):
+            raise FileError(f"{TRAINER_STATE_NAME} or {RECIPE_FILE} of {folder} holds something else.")
+    except FileError as error:
+        raise ResumeError(f"{folder} is not whole. {error} {_OTHER.format(folder)}") from error
+    changed = [name for name in {**saved, **recipe} if saved.get(name) != recipe.get(name)]
+    if changed:
+        changed = [f"{name} ({saved.get(name, '-')}, now {recipe.get(name, '-')})" for name in changed]
+        raise ResumeError(
+            f"{folder} is of another training: {', '.join(changed)}. Give the same arguments as before, or "
+            f"{_ANEW.format(folder)}"
+        )
     _check_whole(folder, args)
-    if (folder / RECIPE_FILE).is_file():
-        saved, now = read_json(folder / RECIPE_FILE), json.loads(json.dumps(recipe_of(args, pairs)))
-        changed = [name for name, value in now.items() if saved.get(name) != value]
-        if changed:
-            changed = [f"{name} ({saved.get(name)}, now {now[name]})" for name in changed]
-            raise ResumeError(
-                f"{folder} is of another training: {', '.join(changed)}. Give the same arguments as before, or "
-                f"{_ANEW.format(folder)}"
-            )
     return str(folder)
 
 
+def _shared_out(args: TrainingArguments) -> bool:
+    """FSDP saves weights and optimizer in a form of its own."""
+    return bool(args.fsdp) or "ACCELERATE_USE_FSDP" in os.environ
+
+
 def _check_whole(folder: Path, args: TrainingArguments) -> None:
-    names = ["scheduler.pt"]
-    if not args.fsdp and "ACCELERATE_USE_FSDP" not in os.environ:  # FSDP saves weights and optimizer in its own form
-        weight_files(folder)
+    own = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    names = ["scheduler.pt", own]
+    if not _shared_out(args):
         names.append("optimizer.pt")
+        try:
+            load_model(folder)
+        except CADAError as error:
+            raise ResumeError(f"{error} Or {_ANEW.format('another checkpoint')}") from error
+    if not (folder / own).is_file() and list(folder.glob("rng_state*.pth")):
+        logger.warning(f"{folder} is of another number of processes: dropout goes on with other random numbers.")
+        names.remove(own)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ResumeError(
-            f"{folder} lacks {', '.join(missing)}, as with --save_only_model: a training cannot go on from it. Take "
-            f"another checkpoint, or {_ANEW.format(folder)}"
+            f"{folder} lacks {', '.join(missing)}, as with --save_only_model: a training cannot go on from it. "
+            f"{_OTHER.format(folder)}"
         )
+    for name in names:
+        try:
+            with safe_globals():
+                torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # of any kind, as the damage is
+            reason = one_line(error).split(".")[0]  # what follows would advise to run its code
+            raise ResumeError(f"{folder / name} is damaged ({reason}). {_OTHER.format(folder)}") from error
 
 
-def best_checkpoint(folder: str | os.PathLike, output_dir: str | os.PathLike) -> str | None:
+def best_checkpoint(folder: str | os.PathLike, args: TrainingArguments) -> str | None:
     """
-    The best checkpoint that the one in `folder` knows of; it lies in `output_dir`, which may have been moved.
+    The best checkpoint that the one in `folder` knows of; it lies in the `output_dir`, which may have been moved.
 
     Raises:
-        ResumeError: where it is gone.
+        ResumeError: where it is gone or damaged.
     """
     best = read_json(Path(folder) / TRAINER_STATE_NAME).get("best_model_checkpoint")
     if best is None:
         return None
-    place = Path(output_dir) / Path(best).name
+    place = Path(args.output_dir) / Path(best).name
     if not place.is_dir():
         raise ResumeError(f"The best checkpoint so far, {place}, is gone. Bring it back, or {_ANEW.format(folder)}")
+    if not _shared_out(args) and place.name != Path(folder).name:
+        try:
+            load_model(place)
+        except CADAError as error:
+            raise ResumeError(f"The best checkpoint so far is damaged. {error} Or {_ANEW.format(folder)}") from error
     return str(place)
 
 

@@ -30,11 +30,11 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from files_cada import FileError, counted, read_json, written_whole
+from files_cada import LOCK, FileError, counted, read_json, written_whole
 from source_cada import RESERVED, GalleryError, ImageFiles, ImageRows, digest_of
 
 
-RECORD, PENDING, PATCHES, LOCK = "index.json", "pending", "patches", ".lock"
+RECORD, PENDING, PATCHES = "index.json", "pending", "patches"
 FORMAT = 3
 _RECORDED = ("dimension", "collection", "model", "revision", "store", "uri", "approximate", "keep_patches", "source")
 _RECORDED += ("digest", "columns", "images", "updated")

@@ -12,6 +12,7 @@ the batch size is then per process, and the paper's 96 is the product of both.
 import json
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,13 +43,21 @@ from data_cada import (
     load_pairs_dataset,
     shared_persons,
 )
-from files_cada import FileError, make_output_folder, parse_json, read_json, report_argument, run_command
+from files_cada import (
+    FileError,
+    checkpoint_written_whole,
+    make_output_folder,
+    only_writer,
+    parse_json,
+    read_json,
+    report_argument,
+    run_command,
+)
 from losses_cada import rank_and_size
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
 from publish_cada import (
     RANDOM_START,
-    RUN_FILE,
     after_training,
     check_licence,
     environment,
@@ -396,6 +405,14 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             "without GPU add --use_cpu --ddp_backend gloo."
         )
     make_output_folder(args.output_dir)  # what keeps from saving shows now, not after days of training
+    with only_writer(args.output_dir) if args.do_train and args.process_index == 0 else nullcontext():
+        return train_and_evaluate(model_arguments, data, args)
+
+
+def train_and_evaluate(
+    model_arguments: ModelArguments, data: DataArguments, args: CADATrainingArguments
+) -> dict[str, float]:
+    """[`run`], after its looks at the machine and the output folder."""
     set_seed(args.seed)
     try:
         model, processor = load_model_and_processor(model_arguments)
@@ -412,8 +429,13 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         # Nothing to choose by. The test split must not choose.
         logger.warning("No validation split: the last checkpoint is kept, whatever its score.")
         args.eval_strategy, args.load_best_model_at_end, args.do_eval = "no", False, False
-    if not model.config.use_atp and args.metric_for_best_model == "local_R1":
-        args.metric_for_best_model = "global_R1"  # without match heads there is no local matching
+    if not model.config.use_atp and "local_" in (args.metric_for_best_model or ""):
+        if args.metric_for_best_model != "local_R1":
+            raise ArgumentError(
+                f"--metric_for_best_model is {args.metric_for_best_model}, but without match heads (`use_atp`) there "
+                "is no local matching. Choose global_R1, say."
+            )
+        args.metric_for_best_model = "global_R1"  # the default, as far as it goes
     if args.push_to_hub and args.process_index == 0:
         repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
         check_licence(origin, licence_granted=False)  # now, not after days of training
@@ -427,7 +449,6 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             f"The training set has {len(train_pairs)} pairs, less than one batch of {batch}. Lower "
             "--per_device_train_batch_size."
         )
-    checkpoint = find_checkpoint(args, len(train_pairs)) if args.do_train else None
     with made_of_arguments("The Trainer"):  # a logger that is not installed, say
         trainer = CADATrainer(
             model=model,
@@ -438,19 +459,28 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             processing_class=processor,
         )
     if args.do_train:
+
+        def write_record(folder: Path, minutes: float | None = None) -> dict:
+            training = describe_training(model_arguments, data, args, splits["train"], len(train_pairs), trainer.state)
+            training["recipe"]["persons_held_out_of_train"] = held_out
+            for split, count in shared_persons(splits).items():
+                training["recipe"][f"persons_of_train_also_in_{split}"] = count
+            training["minutes"] = minutes
+            write_run(folder, origin, training, [])
+            return training
+
+        trainer.write_record = write_record
+        checkpoint = find_checkpoint(args, trainer.recipe)
         result = trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.is_world_process_zero():
-            (Path(args.output_dir) / RUN_FILE).unlink(missing_ok=True)  # of the weights that are replaced now
-        trainer.save_model(_internal_call=True)  # the push waits for the evaluation
+            # With the record, as an evaluation may fail. The push waits for the evaluation.
+            with checkpoint_written_whole(args.output_dir) as folder:
+                trainer.save_model(str(folder), _internal_call=True)
+                training = write_record(folder, None if checkpoint else result.metrics["train_runtime"] / 60)
+        else:
+            trainer.save_model(_internal_call=True)  # FSDP gathers the weights from all processes
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
-        training = describe_training(model_arguments, data, args, splits["train"], len(train_pairs), trainer.state)
-        training["recipe"]["persons_held_out_of_train"] = held_out
-        for split, count in shared_persons(splits).items():
-            training["recipe"][f"persons_of_train_also_in_{split}"] = count
-        training["minutes"] = None if checkpoint else result.metrics["train_runtime"] / 60
-        if trainer.is_world_process_zero():  # now, as an evaluation may fail
-            write_run(args.output_dir, origin, training, [])
     evaluations = [] if args.do_train else read_run(args.output_dir)["evaluations"]
     metrics: dict[str, float] = {}
     for wanted, split, prefix in ((args.do_eval, "val", "eval"), (args.do_predict, "test", "test")):
@@ -482,7 +512,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         arguments = [*read_recipe(arguments[0], arguments[1:]), *arguments[1:]]  # the last of two equal ones counts
     try:
         parsed = parser.parse_args_into_dataclasses(arguments)
-    except (OSError, TypeError, ValueError) as error:  # an unknown argument, or values that do not go together
+    except (ImportError, OSError, TypeError, ValueError) as error:  # unknown arguments, wrong values
         raise ArgumentError(f"{error} (`python train_cada.py --help` lists all arguments.)") from error
     logging.set_verbosity(parsed[2].get_process_log_level())
     transformers.logging.enable_explicit_format()

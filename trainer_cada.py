@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints, speed_metrics
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, sort_checkpoints, speed_metrics
 from transformers.utils import logging
 
-from data_cada import GlobalBatches
+from data_cada import GlobalBatches, outlive_sigterm
 from evaluation_cada import METRICS, RERANK_MEMORY, evaluate_retrieval
 from files_cada import CADAError, one_line, remove_folder, replace_folder
 from modeling_cada import CADAForTextToImageRetrieval
@@ -33,8 +33,11 @@ logger = logging.get_logger(__name__)
 
 LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
 STEPS = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
-# Arguments of `TrainingArguments` that this training has no use for, with their defaults.
-OF_LANGUAGE_MODELS = {
+# Arguments of `TrainingArguments` that are of language models, or would change the training unseen; their defaults.
+NO_PLACE = {
+    "auto_find_batch_size": False,
+    "debug": "",
+    "ignore_data_skip": False,
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,
     "train_sampling_strategy": "random",
@@ -114,7 +117,8 @@ class CADATrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-        for name, lowest in {**least, "seed": 0, "data_seed": 0, "dataloader_num_workers": 0}.items():
+        least |= {"seed": 0, "data_seed": 0, "dataloader_num_workers": 0, "dataloader_prefetch_factor": 1}
+        for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"`{name}` is {value}. Give {lowest} or more.")
@@ -122,17 +126,24 @@ class CADATrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # also where it is NaN
                 raise ValueError(f"`{name}` is {value}. Give a number of 0 or more.")
+        if self.do_train and (self.num_train_epochs == 0 or self.max_steps == 0):
+            raise ValueError("`num_train_epochs` and `max_steps` of 0 train nothing. Leave out --do_train.")
         scores = [f"{stage}_{metric}" for stage in ("local", "global") for metric in METRICS]
         if (self.metric_for_best_model or "local_R1").removeprefix("eval_") not in scores:
             raise ValueError(f"`metric_for_best_model` is {self.metric_for_best_model!r}. Choose {', '.join(scores)}.")
-        for name, default in OF_LANGUAGE_MODELS.items():
-            if getattr(self, name) != default:
+        for name, default in NO_PLACE.items():
+            if getattr(self, name) and getattr(self, name) != default:
                 raise ValueError(f"`{name}` has no place in this training. Leave it out.")
         modes = list(torch._inductor.list_mode_options())
         if self.torch_compile_mode not in [None, *modes]:
             raise ValueError(f"`torch_compile_mode` is {self.torch_compile_mode!r}. Choose one of {', '.join(modes)}.")
         if not self.do_train:  # nothing is chosen, and `do_eval` stays as asked
             self.eval_strategy, self.load_best_model_at_end = "no", False
+        if self.load_best_model_at_end and "no" in (str(self.eval_strategy), str(self.save_strategy)):
+            raise ValueError(
+                "Without evaluations or without checkpoints none can be chosen: add --load_best_model_at_end false, "
+                "which keeps the last weights."
+            )
         super().__post_init__()
         if self.negative_sampling not in ("hardest", "annealed"):
             raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
@@ -152,6 +163,8 @@ def made_of_arguments(what: str) -> Iterator[None]:
     """Around the making of a part, from arguments whose mistakes show in the part alone."""
     try:
         yield
+    except CADAError:
+        raise
     except (ImportError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(f"{what} cannot be made of these arguments: {one_line(error)}") from error
 
@@ -195,6 +208,11 @@ class CADATrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.recipe: dict | None = None
+        if self.train_dataset is not None:
+            splits = {"train": self.train_dataset.dataset, "val": self.eval_dataset}
+            self.recipe = recipe_of(self.args, self.model, splits)
+        self.write_record: Callable[[Path], None] | None = None  # puts the record of the run into a checkpoint
         self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
         self._part_count = 0
         self._unfinished: Path | None = None  # folder of the checkpoint that is being written
@@ -224,6 +242,7 @@ class CADATrainer(Trainer):
                 persistent_workers=args.dataloader_persistent_workers,
                 prefetch_factor=args.dataloader_prefetch_factor,
                 generator=torch.Generator(),
+                worker_init_fn=outlive_sigterm,
             )
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -278,8 +297,32 @@ class CADATrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
         if checkpoint is not None:
-            self.state.best_model_checkpoint = best_checkpoint(checkpoint, self.args.output_dir)
+            self.state.best_model_checkpoint = best_checkpoint(checkpoint, self.args)
         return start
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """As in `Trainer`; what a machine cannot do ends with a remedy."""
+        try:
+            return super().train(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+                remedy = "Take a --chunk_size, which gives the same gradients in less memory, or a smaller batch."
+            elif "DataLoader worker" in str(error):
+                remedy = "Was a worker killed for want of memory? Take fewer --dataloader_num_workers."
+            elif isinstance(error, NotImplementedError):
+                remedy = "Choose another --attn_implementation, or leave out what this machine cannot do."
+            else:
+                raise
+            raise TrainingError(f"Step {self.state.global_step + 1} failed: {one_line(error)} {remedy}") from error
+
+    def _check_finite(self) -> None:
+        """Weights are kept only where they are numbers; the loss tells one step later."""
+        for name, weight in self.model.named_parameters():
+            if not torch.isfinite(weight.to_local() if isinstance(weight, DTensor) else weight).all():
+                raise TrainingError(
+                    f"The weights are not finite after step {self.state.global_step}: {name}. Nothing of this step is "
+                    "saved. Lower --learning_rate, or train in float32."
+                )
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """As in `Trainer`, which after the last step would make another one."""
@@ -296,6 +339,7 @@ class CADATrainer(Trainer):
         As in `Trainer`, but a checkpoint is complete or absent: it is written into a hidden folder, flushed to the
         disk, and then gets its name. One that is deleted loses its name first.
         """
+        self._check_finite()
         args, folder = self.args, Path(self.args.output_dir)
         name, limit = f"checkpoint-{self.state.global_step}", args.save_total_limit
         self._unfinished, args.save_total_limit = folder / UNFINISHED, None
@@ -309,8 +353,10 @@ class CADATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if args.should_save:
                 self.state.save_to_json(str(self._unfinished / name / TRAINER_STATE_NAME))
-                recipe = json.dumps(recipe_of(args, len(self.train_dataset)), indent=2)
+                recipe = json.dumps(self.recipe, indent=2)
                 (self._unfinished / name / RECIPE_FILE).write_text(recipe + "\n", encoding="utf-8")
+                if self.write_record is not None:
+                    self.write_record(self._unfinished / name)
                 replace_folder(self._unfinished / name, folder / name)
                 self._delete_old_checkpoints(folder, limit)
             self.accelerator.wait_for_everyone()
@@ -337,6 +383,7 @@ class CADATrainer(Trainer):
 
     def _finalize_training(self, *args, **kwargs):
         """As in `Trainer`, which with a limit of 1 would delete the last checkpoint here, file by file."""
+        self._check_finite()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super()._finalize_training(*args, **kwargs)
@@ -393,16 +440,24 @@ class CADATrainer(Trainer):
         """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
         started = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        with self.accelerator.autocast():
-            metrics = evaluate_retrieval(
-                whole_model(self.accelerator.unwrap_model(self.model)),
-                self.processing_class,
-                dataset,
-                batch_size=self.args.eval_batch_size,
-                num_workers=self.args.dataloader_num_workers,
-                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-                memory=self.args.rerank_memory,
-            )
+        try:
+            with self.accelerator.autocast():
+                metrics = evaluate_retrieval(
+                    whole_model(self.accelerator.unwrap_model(self.model)),
+                    self.processing_class,
+                    dataset,
+                    batch_size=self.args.eval_batch_size,
+                    num_workers=self.args.dataloader_num_workers,
+                    progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+                    memory=self.args.rerank_memory,
+                )
+        except CADAError:
+            raise
+        except ValueError as error:  # scores that are not numbers
+            raise TrainingError(
+                f"The evaluation after step {self.state.global_step} failed: {one_line(error)} Has the training "
+                "diverged?"
+            ) from error
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=metrics[f"{metric_key_prefix}_queries"]))
         self.log(metrics)

@@ -25,6 +25,7 @@ import explain_cada
 import gallery_cada
 from checkpoint_cada import CheckpointError
 from evaluation_cada import encode_gallery, encode_queries, score_gallery
+from files_cada import FileError
 from gallery_cada import GalleryError, build_index, draw_results, main, open_index
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
@@ -449,7 +450,7 @@ def test_the_picture_shows_every_result(checkpoint, folder, tmp_path):
 
 def test_one_run_at_a_time(checkpoint, folder, tmp_path):
     (tmp_path / "index").mkdir()
-    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(GalleryError, match="Another process is writing"):
+    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(FileError, match="Another process is writing"):
         build(folder, tmp_path / "index", checkpoint)
 
 

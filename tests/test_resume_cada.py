@@ -4,20 +4,26 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from conftest import save_tiny_start, small_disk
+from datasets import load_from_disk
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from test_bad_input import Bomb
 from test_interruption import Stop, arguments, assert_same_end, folder, stop_at  # noqa: F401  # `folder` is a fixture
 from transformers import TrainerCallback
 
 import train_cada
-from checkpoint_cada import CheckpointError
-from files_cada import run_command
+from files_cada import FileError, run_command
 from publish_cada import read_run
 from resume_cada import ResumeError
-from trainer_cada import ArgumentError, CADATrainer
+from trainer_cada import ArgumentError, CADATrainer, TrainingError
 
 
 def without_resuming(words: list[str]) -> list[str]:
@@ -47,10 +53,28 @@ def test_a_new_training_leaves_the_checkpoints_of_another_alone(folder, stopped)
         (["--learning_rate", "1e-3"], r"learning_rate \(0.005, now 0.001\)"),
         (["--seed", "7", "--num_train_epochs", "2"], r"seed \(42, now 7\), num_train_epochs \(3.0, now 2.0\)"),
         (["--per_device_train_batch_size", "3"], r"batch \(6, now 3\)"),
+        (["--metric_for_best_model", "global_mINP"], r"metric_for_best_model \(local_R1, now global_mINP\)"),
+        (["--config_overrides", '{"rerank_k": 2}'], r"rerank_k \(3, now 2\)"),
+        (
+            ["--config_overrides", '{"vision_config": {"image_size": [48, 16]}}'],
+            r"vision_config.image_size \(\[32, 16\]",
+        ),
+        (["--lr_scheduler_kwargs", '{"num_cycles": 3.5}'], "lr_scheduler_kwargs"),
+        (["--model_name_or_path", "OTHER"], "weights at the start"),
+        (["--dataset", "OTHER"], "17 images of train"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
     ],
 )
-def test_another_training_does_not_go_on(folder, stopped, more, message):  # noqa: F811
+def test_another_training_does_not_go_on(folder, stopped, tmp_path, more, message):  # noqa: F811
+    """Also where start or data have other content: `OTHER` stands for such a folder."""
+    if more[-1] == "OTHER":
+        more = [more[0], str(tmp_path / "other")]
+        if more[0] == "--dataset":  # the same rows, in another order
+            splits = load_from_disk(folder / "data")
+            splits["train"] = splits["train"].select(range(16, -1, -1))
+            splits.save_to_disk(more[1])
+        else:
+            save_tiny_start(Path(more[1]), initializer_range=0.1)
     with pytest.raises(ResumeError, match=message):
         train_cada.main([*arguments(folder, stopped.name, "epoch"), *more])
 
@@ -63,8 +87,125 @@ def test_a_checkpoint_that_is_not_whole(folder, stopped):  # noqa: F811
     (stopped / "kept").rename(checkpoint / "optimizer.pt")
     weights = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(weights[:-100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(ResumeError, match=r"model\.safetensors is damaged.*another checkpoint"):
         train_cada.main(arguments(folder, stopped.name, "epoch"))
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "cada_recipe.json", "config.json"]
+)
+def test_damaged_files_of_a_checkpoint_are_named(folder, stopped, tmp_path, name):  # noqa: F811
+    """Cut off, with code in it where it is a pickle, or gone: a line that names it, and no code is run."""
+    path = stopped / "checkpoint-3" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    messages = []
+    for damage in (lambda: None, lambda: torch.save(Bomb(tmp_path / "marker"), path), path.unlink):
+        damage()
+        with pytest.raises(ResumeError, match=name.replace(".", r"\.")) as error:
+            train_cada.main(arguments(folder, stopped.name, "epoch"))
+        messages.append(str(error.value))
+    assert not (tmp_path / "marker").exists()
+    assert all("weights_only=False" not in message for message in messages)
+    assert all("another checkpoint" in message or "the folder of one" in message for message in messages)
+
+
+def test_weights_that_a_checkpoint_lacks(folder, stopped):  # noqa: F811
+    """Of the checkpoint itself, and of the best one, which a finished training would keep."""
+    path = stopped / "checkpoint-3" / "model.safetensors"
+    whole = path.read_bytes()
+    weights = load_file(path)
+    del weights["match_head.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ResumeError, match=r"lack match_head\.weight"):
+        train_cada.main(arguments(folder, stopped.name, "epoch"))
+    path.write_bytes(whole)
+    train_cada.main(arguments(folder, stopped.name, "epoch"))
+    best = Path(json.loads((stopped / "trainer_state.json").read_text())["best_model_checkpoint"])
+    last = stopped / "checkpoint-9"
+    (best / "model.safetensors").unlink()
+    with pytest.raises(ResumeError, match="best checkpoint so far is damaged" if best != last else "checkpoint-9"):
+        train_cada.main(arguments(folder, stopped.name, "epoch"))
+
+
+def test_a_checkpoint_holds_the_record_of_its_run(folder, stopped):  # noqa: F811
+    """So the licence of its start and the sets it was trained on are known to whoever goes on from it."""
+    record = read_run(stopped / "checkpoint-3")
+    assert record["origin"] == read_run(folder / "whole_epoch")["origin"]
+    assert record["training"]["recipe"]["steps"] == 3 and record["evaluations"] == []
+
+
+def test_one_training_at_a_time(folder, stopped):  # noqa: F811
+    with FileLock(stopped / ".lock"), pytest.raises(FileError, match="Another process is writing"):
+        train_cada.main(arguments(folder, stopped.name, "epoch"))
+
+
+def test_weights_that_are_no_numbers_are_not_saved(folder, stopped):  # noqa: F811
+    words = [*arguments(folder, f"{stopped.name}_nan", "steps"), "--max_steps", "1", "--eval_strategy", "no"]
+    words += ["--optim", "sgd", "--learning_rate", "1e38", "--max_grad_norm", "0", "--warmup_steps", "0"]
+    with pytest.raises(TrainingError, match="not finite after step 1"):
+        train_cada.main(words)
+    assert not (folder / f"{stopped.name}_nan" / "model.safetensors").exists()
+
+
+def test_a_full_disk_at_the_end_leaves_the_old_model(folder, monkeypatch):  # noqa: F811
+    """The last save, over an older model in the same folder: all is as before, its record too."""
+    output = folder / "old_model"
+    words = without_resuming(arguments(folder, output.name, "epoch"))
+    words += ["--num_train_epochs", "1", "--save_strategy", "no", "--load_best_model_at_end", "false"]
+    train_cada.main(words)
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    save = CADATrainer.save_model
+
+    def on_a_full_disk(self, *args, **kwargs):
+        with small_disk(1000):
+            save(self, *args, **kwargs)
+
+    monkeypatch.setattr(CADATrainer, "save_model", on_a_full_disk)
+    with pytest.raises(FileError, match="cannot be written.*Nothing was replaced"):
+        train_cada.main([*words, "--seed", "1"])
+    after = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    assert after == before
+
+
+def test_too_little_memory_ends_with_a_remedy(folder, monkeypatch):  # noqa: F811
+    def training_step(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(CADATrainer, "training_step", training_step)
+    with pytest.raises(TrainingError, match="Step 1 failed: CUDA out of memory.*--chunk_size"):
+        train_cada.main(arguments(folder, "no_memory", "epoch"))
+
+
+def test_a_lost_worker_ends_with_a_remedy(folder, monkeypatch):  # noqa: F811
+    build = train_cada.PairCollator.__call__
+
+    def killed(self, samples):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return build(self, samples)
+
+    monkeypatch.setattr(train_cada.PairCollator, "__call__", killed)
+    with pytest.raises(TrainingError, match="Step 1 failed: DataLoader worker.*--dataloader_num_workers"):
+        train_cada.main([*arguments(folder, "lost_worker", "epoch"), "--dataloader_num_workers", "1"])
+
+
+def test_sigterm_to_all_processes_of_a_job(folder):  # noqa: F811
+    """As clusters send it: the workers of the data loader get it too, and outlive it. Then as a whole run."""
+    output = folder / "job"
+    words = [*arguments(folder, output.name, "steps"), "--dataloader_num_workers", "2"]
+    words += ["--dataloader_persistent_workers", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
+    job = subprocess.Popen(
+        [sys.executable, "-u", train_cada.__file__, *words], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in job.stdout:
+        if "loss_ndf" in line:
+            os.killpg(job.pid, signal.SIGTERM)
+            break
+    job.stdout.read()
+    assert job.wait() == 143
+    assert list(output.glob("checkpoint-*"))
+    train_cada.main(arguments(folder, output.name, "steps"))
+    assert_same_end(folder, output.name, "steps")
 
 
 def test_a_moved_output_folder(folder, stopped):  # noqa: F811
