@@ -4,6 +4,7 @@ CUHK-PEDES, ICFG-PEDES and RSTPReid in their authors' layout, and any data set w
 One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally `attribute_spans`.
 
     python data_cada.py check --dataset cuhk_pedes --data_dir /data/CUHK-PEDES
+    python data_cada.py check --dataset path/to/own/data
 """
 
 import argparse
@@ -13,15 +14,17 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import (
     Dataset,
@@ -125,7 +128,7 @@ def _read_records(path: Path) -> list:
     return records
 
 
-def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, list[dict]]:
+def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[str, list[dict]]:
     """
     The annotations of a PEDES set by split, checked: `{"train": [{"path", "captions", "person_id", "file_name",
     "row"}, ...], ...}`. Image files are not opened.
@@ -133,7 +136,10 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike) -> dict[str, lis
     Raises:
         DataError: names the annotation file, the row and the remedy.
     """
-    pedes, data_dir = PEDES_SETS[dataset], Path(data_dir)
+    pedes = PEDES_SETS[dataset]
+    if data_dir is None:
+        raise DataError(f"{pedes.title} needs --data_dir, the folder with its annotations and imgs/.")
+    data_dir = Path(data_dir)
     annotation_file = _annotation_file(pedes, data_dir)
     root = Path(os.path.realpath(data_dir / "imgs"))
     if not os.path.isdir(root):
@@ -243,28 +249,75 @@ def _rows(records: list[dict]) -> Iterator[dict]:
         }
 
 
-def _image_problem(path: str, decode: bool) -> str | None:
-    """What is wrong with an image file, or `None`. Without `decode` only its presence and size are looked at."""
-    if not os.path.isfile(path):
-        return "is not a file" if os.path.exists(path) else "is missing"
-    if os.path.getsize(path) == 0:
-        return "is empty"
+def _image_problem(image: dict, decode: bool) -> str | None:
+    """What is wrong with an image, or `None`. Without `decode` only the presence and size of a file are looked at."""
+    path, content = image["path"], image.get("bytes")
+    if content is None and path is None:
+        return "is missing"
+    if content is None and "://" not in path:
+        if not os.path.isfile(path):
+            return "is not a file" if os.path.exists(path) else "is missing"
+        if os.path.getsize(path) == 0:
+            return "is empty"
     if decode:
         try:
-            open_image({"path": path, "bytes": None})
+            open_image({"path": path, "bytes": content})
         except DataError as error:
             return f"cannot be decoded ({error})"
     return None
 
 
-def find_bad_images(records: list[dict], decode: bool, description: str) -> list[tuple[dict, str]]:
-    """Records whose image is missing, empty or (with `decode`) damaged, with what is wrong."""
-    bad = []
-    for record in tqdm(records, desc=description, unit="image", disable=len(records) < 1000):
-        problem = _image_problem(record["path"], decode)
+def find_bad_images(split: str, images: Iterable[dict], count: int, decode: bool) -> dict[int, str]:
+    """
+    Which of `count` images (`row`, `path`, and `bytes` where a table holds the content) are missing, empty or (with
+    `decode`) damaged: name, row and what is wrong, by row.
+    """
+    problems = {}
+    for image in tqdm(images, desc=f"{split}: images", unit="image", total=count, disable=count < 1000):
+        problem = _image_problem(image, decode)
         if problem:
-            bad.append((record, problem))
-    return bad
+            name = image["path"] or image.get("file_name") or "The image"
+            problems[image["row"]] = f"{name} (row {image['row']}) {problem}"
+    return problems
+
+
+def _rows_to_leave_out(
+    dataset: str,
+    data_dir: str | os.PathLike | None,
+    split: str,
+    images: Iterable[dict],
+    count: int,
+    skip_unreadable: bool,
+) -> Collection[int]:
+    """The rows of bad images, which are counted and listed; without `skip_unreadable` they are an error."""
+    problems = find_bad_images(split, images, count, decode=skip_unreadable)
+    if not problems:
+        return ()
+    first = next(iter(problems.values()))
+    if not skip_unreadable:
+        folder = "" if data_dir is None else f" --data_dir {data_dir}"
+        raise DataError(
+            f"{dataset}, split {split!r}: {first}; {len(problems)} such image(s) in this split. Complete the data "
+            f"(list them: python data_cada.py check --dataset {dataset}{folder}), or leave them out with "
+            "--skip_unreadable."
+        )
+    logger.warning(f"{split}: left out {len(problems)} of {count} images that cannot be read:")
+    for problem in problems.values():
+        logger.warning(f"  {problem}")
+    if len(problems) == count:
+        raise DataError(f"No image of split {split!r} can be read: {first}")
+    return problems
+
+
+def _needed_splits(dataset: str, there: Collection[str], splits: Collection[str] | None) -> list[str]:
+    """The splits to load of those that are there; for `splits` see [`load_pairs_dataset`]."""
+    if splits is None:
+        return list(there)
+    found = {split: "train" if split == "val" and split not in there else split for split in splits}
+    for split, instead in found.items():
+        if instead not in there:
+            raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(there)}.")
+    return [split for split in there if split in found.values()]
 
 
 @contextmanager
@@ -279,25 +332,14 @@ def _writing_to_the_cache(what: str) -> Iterator[None]:
         ) from error
 
 
-def _load_pedes(dataset: str, data_dir: str | os.PathLike, skip_unreadable: bool) -> DatasetDict:
-    loaded = {}
-    for split, records in read_annotations(dataset, data_dir).items():
-        bad = find_bad_images(records, decode=skip_unreadable, description=f"{split}: image files")
-        if bad and not skip_unreadable:
-            record, problem = bad[0]
-            raise DataError(
-                f"{record['path']} (split {split}, row {record['row']} of the annotations) {problem}; {len(bad)} such "
-                f"image(s) in this split. Complete the folder (list them: python data_cada.py check --dataset "
-                f"{dataset} --data_dir {data_dir}), or leave them out with --skip_unreadable."
-            )
-        if bad:
-            logger.warning(f"{split}: left out {len(bad)} of {len(records)} images that cannot be read:")
-            for record, problem in bad:
-                logger.warning(f"  {record['path']} (row {record['row']}) {problem}")
-            left_out = {record["row"] for record, _ in bad}
-            records = [record for record in records if record["row"] not in left_out]
-            if not records:
-                raise DataError(f"No image of split {split!r} in {data_dir} can be read. Is imgs/ complete?")
+def _load_pedes(
+    dataset: str, data_dir: str | os.PathLike | None, skip_unreadable: bool, splits: Collection[str] | None
+) -> DatasetDict:
+    loaded, annotations = {}, read_annotations(dataset, data_dir)
+    for split in _needed_splits(dataset, annotations, splits):
+        records = annotations[split]
+        left_out = _rows_to_leave_out(dataset, data_dir, split, records, len(records), skip_unreadable)
+        records = [record for record in records if record["row"] not in left_out]
         with _writing_to_the_cache(f"The table of split {split!r}"):
             loaded[split] = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"records": records})
     return DatasetDict(loaded)
@@ -310,6 +352,7 @@ def load_pairs_dataset(
     skip_unreadable: bool = False,
     seed: int = 0,
     revision: str | None = None,
+    splits: Collection[str] | None = None,
 ) -> DatasetDict:
     """
     A data set as `DatasetDict` with one row per image.
@@ -323,20 +366,19 @@ def load_pairs_dataset(
         skip_unreadable: decode all images first, and leave out those that cannot be read, with a list.
         seed: of the drawn set.
         revision: tag, branch or commit of a set on the Hub.
+        splits: names of the splits to load and check; `None` loads all. In the place of a `val` that the set lacks,
+            `train` is loaded, see [`hold_out_persons`].
 
     Raises:
         DataError: names the file, the row and the remedy.
     """
     if dataset in PEDES_SETS:
-        if data_dir is None:
-            raise DataError(
-                f"{PEDES_SETS[dataset].title} needs --data_dir, the folder with its annotations and imgs/."
-            )
-        loaded = _load_pedes(dataset, data_dir, skip_unreadable)
+        loaded = _load_pedes(dataset, data_dir, skip_unreadable, splits)
     elif dataset in DRAWN_SETS:
-        loaded = load_drawn(seed=seed, domain=DRAWN_SETS[dataset])
+        drawn = load_drawn(seed=seed, domain=DRAWN_SETS[dataset])
+        loaded = DatasetDict({split: drawn[split] for split in _needed_splits(dataset, drawn, splits)})
     else:
-        loaded = _load_other(dataset, data_dir, skip_unreadable, revision)
+        loaded = _load_other(dataset, data_dir, skip_unreadable, revision, splits)
     if captions_per_image is not None:
         if captions_per_image < 1:
             raise DataError(f"`captions_per_image` is {captions_per_image}. Give 1 or more.")
@@ -353,9 +395,8 @@ def _first_captions(row: dict, count: int) -> dict:
     return {name: row[name][:count] for name in ("captions", "attribute_spans") if name in row}
 
 
-def _load_other(
-    dataset: str, data_dir: str | os.PathLike | None, skip_unreadable: bool, revision: str | None
-) -> DatasetDict:
+def _open_other(dataset: str, data_dir: str | os.PathLike | None, revision: str | None) -> DatasetDict:
+    """Own data with all their splits, not yet checked."""
     known = (
         f"Known: {', '.join([*PEDES_SETS, *DRAWN_SETS])}, a folder written by `save_to_disk`, or a name that "
         "`datasets.load_dataset` takes."
@@ -381,58 +422,73 @@ def _load_other(
             ) from error
     if not isinstance(loaded, DatasetDict):
         raise DataError(f"{dataset} has no splits. Save a DatasetDict with train, val and test.")
-    loaded = DatasetDict({"val" if split == "validation" else split: rows for split, rows in loaded.items()})
-    for split, rows in loaded.items():
-        missing = {"image", "captions", "person_id"} - set(rows.column_names)
-        if missing:
-            raise DataError(
-                f"{dataset}, split {split!r} lacks the column(s) {', '.join(sorted(missing))}. Every row needs an "
-                "`image`, a list of `captions` and the `person_id`."
-            )
-        if not len(rows):
-            raise DataError(f"{dataset}, split {split!r} has no rows. Fill it, or leave the split out.")
-        _check_rows(rows, f"{dataset}, split {split!r}")
-        if not isinstance(rows.features["image"], Image):  # file names or bytes
-            try:
-                loaded[split] = rows = rows.cast_column("image", Image())
-            except Exception as error:  # the library raises many kinds
-                raise DataError(
-                    f"{dataset}, split {split!r}: the column `image` is of the type {rows.features['image']}. Give "
-                    "images, file names, or the content of image files."
-                ) from error
-        if skip_unreadable:
-            loaded[split] = _leave_out_unreadable(split, rows)
-        else:
-            _check_files(dataset, split, rows)
-    return loaded
+    if {"val", "validation"} <= set(loaded):
+        raise DataError(f"{dataset} has both splits, 'val' and 'validation'. Rename one, or leave it out.")
+    # In another format, such as NumPy's, the values would be of other types.
+    return DatasetDict(
+        {"val" if split == "validation" else split: rows.with_format(None) for split, rows in loaded.items()}
+    )
 
 
-def _check_files(dataset: str, split: str, rows: Dataset) -> None:
-    """Images that are files on this machine have to be there; of those in the table nothing is read."""
-    records, start = [], 0
-    for table in rows.select_columns("image").with_format("arrow").iter(1000):
-        images = table["image"].combine_chunks()
-        in_table = images.field("bytes").is_valid().to_pylist()
-        for row, (path, is_in_table) in enumerate(zip(images.field("path").to_pylist(), in_table), start):
-            if not is_in_table and path and "://" not in path:
-                records.append({"path": path, "row": row})
-        start += len(images)
-    bad = find_bad_images(records, decode=False, description=f"{split}: image files")
-    if bad:
-        record, problem = bad[0]
+def _load_other(
+    dataset: str,
+    data_dir: str | os.PathLike | None,
+    skip_unreadable: bool,
+    revision: str | None,
+    splits: Collection[str] | None,
+) -> DatasetDict:
+    loaded, there = {}, _open_other(dataset, data_dir, revision)
+    for split in _needed_splits(dataset, there, splits):
+        rows = _check_split(there[split], f"{dataset}, split {split!r}")
+        images = _undecoded_images(rows, with_content=skip_unreadable)
+        left_out = _rows_to_leave_out(dataset, data_dir, split, images, len(rows), skip_unreadable)
+        loaded[split] = rows.select([row for row in range(len(rows)) if row not in left_out]) if left_out else rows
+    return DatasetDict(loaded)
+
+
+def _check_split(rows: Dataset, where: str) -> Dataset:
+    """The rows, all of them checked but the images, whose column gets the type `Image`."""
+    missing = {"image", "captions", "person_id"} - set(rows.column_names)
+    if missing:
         raise DataError(
-            f"{record['path']} ({dataset}, split {split!r}, row {record['row']}) {problem}; {len(bad)} such image(s) "
-            "in this split. Bring the files back, or leave them out with --skip_unreadable."
+            f"{where} lacks the column(s) {', '.join(sorted(missing))}. Every row needs an `image`, a list of "
+            "`captions` and the `person_id`."
         )
+    if not len(rows):
+        raise DataError(f"{where} has no rows. Fill it, or leave the split out.")
+    _check_rows(rows, where)
+    if isinstance(rows.features["image"], Image):
+        return rows
+    try:  # file names or bytes
+        return rows.cast_column("image", Image())
+    except Exception as error:  # the library raises many kinds
+        raise DataError(
+            f"{where}: the column `image` is of the type {rows.features['image']}. Give images, file names, or the "
+            "content of image files."
+        ) from error
+
+
+def _undecoded_images(rows: Dataset, with_content: bool) -> Iterator[dict]:
+    """`row`, `path`, `bytes` and `file_name` of every image. Without `with_content`, `b""` stands for the content."""
+    start, columns = 0, [name for name in ("image", "file_name") if name in rows.column_names]
+    for table in rows.select_columns(columns).with_format("arrow").iter(1000):
+        contents = pc.struct_field(table["image"], "bytes")
+        paths = pc.struct_field(table["image"], "path").to_pylist()
+        names = table["file_name"].to_pylist() if "file_name" in columns else [None] * len(paths)
+        for row, (content, path, name) in enumerate(zip(contents, paths, names), start):
+            content = content.as_py() if with_content or not content.is_valid else b""
+            yield {"row": row, "path": path, "bytes": content, "file_name": name}
+        start += len(paths)
 
 
 def _check_rows(rows: Dataset, where: str) -> None:
     """Captions, person and, where the set brings them, attribute spans of every row."""
-    spans_of_rows = rows["attribute_spans"] if "attribute_spans" in rows.column_names else [None] * len(rows)
+    brings_spans = "attribute_spans" in rows.column_names
+    spans_of_rows = rows["attribute_spans"] if brings_spans else [None] * len(rows)
     for row, (captions, person_id, spans) in enumerate(zip(rows["captions"], rows["person_id"], spans_of_rows)):
         _check_captions(captions, f"{where}, row {row}")
         _check_person(person_id, f"{where}, row {row}")
-        if spans is not None and not _fits(spans, captions):
+        if brings_spans and not _fits(spans, captions):
             raise DataError(
                 f"{where}, row {row}: `attribute_spans` should have, for every caption, a list of [start, end) inside "
                 "the cleaned caption. Correct the row, or leave the column out: the phrases are then found with NLTK."
@@ -447,25 +503,6 @@ def _fits(spans, captions: list[str]) -> bool:
         return all(0 <= start < end <= length for own, length in zip(spans, lengths) for start, end in own)
     except (TypeError, ValueError):  # not lists of two numbers
         return False
-
-
-def _leave_out_unreadable(split: str, rows: Dataset) -> Dataset:
-    """The rows whose image can be decoded; the others are counted and listed."""
-    good, problems = [], []
-    undecoded_rows = undecoded(rows)
-    for row in tqdm(range(len(rows)), desc=f"{split}: images", unit="image", disable=len(rows) < 1000):
-        try:
-            read_row(undecoded_rows, row)
-            good.append(row)
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        logger.warning(f"{split}: left out {len(problems)} of {len(rows)} images that cannot be read:")
-        for problem in problems:
-            logger.warning(f"  {problem}")
-    if not good:  # so there are problems
-        raise DataError(f"No image of split {split!r} can be read: {problems[0]}")
-    return rows.select(good)
 
 
 def hold_out_persons(train: Dataset, persons: int, seed: int = 0) -> DatasetDict:
@@ -666,13 +703,14 @@ def read_row(dataset: Dataset, index: int, size: tuple[int, int] | None = None) 
     remedy.
     """
     row = undecoded(dataset)[index]
-    if not isinstance(row["image"], dict):
+    image = {"path": None, "bytes": None} if row["image"] is None else row["image"]
+    if not isinstance(image, dict):
         return row
     try:
-        return {**row, "image": open_image(row["image"], size)}
+        return {**row, "image": open_image(image, size)}
     except DataError as error:
         raise DataError(
-            f"The image {row.get('file_name') or row['image']['path'] or ''!r} in row {index} cannot be decoded: "
+            f"The image {row.get('file_name') or image['path'] or ''!r} in row {index} cannot be decoded: "
             f"{error}. Replace the file, or leave such images out with --skip_unreadable."
         ) from error
 
@@ -709,12 +747,25 @@ class PairCollator:
         return {**inputs, **{name: torch.tensor([sample[key] for sample in samples]) for name, key in numbers.items()}}
 
 
-def check(dataset: str, data_dir: str | os.PathLike, quick: bool = False) -> bool:
-    """Print persons, images and captions per split against the official numbers, and every bad image file."""
-    pedes = PEDES_SETS[dataset]
-    splits = read_annotations(dataset, data_dir)
-    print(f"{pedes.title} in {data_dir}\n")
-    print(f"{'split':6} {'':9} {'found':>8} {'official':>9}")
+def check(dataset: str, data_dir: str | os.PathLike | None = None, quick: bool = False) -> bool:
+    """
+    Print persons, images and captions per split, of the three sets against the official numbers, and every bad image.
+    Returns whether nothing is wrong.
+    """
+    if dataset in DRAWN_SETS:
+        raise DataError(f"{dataset} is drawn by this program, so there is nothing to check.")
+    if dataset in PEDES_SETS:
+        title, official = PEDES_SETS[dataset].title, PEDES_SETS[dataset].counts
+        images = splits = read_annotations(dataset, data_dir)
+    else:
+        title, official, images, splits = dataset, {}, {}, {}
+        for split, rows in _open_other(dataset, data_dir, revision=None).items():
+            rows = _check_split(rows, f"{dataset}, split {split!r}")
+            images[split] = _undecoded_images(rows, with_content=not quick)
+            columns = zip(rows["person_id"], rows["captions"])
+            splits[split] = [{"person_id": person_id, "captions": captions} for person_id, captions in columns]
+    print(title if data_dir is None else f"{title} in {data_dir}", end="\n\n")
+    print(f"{'split':6} {'':9} {'found':>8} {'official' if official else '':>9}".rstrip())
     complete = True
     for split, records in splits.items():
         found = (
@@ -722,31 +773,33 @@ def check(dataset: str, data_dir: str | os.PathLike, quick: bool = False) -> boo
             len(records),
             sum(len(record["captions"]) for record in records),
         )
-        for name, count, official in zip(("persons", "images", "captions"), found, pedes.counts[split]):
-            complete &= count == official
-            print(f"{split:6} {name:9} {count:8,} {official:9,} {'' if count == official else 'differs'}")
+        for position, (name, count) in enumerate(zip(("persons", "images", "captions"), found)):
+            line = f"{split:6} {name:9} {count:8,}"
+            if official:
+                expected = official[split][position]
+                complete &= count == expected
+                line += f" {expected:9,} {'' if count == expected else 'differs'}"
+            print(line)
         most = Counter(record["person_id"] for record in records).most_common()
         single = sum(1 for _, count in most if count == 1)
         if single:
             print(f"{split:6} {single} person(s) with a single image")
-    shared = [
-        (first, second, len({r["person_id"] for r in splits[first]} & {r["person_id"] for r in splits[second]}))
-        for first, second in (("train", "val"), ("train", "test"), ("val", "test"))
-        if first in splits and second in splits
-    ]
-    for first, second, count in shared:
+    persons = {split: {record["person_id"] for record in records} for split, records in splits.items()}
+    for first, second in combinations(persons, 2):
+        count = len(persons[first] & persons[second])
         if count:
             complete = False
             print(f"{count} person(s) are both in {first} and in {second}.")
-    bad = []
+    bad = 0
     for split, records in splits.items():
-        bad += find_bad_images(records, decode=not quick, description=f"{split}: image files")
-    for record, problem in bad:
-        print(f"{record['path']} (row {record['row']}) {problem}")
-    print(
-        f"\n{len(bad)} bad image file(s).",
-        "Numbers are official." if complete else "Numbers differ from the official ones.",
-    )
+        problems = find_bad_images(split, images[split], len(records), decode=not quick)
+        bad += len(problems)
+        for problem in problems.values():
+            print(f"{split}: {problem}")
+    line = f"\n{bad} bad image file(s)."
+    if official:
+        line += " Numbers are official." if complete else " Numbers differ from the official ones."
+    print(line)
     return complete and not bad
 
 
@@ -754,9 +807,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    check_parser = commands.add_parser("check", help="compare a data folder with the official numbers")
-    check_parser.add_argument("--dataset", required=True, choices=sorted(PEDES_SETS))
-    check_parser.add_argument("--data_dir", required=True)
+    check_parser = commands.add_parser("check", help="find bad images; compare with the official numbers")
+    check_parser.add_argument(
+        "--dataset", required=True, help=f"{', '.join(PEDES_SETS)}, or a folder written by `save_to_disk`"
+    )
+    check_parser.add_argument("--data_dir", help="folder with the authors' annotations and imgs/")
     check_parser.add_argument("--quick", action="store_true", help="look for the image files without decoding them")
     options = parser.parse_args(arguments)
     return run_command(lambda: 0 if check(options.dataset, options.data_dir, options.quick) else 1)

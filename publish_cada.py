@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -32,7 +33,7 @@ from transformers.utils import cached_file, logging
 from checkpoint_cada import check_config, load_config, weight_files
 from data_cada import PEDES_SETS
 from evaluation_cada import METRICS
-from files_cada import CADAError, Parser, one_line, read_json, run_command, written_whole
+from files_cada import CADAError, Parser, counted, one_line, read_json, run_command, written_whole
 from processing_cada import CADAProcessor
 
 
@@ -85,8 +86,9 @@ def read_run(folder: str | os.PathLike) -> dict:
     - `origin`: `{"start", "licence", "trained_on"}` of the weights before training, or `None` where nobody recorded
       it; `trained_on` lists the sets of earlier trainings.
     - `training`: what the model was trained on and how, or `None`; see `train_cada.describe_training`.
-    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "unreadable_images_skipped", "metrics",
-      "weights"}` and [`environment`]; `weights` is the digest of what was evaluated.
+    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "unreadable_images_skipped", "precision",
+      "metrics", "weights"}` and [`environment`]; `weights` is the digest of what was evaluated, `precision` such as
+      `"float32"`, which it is where an older record says nothing.
 
     Without a record all are empty.
 
@@ -127,6 +129,8 @@ def _check_record(run) -> None:
         _check_fields(row, _EVALUATION, where)
         if not isinstance(row.get("unreadable_images_skipped", False), bool):
             raise ValueError(f"`unreadable_images_skipped` of {where} is {row['unreadable_images_skipped']!r:.80}")
+        if not isinstance(_precision(row), str):
+            raise ValueError(f"`precision` of {where} is {row['precision']!r:.80}")
         metrics = row["metrics"]
         _check_fields(metrics, dict.fromkeys(("queries", "gallery", "rerank_k"), int), f"`metrics` of {where}")
         stages = [stage for stage in ("global", "local") if f"{stage}_R1" in metrics]
@@ -173,10 +177,27 @@ def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | N
         path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _precision(evaluation: dict) -> str:
+    return evaluation.get("precision", "float32")
+
+
 def _newest(evaluations: list[dict]) -> list[dict]:
-    names = ("weights", "dataset", "split", "captions_per_image", "unreadable_images_skipped")
-    rows = {(*(row.get(name) for name in names), row["metrics"]["rerank_k"]): row for row in evaluations}
+    names, sizes = ("weights", "dataset", "split", "captions_per_image"), ("queries", "gallery", "rerank_k")
+    rows = {}
+    for row in evaluations:
+        protocol = (*(row[name] for name in names), row.get("unreadable_images_skipped"), _precision(row))
+        rows[protocol, *(row["metrics"][name] for name in sizes)] = row
     return list(rows.values())
+
+
+def _evaluations_of(digest: str, folder: str | os.PathLike) -> list[dict]:
+    """What the record of a folder says of these weights. Evaluations of others are left out, with a warning."""
+    rows = read_run(folder)["evaluations"]
+    own = [row for row in rows if row["weights"] == digest]
+    if len(own) < len(rows):
+        left_out = counted(len(rows) - len(own), "evaluation")
+        logger.warning(f"{Path(folder) / RUN_FILE}: left out {left_out} of other weights.")
+    return own
 
 
 def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -275,8 +296,9 @@ def _captions(row: dict) -> str:
 
 
 def _departures(row: dict) -> str:
-    """What makes an evaluation another one than the split of the set's authors; empty where it is theirs."""
-    words = ", unreadable images left out" if row.get("unreadable_images_skipped") else ""
+    """What an evaluation differs in from one of the split of the set's authors in float32; empty where in nothing."""
+    words = f", in {_precision(row)}" if _precision(row) != "float32" else ""
+    words += ", unreadable images left out" if row.get("unreadable_images_skipped") else ""
     if row["dataset"] in PEDES_SETS:
         _, images, captions = PEDES_SETS[row["dataset"]].counts.get(row["split"], (0, 0, 0))
         queries, gallery = row["metrics"]["queries"], row["metrics"]["gallery"]
@@ -300,7 +322,7 @@ def _protocol(evaluations: list[dict], training: dict | None) -> list[str]:
         notes.append("One training run with one seed. Others differ; see the spread before you compare.")
     for where in dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations):
         notes.append(f"Evaluated on {where}.")
-    return notes
+    return list(dict.fromkeys(notes))
 
 
 def _recipe(training: dict, start: str) -> list[tuple[str, str]]:
@@ -314,7 +336,8 @@ def _recipe(training: dict, start: str) -> list[tuple[str, str]]:
         ("captions", _captions(training)),
         ("start", start),
     ]
-    rows += [(key.replace("_", " "), value) for key, value in training["recipe"].items()]
+    for key, value in training["recipe"].items():
+        rows.append((key.replace("_", " "), json.dumps(value) if isinstance(value, dict) else value))
     rows.append(("seed", training["seed"]))
     if training["minutes"] is not None:  # of a resumed run nobody knows the whole
         rows.append(("time", f"{training['minutes']:.1f} minutes"))
@@ -336,12 +359,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
     run, config = read_run(folder), load_config(folder)
     training = run["training"]
     digest = checkpoint_digest(folder)
-    own = [row for row in run["evaluations"] if row["weights"] == digest]
-    if len(own) < len(run["evaluations"]):
-        logger.warning(
-            f"{Path(folder) / RUN_FILE}: left out {len(run['evaluations']) - len(own)} evaluations of other weights. "
-            "Measure these with --do_predict."
-        )
+    own = _evaluations_of(digest, folder)
     if any(row["weights"] != digest for row in evaluations):
         raise PublishError(
             f"The further evaluations are of other weights than those in {folder}. Run --do_predict again."
@@ -360,6 +378,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
             cells = [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
             sizes = [f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
             title = set_title(row["dataset"]) + _departures(row)
+            protocol = f"{sizes[0]} queries, {sizes[1]} images, K = {metrics['rerank_k']}{_departures(row)}"
             table.append([title, row["split"], matching, str(k), *sizes, *cells])
             results += [
                 EvalResult(
@@ -367,6 +386,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
                     task_name="Text-to-image person retrieval",
                     dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]),
                     dataset_name=title,
+                    dataset_config=protocol,  # results that agree in it, type and split are listed as one
                     dataset_split=row["split"],
                     metric_type=f"{matching}_{metric}",
                     metric_name=f"{METRIC_TITLES[metric]} ({matching} matching)",
@@ -414,6 +434,19 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n")
 
 
+def check_names(repo_id: str, tag: str | None = None) -> None:
+    """The Hub refuses other names of repositories, Git other tags: better before the work than after it."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PublishError(f"{repo_id!r} is no name of a repository on the Hub: {one_line(error)}") from error
+    if tag is not None and not re.fullmatch(r"\w([.+/-]?\w)*(?<!\.lock)", tag, re.ASCII):
+        raise PublishError(
+            f"{tag!r} is no name of a tag. Give letters, digits and '_', with one '.', '-', '+' or '/' between, such "
+            "as v1.0."
+        )
+
+
 def open_repository(
     repo_id: str,
     tag: str | None = None,
@@ -425,8 +458,10 @@ def open_repository(
     Create the repository where it does not exist. Returns its full name and the files that it holds.
 
     Raises:
-        PublishError: where it cannot be written to, has the tag already, or holds weights and `overwrite` is not set.
+        PublishError: where a name is not one for the Hub, the repository cannot be written to, has the tag already,
+            or holds weights and `overwrite` is not set.
     """
+    check_names(repo_id, tag)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -530,14 +565,18 @@ def _push(api: HfApi, folder: Path, repo_id: str, tag: str | None, evaluations: 
 
 
 def _write_card_or_publish(options: argparse.Namespace) -> None:
-    further = []
+    check_names(options.repo_id, options.tag)
+    release_files(options.checkpoint)  # what is missing shows before anything is written
+    digest, further = checkpoint_digest(options.checkpoint), []
     for folder in options.evaluations:
-        rows = read_run(folder)["evaluations"]
+        rows = _evaluations_of(digest, folder)
         if not rows:
-            raise PublishError(f"{folder} holds no {RUN_FILE} with an evaluation. Run --do_predict there.")
+            raise PublishError(
+                f"{folder} holds no {RUN_FILE} with an evaluation of the weights in {options.checkpoint}. Run "
+                f"train_cada.py --do_predict --model_name_or_path {options.checkpoint} --output_dir {folder}."
+            )
         further += rows
     if options.card_only:
-        release_files(options.checkpoint)  # what is missing shows before anything is written
         card = model_card(options.checkpoint, options.repo_id, options.tag or "main", further)
         path = Path(options.checkpoint) / "README.md"
         with written_whole(path) as temporary:

@@ -23,7 +23,15 @@ from transformers import HfArgumentParser, set_seed
 from transformers.image_utils import SizeDict
 from transformers.utils import logging
 
-from checkpoint_cada import check_processor, load_config, load_model, load_processor, load_tokenizer
+from checkpoint_cada import (
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    check_processor,
+    load_config,
+    load_model,
+    load_processor,
+    load_tokenizer,
+)
 from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
 from convert_cada import (
     SOURCES,
@@ -60,6 +68,7 @@ from publish_cada import (
     RANDOM_START,
     after_training,
     check_licence,
+    checkpoint_digest,
     environment,
     model_digest,
     open_repository,
@@ -72,6 +81,8 @@ from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments, made
 
 
 logger = logging.get_logger(__name__)
+
+HALF_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass
@@ -269,17 +280,23 @@ def prepare_data(
     data: DataArguments, args: CADATrainingArguments, processor: CADAProcessor, find_attributes: bool
 ) -> tuple[DatasetDict, int]:
     """
-    Load the splits; hold persons out for validation where the set has none; find the attributes that ARA masks.
-    Returns the splits and how many persons were held out of train.
+    Load the splits that the run needs; hold persons out for validation where the set has none; find the attributes
+    that ARA masks. Returns the splits and how many persons were held out of train.
     """
     held_out = 0
     if data.holdout_persons < 0:
         raise ArgumentError(f"--holdout_persons is {data.holdout_persons}. Give 0 or more.")
     with args.main_process_first(desc="loading the data set"):
+        needed = {"train": args.do_train, "val": args.do_train or args.do_eval, "test": args.do_predict}
         splits = load_pairs_dataset(
-            data.dataset, data.data_dir, data.captions_per_image, data.skip_unreadable, revision=data.dataset_revision
+            data.dataset,
+            data.data_dir,
+            data.captions_per_image,
+            data.skip_unreadable,
+            revision=data.dataset_revision,
+            splits=[split for split, is_needed in needed.items() if is_needed],
         )
-        if (args.do_train or args.do_eval) and "val" not in splits and data.holdout_persons > 0:
+        if needed["val"] and "val" not in splits and data.holdout_persons > 0:
             # The same persons whatever the seed of the run, so that runs can be compared.
             held_out = data.holdout_persons
             splits = DatasetDict({**splits, **hold_out_persons(splits["train"], held_out)})
@@ -287,10 +304,8 @@ def prepare_data(
                 f"{data.dataset} has no validation split: {data.holdout_persons} persons of train choose the "
                 "checkpoint (--holdout_persons)."
             )
-        needed = {"train": args.do_train, "val": args.do_eval and not args.do_train, "test": args.do_predict}
-        for split, is_needed in needed.items():
-            if is_needed and split not in splits:
-                raise DataError(f"{data.dataset} has no split {split!r}; it has {', '.join(splits)}.")
+        elif args.do_eval and not args.do_train and "val" not in splits:
+            raise DataError(f"{data.dataset} has no split 'val', and --holdout_persons 0 takes no persons of train.")
         if args.do_train and find_attributes:
             splits["train"] = add_attribute_spans(splits["train"], processor.attribute_masker)
     for split, count in shared_persons(splits).items() if args.do_train else ():
@@ -342,14 +357,20 @@ def describe_training(
         "learning_rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": args.warmup_steps if args.warmup_steps >= 1 else f"{100 * args.warmup_steps:g}% of all",
+        "adam_beta1": args.adam_beta1,
+        "adam_beta2": args.adam_beta2,
+        "adam_epsilon": args.adam_epsilon,
         "weight_decay": args.weight_decay,
         "max_grad_norm": args.max_grad_norm,
-        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "precision": HALF_PRECISION.get(args.mixed_precision, "float32"),
         "negative_sampling": args.negative_sampling,
         "unreadable_images_skipped": data.skip_unreadable,
     }
     if args.negative_sampling == "annealed":
         recipe["negative_temperature"] = f"{args.negative_temperature_start} to {args.negative_temperature_end}"
+    given = {name: getattr(args, name) for name in ("lr_scheduler_kwargs", "optim_args", "data_seed")}
+    given["config_overrides"] = read_overrides(model.config_overrides)
+    recipe |= {name: value for name, value in given.items() if value not in (None, "", {})}
     return {
         "dataset": name_of_set(data, rows),
         "captions_per_image": data.captions_per_image,
@@ -357,7 +378,7 @@ def describe_training(
         "start": "random weights" if start is None else Path(start).name if Path(start).exists() else start,
         "recipe": recipe,
         "selected_by": f"{args.metric_for_best_model} on validation" if chosen else None,
-        "seed": args.seed if args.data_seed is None else f"{args.seed}, of the data {args.data_seed}",
+        "seed": args.seed,
         **environment(args.world_size),
     }
 
@@ -368,19 +389,27 @@ def describe_evaluation(
     """The scores of a split with what is needed to compare them."""
     names = ("queries", "gallery", "rerank_k")
     plain = {name.removeprefix(f"{prefix}_"): value for name, value in scores.items()}
+    model = whole_model(trainer.accelerator.unwrap_model(trainer.model))
+    of_weights = str(model.dtype).removeprefix("torch.")
     return {
         "dataset": name_of_set(data, rows),
         "split": split,
         "captions_per_image": data.captions_per_image,
         "unreadable_images_skipped": data.skip_unreadable,
+        "precision": HALF_PRECISION.get(trainer.args.mixed_precision, of_weights),
         "metrics": {k: v for k, v in plain.items() if k in names or k.startswith(("global_", "local_"))},
-        "weights": model_digest(whole_model(trainer.accelerator.unwrap_model(trainer.model))),
+        "weights": model_digest(model),
         **environment(trainer.args.world_size),
     }
 
 
-def check_hold_out(training: dict | None, dataset: str, held_out: int) -> None:
+def check_hold_out(origin: dict | None, training: dict | None, dataset: str, held_out: int) -> None:
     """Persons that a model was trained on are no validation set. `dataset` is named as by [`name_of_set`]."""
+    if dataset in (origin or {}).get("trained_on", []):
+        raise ArgumentError(
+            f"--do_eval would measure on {held_out} persons of train, but the weights come from an earlier training "
+            f"on {dataset}, and how many it held out is not recorded. Pass --do_predict alone."
+        )
     if training is not None and training["dataset"] == dataset:
         seen = training["recipe"]["persons_held_out_of_train"]
         if seen != held_out:
@@ -388,6 +417,23 @@ def check_hold_out(training: dict | None, dataset: str, held_out: int) -> None:
                 f"--do_eval would measure on {held_out} persons of train, but the training held out "
                 f"{seen}. Pass --holdout_persons {seen}, or --do_predict alone."
             )
+
+
+def holds_weights(folder: str, model: CADAForTextToImageRetrieval) -> bool:
+    """
+    Whether the `--output_dir` of an evaluation holds the weights of `model`.
+
+    Raises:
+        ArgumentError: where it holds others, whose record would be replaced.
+    """
+    if not any((Path(folder) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        return False
+    if checkpoint_digest(folder) != model_digest(model):
+        raise ArgumentError(
+            f"--output_dir {folder} holds other weights than the evaluated ones, with a record of their own. Choose "
+            "another --output_dir."
+        )
+    return True
 
 
 def run(model_arguments: ModelArguments, data: DataArguments, args: CADATrainingArguments) -> dict[str, float]:
@@ -423,8 +469,14 @@ def train_and_evaluate(
             model.set_attn_implementation(model_arguments.attn_implementation)
     splits, held_out = prepare_data(data, args, processor, find_attributes=model.config.use_ara)
     origin, training = find_history(model_arguments, args.do_train)
+    evaluations = []
+    if not args.do_train:
+        earlier = read_run(args.output_dir)
+        evaluations = earlier["evaluations"]
+        if holds_weights(args.output_dir, model):  # a checkpoint of a run has no record, the folder of the run has one
+            origin, training = earlier["origin"] or origin, earlier["training"] or training
     if held_out and not args.do_train:
-        check_hold_out(training, name_of_set(data, splits["val"]), held_out)
+        check_hold_out(origin, training, name_of_set(data, splits["val"]), held_out)
     if args.do_train and "val" not in splits:
         # Nothing to choose by. The test split must not choose.
         logger.warning("No validation split: the last checkpoint is kept, whatever its score.")
@@ -481,7 +533,6 @@ def train_and_evaluate(
             trainer.save_model(_internal_call=True)  # FSDP gathers the weights from all processes
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
-    evaluations = [] if args.do_train else read_run(args.output_dir)["evaluations"]
     metrics: dict[str, float] = {}
     for wanted, split, prefix in ((args.do_eval, "val", "eval"), (args.do_predict, "test", "test")):
         if wanted:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import bert_tokenizer, save_tiny_start, small_disk, tiny_processor, tried, without_rights
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,7 +26,7 @@ import explain_cada
 import publish_cada
 import train_cada
 from convert_cada import ConversionError, convert, read_checkpoint
-from data_cada import DataError, add_attribute_spans, load_pairs_dataset, read_annotations
+from data_cada import DataError, add_attribute_spans, load_pairs_dataset, read_annotations, read_row
 from files_cada import CADAError, run_command
 from processing_cada import AttributeMasker, clean_caption
 from publish_cada import PublishError, model_card, read_run, write_run
@@ -62,7 +62,7 @@ def test_names_never_leave_the_data_folder(cuhk, name):
     records = json.loads((cuhk / "reid_raw.json").read_text())
     records[1]["file_path"] = name
     if name == "loop/a.png":  # inside, but no file
-        with pytest.raises(DataError, match="row 1 of the annotations. is missing"):
+        with pytest.raises(DataError, match=r"cuhk_pedes, split 'train': .*loop/a.png \(row 1\) is missing"):
             load_pairs_dataset("cuhk_pedes", written(cuhk, records))
         return
     with pytest.raises(DataError, match="row 1: the (image )?path"):
@@ -164,11 +164,43 @@ def saved_rows(folder: Path, **columns) -> str:
         ({"attribute_spans": [[[[0, 1]]], [[[3, 2]]]]}, "row 1: `attribute_spans` should have"),
         ({"attribute_spans": [[[[0, 1]]], []]}, "row 1: `attribute_spans` should have"),
         ({"attribute_spans": [[[[0, 1, 2]]], [[]]]}, "row 0: `attribute_spans` should have"),
+        ({"attribute_spans": [[[[0, 1]]], None]}, "row 1: `attribute_spans` should have"),
+        ({"image": [b"", None]}, r"own, split 'train': The image \(row 1\) is missing; 1 such.*--skip_unreadable"),
+        ({"image": ["http://a/b.png", None]}, r"own, split 'train': The image \(row 1\) is missing; 1 such"),
     ],
 )
 def test_own_data_of_another_form(tmp_path, columns, message):
     with pytest.raises(DataError, match=message):
         load_pairs_dataset(saved_rows(tmp_path, **columns))
+
+
+def test_own_data_with_a_row_without_image(tmp_path, caplog):
+    images = [Image.new("RGB", (2, 2), "red"), None]
+    folder = saved_rows(tmp_path, image=images, file_name=["a.png", "b.png"])
+    with pytest.raises(DataError, match=r"b.png \(row 1\) is missing; 1 such"):
+        load_pairs_dataset(folder)
+    rows = load_pairs_dataset(folder, skip_unreadable=True)["train"]
+    assert list(rows["person_id"]) == [1]
+    assert "train: left out 1 of 2 images" in caplog.text and "b.png (row 1) is missing" in caplog.text
+    with pytest.raises(DataError, match="The image 'b.png' in row 1 cannot be decoded: there is neither"):
+        read_row(load_from_disk(folder)["train"], 1)
+
+
+def test_own_data_with_two_validation_splits(tmp_path):
+    rows = Dataset.from_dict({"image": [b""], "captions": [["a man"]], "person_id": [1]})
+    DatasetDict(train=rows, val=rows, validation=rows).save_to_disk(tmp_path / "own")
+    with pytest.raises(DataError, match="both splits, 'val' and 'validation'"):
+        load_pairs_dataset(str(tmp_path / "own"))
+
+
+def test_own_data_in_the_format_of_another_library(tmp_path):
+    """`save_to_disk` keeps the format, in which `datasets` would give arrays instead of lists and images."""
+    columns = {"captions": [["a man", "he"]], "person_id": [5], "attribute_spans": [[[[2, 5]], []]]}
+    rows = Dataset.from_dict({"image": [Image.new("RGB", (2, 3), "red")], **columns})
+    DatasetDict(train=rows.with_format("numpy")).save_to_disk(tmp_path / "own")
+    row = load_pairs_dataset(str(tmp_path / "own"))["train"][0]
+    assert row.pop("image").size == (2, 3)
+    assert row == {name: values[0] for name, values in columns.items()}
 
 
 def test_own_data_that_is_damaged_or_empty(tmp_path):
@@ -194,7 +226,7 @@ def test_own_data_that_names_a_pipe(tmp_path):
     folder = saved_rows(tmp_path, image=[str(tmp_path / "pipe.png")] * 2)
     with pytest.raises(DataError, match=r"row 0\) is not a file; 2 such"):
         load_pairs_dataset(folder)
-    with pytest.raises(DataError, match="row 0 cannot be decoded: it is not a file but a folder or a device"):
+    with pytest.raises(DataError, match=r"No image of split 'train' can be read: .*pipe.png \(row 0\) is not a file"):
         load_pairs_dataset(folder, skip_unreadable=True)
 
 
@@ -447,6 +479,7 @@ def released(tmp_path_factory) -> Path:
     metrics = {f"{stage}_{name}": 50.0 for stage in ("global", "local") for name in publish_cada.METRICS}
     evaluation = {**where, "split": "test", "metrics": {**metrics, "queries": 12, "gallery": 6, "rerank_k": 3}}
     evaluation |= {"weights": publish_cada.checkpoint_digest(folder), "unreadable_images_skipped": False}
+    evaluation["precision"] = "float32"
     training = {**where, "start": "random weights", "seed": 0, "minutes": 1.5, "selected_by": None}
     training |= {"recipe": {"epochs": 1}, "data": {"persons": 6, "images": 18, "pairs": 36}}
     write_run(folder, {**publish_cada.RANDOM_START, "trained_on": ["cuhk_pedes"]}, training, [evaluation])
@@ -585,7 +618,9 @@ def error_of(command: str, words: dict[str, str], capsys) -> str:
         ("publish", {"--checkpoint": "tokenizer"}, "tokenizer holds no config.json"),
         ("publish", {"--evaluations": "tokenizer"}, "tokenizer holds no cada_run.json with an evaluation"),
         ("check", {"--data_dir": "file"}, "The data folder file does not exist"),
-        ("check", {"--dataset": "rstp"}, "invalid choice: 'rstp'"),
+        ("check", {"--dataset": "rstp"}, "Cannot load the data set 'rstp'"),
+        ("check", {"--dataset": "rstp_ried"}, "Do you mean rstp_reid"),
+        ("check", {"--dataset": "demo"}, "demo is drawn"),
         ("train", {"--output_dir": "file"}, "The output folder file is a file"),
         ("train", {"--output_dir": "/proc/none"}, "The output folder /proc/none cannot be written to"),
         ("train", {"--model_name_or_path": "file"}, "file is a file. Give the folder"),

@@ -212,7 +212,9 @@ def test_missing_image_is_an_error(cuhk):
     name = json.loads((cuhk / "reid_raw.json").read_text())[1]["file_path"]
     with pytest.raises(DataError) as error:
         load_pairs_dataset("cuhk_pedes", cuhk)
-    assert f"{cuhk / 'imgs' / name} (split train, row 1 of the annotations) is missing; 2 such" in str(error.value)
+    expected = f"cuhk_pedes, split 'train': {cuhk / 'imgs' / name} (row 1) is missing; 2 such"
+    assert str(error.value).startswith(expected)
+    assert f"python data_cada.py check --dataset cuhk_pedes --data_dir {cuhk})" in str(error.value)
     assert "--skip_unreadable" in str(error.value)
 
 
@@ -236,6 +238,31 @@ def test_skip_unreadable_leaves_out_counts_and_lists(cuhk, caplog, monkeypatch):
         assert f"(row {row}) {problem}" in caplog.text
     for index in range(15):
         read_row(rows, index)
+
+
+def test_only_the_splits_that_are_asked_for_are_loaded_and_checked(cuhk, laid_out):
+    damage(cuhk)  # in train
+    assert set(load_pairs_dataset("cuhk_pedes", cuhk, splits=["val", "test"])) == {"val", "test"}
+    with pytest.raises(DataError, match="split 'train'"):
+        load_pairs_dataset("cuhk_pedes", cuhk, splits=["train", "test"])
+    # A set without val: its persons come from train.
+    assert set(load_pairs_dataset("icfg_pedes", laid_out["icfg_pedes"], splits=["val"])) == {"train"}
+    with pytest.raises(DataError, match="icfg_pedes has no split 'query'; it has train, test"):
+        load_pairs_dataset("icfg_pedes", laid_out["icfg_pedes"], splits=["test", "query"])
+
+
+def test_splits_of_own_data(tmp_path):
+    rows = {"image": [b""], "captions": [["a man"]], "person_id": [1]}
+    good, bad = Dataset.from_dict(rows), Dataset.from_dict({**rows, "captions": [[]]})
+    DatasetDict(train=bad, test=good).save_to_disk(tmp_path / "own")
+    assert set(load_pairs_dataset(str(tmp_path / "own"), splits=["test"])) == {"test"}
+    for splits in (["val"], ["train", "test"], None):
+        with pytest.raises(DataError, match="split 'train', row 0: `captions`"):
+            load_pairs_dataset(str(tmp_path / "own"), splits=splits)
+    DatasetDict(test=good).save_to_disk(tmp_path / "test alone")
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=f"test alone has no split '{split}'; it has test"):
+            load_pairs_dataset(str(tmp_path / "test alone"), splits=[split])
 
 
 def test_hold_out_persons_splits_by_person(laid_out):
@@ -279,9 +306,11 @@ def test_own_data_with_file_names_of_images(laid_out, tmp_path, caplog, monkeypa
     rows = load_pairs_dataset(str(tmp_path / "own"), skip_unreadable=True)["train"]
     assert list(rows["person_id"]) == [0, 0, 0]
     assert "left out 1 of 4 images" in caplog.text
-    assert "row 3 cannot be decoded" in caplog.text
+    assert "damaged.jpg (row 3) cannot be decoded" in caplog.text
     damaged.unlink()
-    with pytest.raises(DataError, match=r"damaged.jpg .*split 'train', row 3\) is missing; 1 such.*--skip_unreadable"):
+    with pytest.raises(
+        DataError, match=r"split 'train': .*damaged.jpg \(row 3\) is missing; 1 such.*--skip_unreadable"
+    ):
         load_pairs_dataset(str(tmp_path / "own"))
     assert len(load_pairs_dataset(str(tmp_path / "own"), skip_unreadable=True)["train"]) == 3
 
@@ -441,6 +470,35 @@ def test_check_command_compares_with_the_official_numbers(cuhk):
     assert sum("(row 1) is missing" in line for line in lines) == 1
     assert sum("(row 4) cannot be decoded" in line for line in lines) == 1
     assert any(line.startswith("3 bad image file(s).") for line in lines)
+
+
+def test_check_of_own_data(tmp_path, capsys):
+    """The numbers without official ones, every bad image, in the table or a file, and persons of two splits."""
+    Image.new("RGB", (8, 16)).save(tmp_path / "good.png")
+    files = [str(tmp_path / "good.png"), str(tmp_path / "lost.png"), None]
+    train = Dataset.from_dict({"image": files, "captions": [["a", "b"], ["c"], ["d"]], "person_id": [1, 1, 2]})
+    inside = [(tmp_path / "good.png").read_bytes(), b"damaged"]
+    test = Dataset.from_dict({"image": inside, "captions": [["e"], ["f"]], "person_id": [3, 3]})
+    DatasetDict(train=train, validation=test).save_to_disk(tmp_path / "own")
+    arguments = ["check", "--dataset", str(tmp_path / "own")]
+    assert data_cada.main(arguments) == 1
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:5] == [str(tmp_path / "own"), "", "split found", "train persons 2", "train images 3"]
+    assert {"train captions 4", "train 1 person(s) with a single image", "val persons 1", "val captions 2"} < set(
+        lines
+    )
+    assert f"train: {tmp_path / 'lost.png'} (row 1) is missing" in lines
+    assert "train: The image (row 2) is missing" in lines
+    assert sum(line.startswith("val: The image (row 1) cannot be decoded") for line in lines) == 1
+    assert lines[-1] == "3 bad image file(s)."
+    assert data_cada.main([*arguments, "--quick"]) == 1
+    assert "2 bad image file(s)." in capsys.readouterr().out
+    sound = test.select([0])
+    DatasetDict(train=sound).save_to_disk(tmp_path / "own")
+    assert data_cada.main(arguments) == 0
+    DatasetDict(train=sound, gallery=sound).save_to_disk(tmp_path / "own")
+    assert data_cada.main(arguments) == 1
+    assert "1 person(s) are both in train and in gallery." in capsys.readouterr().out
 
 
 def test_check_is_content_with_a_complete_set(laid_out, monkeypatch, capsys):

@@ -20,6 +20,7 @@ import train_cada
 from evaluation_cada import METRICS
 from modeling_cada import CADAForTextToImageRetrieval
 from publish_cada import CARDS, RUN_FILE, PublishError, model_card, read_run, release_files, write_run
+from trainer_cada import ArgumentError
 
 
 ROOT = Path(publish_cada.__file__).parent
@@ -41,7 +42,8 @@ def trained(tmp_path_factory) -> Path:
             *("--model_name_or_path", str(folder / "start"), "--output_dir", str(folder / "run")),
             *("--dataset", "rstp_reid", "--data_dir", str(folder), "--captions_per_image", "2"),
             *("--num_train_epochs", "1", "--per_device_train_batch_size", "6", "--learning_rate", "1e-3"),
-            *("--do_train", "--do_predict", "--disable_tqdm", "true", "--seed", "7"),
+            *("--do_train", "--do_predict", "--disable_tqdm", "true", "--seed", "7", "--data_seed", "3"),
+            *("--config_overrides", '{"mask_rate": 0.4}', "--lr_scheduler_kwargs", '{"num_cycles": 0.25}'),
         ]
     )
     return folder / "run"
@@ -69,7 +71,10 @@ def test_record_says_what_was_run_and_measured(trained):
     assert training["start"] == "start"  # the name, not the folder of this machine
     assert training["data"] == {"persons": 6, "images": 18, "pairs": 36}
     assert (training["seed"], training["captions_per_image"]) == (7, 2)
-    assert training["recipe"]["learning_rate"] == 1e-3 and training["recipe"]["batch_size"] == 6
+    recipe = training["recipe"]
+    assert (recipe["learning_rate"], recipe["batch_size"], recipe["data_seed"]) == (1e-3, 6, 3)
+    assert (recipe["config_overrides"], recipe["lr_scheduler_kwargs"]) == ({"mask_rate": 0.4}, {"num_cycles": 0.25})
+    assert (recipe["adam_beta1"], recipe["adam_beta2"], recipe["adam_epsilon"]) == (0.9, 0.999, 1e-8)
     assert training["selected_by"] == "local_R1 on validation"
     assert training["versions"]["torch"] == version("torch")
     measured = json.loads((trained / "test_results.json").read_text())
@@ -82,18 +87,56 @@ def test_record_says_what_was_run_and_measured(trained):
     }
 
 
-def test_evaluation_of_a_checkpoint_keeps_how_it_was_trained(trained, tmp_path):
-    data = trained.parent
+def evaluate(start: Path, output: Path, data: Path, *more: str) -> None:
     train_cada.main(
         [
-            *("--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "again")),
-            *("--dataset", "rstp_reid", "--data_dir", str(data), "--do_predict", "--disable_tqdm", "true"),
+            *("--model_name_or_path", str(start), "--output_dir", str(output), "--dataset", "rstp_reid"),
+            *("--data_dir", str(data), "--do_predict", "--disable_tqdm", "true", *more),
         ]
     )
+
+
+def test_evaluation_of_a_checkpoint_keeps_how_it_was_trained(trained, tmp_path):
+    evaluate(trained, tmp_path / "again", trained.parent)
     record = read_run(tmp_path / "again")
     assert record["training"] == read_run(trained)["training"]
     assert record["origin"] == read_run(trained)["origin"]  # an evaluation adds no training
     assert [(row["split"], row["captions_per_image"]) for row in record["evaluations"]] == [("test", None)]
+
+
+def test_evaluation_replaces_no_record_of_other_weights(trained, run, tmp_path):
+    """A folder with other weights is refused before the evaluation; one with the same weights keeps its record."""
+    save_tiny_start(tmp_path / "other", initializer_range=0.2)
+    record, results = read_run(run), (run / "test_results.json").read_text()
+    with pytest.raises(ArgumentError, match="holds other weights than the evaluated ones.* Choose another"):
+        evaluate(tmp_path / "other", run, trained.parent)
+    assert (read_run(run), (run / "test_results.json").read_text()) == (record, results)
+    checkpoint = next(run.glob("checkpoint-*"))  # the one step's checkpoint has these weights and no record
+    evaluate(checkpoint, run, trained.parent, "--captions_per_image", "1")
+    after = read_run(run)
+    assert (after["origin"], after["training"]) == (record["origin"], record["training"])
+    assert [row["captions_per_image"] for row in after["evaluations"]] == [2, 2, 1]
+    for start in (trained, tmp_path / "other"):  # several models may be compared in a folder without weights
+        evaluate(start, tmp_path / "compared", trained.parent)
+    assert len({row["weights"] for row in read_run(tmp_path / "compared")["evaluations"]}) == 2
+
+
+def test_half_precision_is_recorded_and_said(run, trained):
+    for more in ((), ("--bf16", "--use_cpu")):
+        evaluate(run, run, trained.parent, *more)
+    rows = [row for row in read_run(run)["evaluations"] if row["captions_per_image"] is None]
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
+    content = model_card(run, "org/name", "main").content
+    assert "| RSTPReid, in bfloat16, NOT the official split" in content
+    assert "RSTPReid, test: all captions of an image, in bfloat16, NOT" in content
+    names = [result.dataset_name for result in ModelCard(content).data.eval_results]
+    assert sum("in bfloat16" in name for name in names) == 2 * len(METRICS)
+    record = read_run(run)
+    for row in record["evaluations"]:
+        if row["precision"] == "float32":
+            del row["precision"]  # as in records of older versions
+    write_run(run, record["origin"], record["training"], [*record["evaluations"], *rows])
+    assert len(read_run(run)["evaluations"]) == len(record["evaluations"])
 
 
 @pytest.mark.parametrize(
@@ -121,6 +164,8 @@ def test_card_tells_what_was_measured(dataset, run):
         'revision = "org/cada-x", "v1.0"',
         "chosen by local_R1 on validation",
         "seed | 7",
+        "data seed | 3",
+        '| config overrides | {"mask_rate": 0.4} |',
         "legal basis",
         "6 persons, 18 images, 36 pairs",
     ):
@@ -219,19 +264,22 @@ def test_card_only_writes_the_card_and_pushes_nothing(run, capsys):
     assert "# name" in (run / "README.md").read_text(encoding="utf-8")
 
 
-def test_further_evaluations_join_the_table(run, trained, tmp_path):
+def test_further_evaluations_join_the_table(run, trained, tmp_path, caplog, capsys):
     """A cross-domain result, from the folder of its own run."""
     row = {**read_run(trained)["evaluations"][-1], "dataset": "icfg_pedes"}
-    for name, more in (("cross", {}), ("foreign", {"weights": "of another model"})):
+    foreign = {**row, "weights": "of another model"}
+    for name, rows in (("cross", [row, foreign]), ("foreign", [foreign])):
         (tmp_path / name).mkdir()
-        write_run(tmp_path / name, None, None, [{**row, **more}])
+        write_run(tmp_path / name, None, None, rows)
     arguments = ["--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]
     assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "cross")]) == 0
+    assert "left out 1 evaluation of other weights" in caplog.text
     assert "| ICFG-PEDES, NOT the official split (6 of 19,848 images) | test | local |" in (
         run / "README.md"
     ).read_text(encoding="utf-8")
     assert publish_cada.main([*arguments, "--evaluations", str(tmp_path)]) == 1
     assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "foreign")]) == 1
+    assert f"with an evaluation of the weights in {run}. Run train_cada.py --do_predict" in capsys.readouterr().err
 
 
 def test_figures_of_other_weights_stay_out_of_the_card(run):
@@ -306,6 +354,39 @@ def test_figures_of_a_part_are_not_called_those_of_the_set(run, queries, gallery
     rows = [row for row in record["evaluations"] if row["split"] == "test"]
     write_run(run, publish_cada.RANDOM_START, record["training"], rows)
     assert ("NOT the official split" not in model_card(run, "org/name", "main").content) == official
+
+
+def test_own_sets_of_one_name_stay_apart(run):
+    """Both folders are called `data`; they hold 30 and 50 images."""
+    record = rename(run, "data (own data)")
+    row = next(row for row in record["evaluations"] if row["split"] == "test")
+    rows = [{**row, "metrics": {**row["metrics"], "gallery": gallery}} for gallery in (30, 50, 50)]
+    write_run(run, record["origin"], record["training"], rows)
+    assert [row["metrics"]["gallery"] for row in read_run(run)["evaluations"]] == [30, 50]
+    content = model_card(run, "org/name", "main").content
+    assert content.count("- data (own data), test: ") == 1  # what both have in common is said once
+    index = ModelCard(content).data.to_dict()["model-index"][0]["results"]
+    assert [len(result["metrics"]) for result in index] == [2 * len(METRICS), 2 * len(METRICS)]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["--repo_id", "x y/ä"], "'x y/ä' is no name of a repository on the Hub"),
+        (["--repo_id", "a/b/c"], "is no name of a repository on the Hub"),
+        *((["--tag", tag], "is no name of a tag") for tag in ("v 1", "", "v1.", "v..1", "ä", "a~1", "@", "v.lock")),
+    ],
+)
+def test_names_that_the_hub_refuses(names, message, run, capsys):
+    assert publish_cada.main(["--checkpoint", str(run), "--repo_id", "org/name", "--card_only", *names]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (run / "README.md").exists()
+
+
+@pytest.mark.parametrize("tag", ["v1.0", "1", "release/2026-01", "v1.0-rc.1+cpu", "a_b", None])
+def test_names_that_the_hub_takes(tag):
+    publish_cada.check_names("org/Some-name_1.0", tag)
 
 
 def test_weights_without_licence_are_not_published(run, capsys):

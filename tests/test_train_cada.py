@@ -12,16 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import save_colour_set, save_tiny_start, tiny_config
+from datasets import Dataset
 from pedes_layout import LAYOUTS
 from PIL import Image
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerState
 
 import train_cada
 from data_cada import DataError
 from files_cada import run_command
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
-from publish_cada import read_run
+from publish_cada import RANDOM_START, after_training, read_run, write_run
 from train_cada import ModelArguments, load_model_and_processor, read_overrides
 from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments
 
@@ -257,11 +258,11 @@ def test_a_mistake_ends_the_program_with_a_line(start, tmp_path):
 
 def test_held_out_persons_are_compared_by_the_recorded_name_of_the_set():
     trained = {"dataset": "mine (own data)", "recipe": {"persons_held_out_of_train": 5}}
-    train_cada.check_hold_out(trained, "mine (own data)", 5)
-    train_cada.check_hold_out(trained, "icfg_pedes", 200)
-    train_cada.check_hold_out(None, "icfg_pedes", 200)
+    train_cada.check_hold_out(None, trained, "mine (own data)", 5)
+    train_cada.check_hold_out({"trained_on": ["cuhk_pedes"]}, trained, "icfg_pedes", 200)
+    train_cada.check_hold_out(RANDOM_START, None, "icfg_pedes", 200)
     with pytest.raises(ArgumentError, match="Pass --holdout_persons 5"):
-        train_cada.check_hold_out(trained, "mine (own data)", 7)
+        train_cada.check_hold_out(None, trained, "mine (own data)", 7)
 
 
 NO_DROPOUT = '{"text_config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}'
@@ -441,6 +442,53 @@ def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
     again += ["--holdout_persons", "2"]
     with pytest.raises(ArgumentError, match="the training held out 0"):
         train_cada.main(again)
+    record = read_run(tmp_path / "run")  # as if trained on CUHK-PEDES after that
+    write_run(tmp_path / "run", after_training(record), {**record["training"], "dataset": "cuhk_pedes"}, [])
+    with pytest.raises(ArgumentError, match="earlier training on icfg_pedes, .* Pass --do_predict alone"):
+        train_cada.main(again)
+
+
+def test_recipe_in_the_record_names_what_was_given(tmp_path):
+    """The fields of --config_overrides, not the name of their file."""
+    (tmp_path / "fields.json").write_text('{"mask_rate": 0.4}')
+    rows = Dataset.from_dict({"person_id": [1, 1, 2]})
+    state = TrainerState(epoch=1.0, global_step=3)
+    more = {"data_seed": 0, "optim_args": "rank=8", "adam_beta2": 0.98}
+    recipes = []
+    for overrides, given in ((None, {}), (str(tmp_path / "fields.json"), more)):
+        model, data = ModelArguments(config_overrides=overrides), train_cada.DataArguments("org/set")
+        args = CADATrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)
+        training = train_cada.describe_training(model, data, args, rows, 6, state)
+        assert training["seed"] == 42
+        recipes.append(training["recipe"])
+    assert {name: value for name, value in recipes[1].items() if recipes[0].get(name) != value} == {
+        **more,
+        "config_overrides": {"mask_rate": 0.4},
+    }
+
+
+def test_an_evaluation_needs_its_own_split_alone(start, tmp_path):
+    """Images and captions of the others are not looked at; a split that is needed and not there is named."""
+    LAYOUTS["rstp_reid"](tmp_path)
+    for record in json.loads((tmp_path / "data_captions.json").read_text()):
+        if record["split"] != "test":
+            (tmp_path / "imgs" / record["img_path"]).unlink()
+    words = command(start, tmp_path / "run", "rstp_reid", tmp_path)
+    assert train_cada.main([*words, "--do_predict"])["test_queries"] == 12
+    for more, split in (("--do_eval", "val"), ("--do_train", "train")):
+        with pytest.raises(DataError, match=f"split '{split}': .* is missing"):
+            train_cada.main([*words, more])
+    own = str(save_colour_set(tmp_path / "own", test=7))
+    words = ["--model_name_or_path", str(start), "--output_dir", str(tmp_path / "run"), "--dataset", own]
+    assert train_cada.main([*words, "--do_predict", "--disable_tqdm", "true"])["test_queries"] == 7
+    for more, split in (("--do_eval", "val"), ("--do_train", "train")):
+        with pytest.raises(DataError, match=f"own has no split '{split}'; it has test"):
+            train_cada.main([*words, more])
+    save_colour_set(tmp_path / "own", train=7)
+    with pytest.raises(DataError, match="own has no split 'val', and --holdout_persons 0 takes no persons of train"):
+        train_cada.main([*words, "--do_eval", "--holdout_persons", "0"])
+    metrics = train_cada.main([*words, "--do_eval", "--holdout_persons", "2", "--disable_tqdm", "true"])
+    assert metrics["eval_queries"] == 2
 
 
 def commands_of(page: str) -> list[list[str]]:
