@@ -191,7 +191,9 @@ def _heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
     return Image.fromarray((0.45 * grey + 0.55 * colour).clip(0, 255).astype(np.uint8))
 
 
-def _shorten(line: str) -> str:
+def shortened(text: str) -> str:
+    """A text in one line of a picture, of at most `MAX_LINE` characters."""
+    line = " ".join(text.split())
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 
@@ -229,7 +231,7 @@ def draw_explanation(
     # A panorama would make a picture of any width, a strip none that can be seen.
     width = min(max(8, round(height * image.width / image.height)), 3 * height)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
-    text = _shorten(" ".join(text.split()))
+    text = shortened(" ".join(text.split()))
     cell_width, cell_height, margin = max(image.width, 96) + 12, height + 30, 12
     panels = [("image", image)]
     panels += [(word, _heat(image, weights)) for word, weights in zip(attention.words, attention.maps)]
@@ -238,7 +240,7 @@ def draw_explanation(
     lines = ["masked: what the image suggests"] if predictions else []
     for prediction in predictions:
         pieces = [", ".join(f"{word} {chance:.2f}" for word, chance in guesses) for guesses in prediction.guesses]
-        lines.append(_shorten(f"{prediction.phrase}:  {'  |  '.join(pieces)}"))
+        lines.append(shortened(f"{prediction.phrase}:  {'  |  '.join(pieces)}"))
     lines = [drawable(line, 14) for line in lines]
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     text_width = max(measure.textlength(line, font=font) for line, font in [(title, large), *lines])

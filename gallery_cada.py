@@ -13,6 +13,7 @@ to the new one. Images are encoded in shards; finished ones wait in `pending/`, 
 
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -42,8 +43,8 @@ from transformers.utils import logging
 from checkpoint_cada import check_processor, commit_of, load_model, load_processor
 from data_cada import DataError, open_image
 from evaluation_cada import Gallery, encode_queries, match_candidates
-from explain_cada import drawable
-from files_cada import counted, only_writer, printable, problem_of, run_command, written_whole
+from explain_cada import drawable, shortened
+from files_cada import counted, make_output_folder, only_writer, printable, problem_of, run_command, written_whole
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
 from publish_cada import search_digest
@@ -213,6 +214,7 @@ def build_index(
     settings["revision"] = commit_of(settings["model"], settings["revision"])
     place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source)
     check_output(index, place, record is None, settings["uri"])
+    make_output_folder(index)  # what keeps from writing shows now, not after the work
     images = open_source(place, index if record is not None and place == record["source"] else None)
     network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
     (index / PENDING).mkdir(parents=True, exist_ok=True)
@@ -469,8 +471,8 @@ class GalleryIndex:
         where: str | Sequence[str] = (),
     ) -> list[list[Result]]:
         """
-        The `top` images for every sentence, best first. A candidate whose image is gone or has changed is left out,
-        with a warning (see `left_out`).
+        The `top` images for every sentence, best first. A candidate of re-ranking whose image is gone or has changed
+        is left out, with a warning (see `left_out`); other images are not read, so it is not seen.
 
         Args:
             sentences: one or any number of them; there is a list of results for each.
@@ -501,6 +503,8 @@ class GalleryIndex:
         queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
         found = self.store.search(queries.embeds, max(top, rerank), conditions)
         local_scores = self._local_scores(queries, [[row for _, row in hits[:rerank]] for hits in found])
+        if self.left_out:  # others take their places
+            found = self.store.search(queries.embeds, max(top, rerank) + len(self.left_out), conditions)
         rankings = []
         for hits, scores in zip(found, local_scores):
             near = sorted(
@@ -682,7 +686,7 @@ def draw_results(
             image = image.resize((width, height), Image.Resampling.LANCZOS)
             text, colour = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", "#57606a")
             cells.append((image, *drawable(text, 13), colour))
-        rows.append((*drawable(title, 17), cells))
+        rows.append((*drawable(shortened(title), 17), cells))
     cell = margin + max([96, *(image.width for *_, cells in rows for image, *_ in cells)])
     lines = max([1, *(text.count("\n") + 1 for *_, cells in rows for _, text, *_ in cells)])
     line_height, title_height = height + 20 + 16 * lines, 26
@@ -812,17 +816,14 @@ def _search(
         raise GalleryError("--rerank reads a sentence; with --image there is none. Leave it out.")
     else:
         rankings = [(str(image), gallery.search_image(_open_query(image), top, where or ()))]
-    if picture is not None:
-        _save_picture(draw_results(gallery, dict(rankings)), picture)
     if as_json:
         lists = [
-            {"query": query, "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(results, 1)]}
+            {"query": query, "results": [{"rank": rank, **_of_json(result)} for rank, result in enumerate(results, 1)]}
             for query, results in rankings
         ]
-        print(json.dumps(lists, indent=2, ensure_ascii=False))
-        return
+        print(json.dumps(lists, indent=2, ensure_ascii=False, allow_nan=False))
     asked = dict.fromkeys(condition.column for condition in parse_conditions(where or (), gallery.columns))
-    for query, results in rankings:
+    for query, results in rankings if not as_json else ():
         print(printable(query))
         if not results:
             print(f"No image{f' fulfils {shlex.join(where)}' if where and not gallery.left_out else ''}.")
@@ -831,8 +832,18 @@ def _search(
         for rank, result in enumerate(results, start=1):
             line = f"{rank:4}  {result.score:6.3f}  {result.stage:6}  {result.path}"
             print(printable("  ".join([line, *(f"{name}={result.metadata[name]}" for name in asked)])))
-    if picture is not None:
-        print(f"Wrote {picture}.")
+    if picture is not None:  # after the results, which are there then even where it cannot be written
+        _save_picture(draw_results(gallery, dict(rankings)), picture)
+        if not as_json:
+            print(f"Wrote {picture}.")
+
+
+def _of_json(result: Result) -> dict:
+    """The fields of a result; JSON has no infinity and no NaN."""
+    fields = asdict(result)
+    numbers = {name: value for name, value in fields["metadata"].items() if isinstance(value, float)}
+    fields["metadata"] |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
+    return fields
 
 
 def _open_query(path: Path) -> Image.Image:
@@ -847,7 +858,7 @@ def _save_picture(picture: Image.Image, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
     except (OSError, ValueError) as error:
-        raise GalleryError(f"The picture {path} cannot be written: {error}. Give a name such as out.png.") from error
+        raise GalleryError(f"The picture {path} cannot be written: {error}. Choose another place or name.") from error
 
 
 @app.command("info")

@@ -184,6 +184,10 @@ class ImageRows:
         names = list(loaded["file_name"]) if "file_name" in loaded.column_names else []
         names = [name if name is None else str(name) for name in names]
         if None in names or len(set(names)) != len(loaded):
+            if names:
+                logger.warning(
+                    f"{location}: the column `file_name` has gaps or doubles; images are named by their row."
+                )
             names = [f"{row:08}" for row in range(len(loaded))]
         self.row_of = {name: row for row, name in enumerate(names)}
 
@@ -207,6 +211,8 @@ class ImageRows:
 
     def read(self, path: str) -> bytes:
         """The bytes of an image."""
+        if path not in self.row_of:
+            raise OSError("is no longer in the data set")
         image = self.dataset[self.row_of[path]]["image"]
         if image is None:
             raise OSError("has no image")
@@ -223,7 +229,13 @@ def _with_metadata(columns: dict[str, pa.Array], table: pa.Table, origin: str) -
         if pa.types.is_boolean(kind):
             columns[name] = column
         elif pa.types.is_integer(kind):
-            columns[name] = column.cast(pa.int64())
+            try:
+                columns[name] = column.cast(pa.int64())
+            except pa.ArrowInvalid as error:
+                raise GalleryError(
+                    f"{origin}: the column `{name}` holds numbers beyond 2^63. Keep them as text: "
+                    f'dataset.cast_column("{name}", datasets.Value("string")).'
+                ) from error
         elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
             columns[name] = column.cast(pa.float64())
         elif pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
@@ -323,7 +335,8 @@ def open_source(source: dict, index: str | os.PathLike | None = None) -> ImageFi
         if path.is_file() and path.suffix.lower() not in LISTS:
             raise GalleryError(f"{location} is neither a folder nor a list ({', '.join(LISTS)}).")
         return ImageFiles(location, source["root"])
-    if not path.exists() and location.count("/") != 1:  # no name on the Hub; do not search it for a typing error
+    # No name on the Hub, or one that begins with a folder of this machine: do not search it for a typing error.
+    if not path.exists() and (location.count("/") != 1 or path.is_absolute() or path.parent.is_dir()):
         raise GalleryError(f"{location!r} is no folder, no CSV or JSONL file, and no data set. Correct the name.")
     return ImageRows(location, source["split"])
 

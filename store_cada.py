@@ -600,8 +600,8 @@ class _Client:
             self._client = MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""))
         except (MilvusException, OSError, ValueError) as error:
             raise GalleryError(
-                f"Cannot open Milvus at {uri}: {error}. Give --uri a file, which one process at a time can open, or "
-                "the address of a cluster."
+                f"Cannot open Milvus at {uri}: {error}. A file is open to one process at a time: end the other one, "
+                "such as the page. Or give --uri another file, or the address of a cluster."
             ) from error
 
     def __getattr__(self, name: str):

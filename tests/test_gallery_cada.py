@@ -358,8 +358,10 @@ def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, cap
     (folder / gone).unlink()
     assert open_index(tmp_path / "kept").search(SENTENCES, top=3) == kept
     left = open_index(tmp_path / "plain")
-    for before, after in zip(plain, left.search(SENTENCES, top=3), strict=True):  # the gone one is left out
-        assert [result.path for result in after] == [result.path for result in before if result.path != gone]
+    for before, after in zip(plain, left.search(SENTENCES, top=3), strict=True):  # another takes the gone one's place
+        kept_paths = [result.path for result in before if result.path != gone]
+        assert [result.path for result in after][: len(kept_paths)] == kept_paths
+        assert len(after) == 3 and gone not in {result.path for result in after}
     assert left.left_out == {gone: "No such file or directory"}
     with pytest.raises(GalleryError, match=f"{gone} cannot be shown: No such file.*gallery_cada.py index"):
         left.image(gone)
@@ -634,6 +636,42 @@ def test_damaged_tables_and_patch_states_are_mended(checkpoint, small_index, tmp
         open_index(index)
     build(folder, index)
     assert open_index(index).search(SENTENCES) == ranking
+
+
+def test_others_take_the_places_of_images_that_are_gone(checkpoint, folder, tmp_path):
+    """The two best of re-ranking are deleted: the answer has as many images as asked for, without these."""
+    build(folder, tmp_path / "index", checkpoint)
+    before = [result.path for result in open_index(tmp_path / "index").search("a man", top=2, rerank=2)[0]]
+    for path in before:
+        (folder / path).unlink()
+    gallery = open_index(tmp_path / "index")
+    [after] = gallery.search("a man", top=2, rerank=2)
+    assert set(gallery.left_out) == set(before)
+    assert len(after) == 2 and not {result.path for result in after} & set(before)
+
+
+def test_a_sentence_of_any_length_has_a_picture(copied):
+    gallery = open_index(copied[0])
+    results = gallery.search("a man", rerank=0)[0]
+    one, long = (draw_results(gallery, {text: results}, height=64) for text in ("a man", "a man\nin red " * 1000))
+    assert one.height == long.height and long.width < 2000
+
+
+def test_json_has_no_infinity(checkpoint, tmp_path, capsys):
+    save_images(tmp_path / "images", ["a.png", "b.png"])
+    (tmp_path / "images" / "list.csv").write_text("path,size\na.png,inf\nb.png,1.5\n")
+    build(tmp_path / "images" / "list.csv", tmp_path / "index", checkpoint)
+    capsys.readouterr()
+    assert main(["search", str(tmp_path / "index"), "a man", "--json", "--picture", str(tmp_path / "no.such")]) == 1
+    picture = str(tmp_path / "out.png")
+    assert main(["search", str(tmp_path / "index"), "a man", "--json", "--picture", picture]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads(printed, parse_constant=pytest.fail)[0]["results"]
+    assert sorted((result["path"], result["metadata"]["size"]) for result in results) == [
+        ("a.png", None),
+        ("b.png", 1.5),
+    ]
+    assert Path(picture).is_file()
 
 
 def test_an_index_is_opened_while_it_is_brought_up_to_date(copied, monkeypatch):
