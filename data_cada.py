@@ -67,6 +67,7 @@ class PedesSet:
     counts: dict[str, tuple[int, int, int]]  # split: persons, images, captions
 
 
+BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")  # of `datasets`, for a folder of files
 DRAWN_SETS = {"demo": "day", "demo_night": "night"}  # name -> domain
 PEDES_SETS = {
     "cuhk_pedes": PedesSet(
@@ -409,10 +410,9 @@ def _open_other(dataset: str, data_dir: str | os.PathLike | None, revision: str 
                 f"The data set in {dataset} is damaged or empty ({type(error).__name__}: {one_line(error)}). Write it "
                 "again with `save_to_disk`."
             ) from error
-    elif "/" not in dataset and data_dir is None and not Path(dataset).exists():
-        raise DataError(f"Unknown data set {dataset!r}. {known}")  # a typing error; do not search the Hub for it
-    elif not Path(dataset).exists() and (meant := get_close_matches(dataset, [*PEDES_SETS, *DRAWN_SETS], cutoff=0.8)):
-        raise DataError(f"Unknown data set {dataset!r}. Do you mean {meant[0]}? {known}")
+    elif "/" not in dataset and not Path(dataset).exists() and (data_dir is None or dataset not in BUILDERS):
+        meant = get_close_matches(dataset, [*PEDES_SETS, *DRAWN_SETS], n=1)  # a typing error, no name on the Hub
+        raise DataError(f"Unknown data set {dataset!r}. {f'Do you mean {meant[0]}? ' if meant else ''}{known}")
     else:
         try:
             loaded = load_dataset(dataset, data_dir=data_dir, revision=revision)

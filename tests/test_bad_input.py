@@ -237,7 +237,7 @@ def test_pickled_data_sets_are_refused(tmp_path):
     with open(tmp_path / "rows" / "train.pkl", "wb") as file:
         pickle.dump(Bomb(marker), file)
     for name, data_dir in ((str(tmp_path / "rows"), None), ("pandas", str(tmp_path / "rows"))):
-        with pytest.raises(DataError, match="Cannot load the data set"):
+        with pytest.raises(DataError, match="Cannot load the data set|Unknown data set"):
             load_pairs_dataset(name, data_dir)
         assert not marker.exists()
 
@@ -618,7 +618,7 @@ def error_of(command: str, words: dict[str, str], capsys) -> str:
         ("publish", {"--checkpoint": "tokenizer"}, "tokenizer holds no config.json"),
         ("publish", {"--evaluations": "tokenizer"}, "tokenizer holds no cada_run.json with an evaluation"),
         ("check", {"--data_dir": "file"}, "The data folder file does not exist"),
-        ("check", {"--dataset": "rstp"}, "Cannot load the data set 'rstp'"),
+        ("check", {"--dataset": "rstp"}, "Do you mean rstp_reid"),
         ("check", {"--dataset": "rstp_ried"}, "Do you mean rstp_reid"),
         ("check", {"--dataset": "demo"}, "demo is drawn"),
         ("train", {"--output_dir": "file"}, "The output folder file is a file"),
