@@ -191,9 +191,8 @@ def _heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
     return Image.fromarray((0.45 * grey + 0.55 * colour).clip(0, 255).astype(np.uint8))
 
 
-def shortened(text: str) -> str:
-    """A text in one line of a picture, of at most `MAX_LINE` characters."""
-    line = " ".join(text.split())
+def shortened(line: str) -> str:
+    """What of a line is drawn: at most `MAX_LINE` characters."""
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 

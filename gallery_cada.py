@@ -201,21 +201,13 @@ def build_index(
     index, record = Path(index), read_record(Path(index))
     if model is not None and Path(model).is_dir():
         model = str(Path(model).resolve())  # an index is searched from anywhere
-    settings = index_settings(
-        index,
-        record,
-        model=model,
-        revision=revision,
-        store=store,
-        uri=uri,
-        approximate=approximate,
-        keep_patches=keep_patches,
-    )
+    given = {"model": model, "revision": revision, "store": store, "uri": uri, "approximate": approximate}
+    settings = index_settings(index, record, **given, keep_patches=keep_patches)
     settings["revision"] = commit_of(settings["model"], settings["revision"])
     place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source)
     check_output(index, place, record is None, settings["uri"])
-    make_output_folder(index)  # what keeps from writing shows now, not after the work
     images = open_source(place, index if record is not None and place == record["source"] else None)
+    make_output_folder(index)  # what keeps from writing shows now, not after the work
     network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
     (index / PENDING).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -503,8 +495,11 @@ class GalleryIndex:
         queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
         found = self.store.search(queries.embeds, max(top, rerank), conditions)
         local_scores = self._local_scores(queries, [[row for _, row in hits[:rerank]] for hits in found])
-        if self.left_out:  # others take their places
-            found = self.store.search(queries.embeds, max(top, rerank) + len(self.left_out), conditions)
+        if self.left_out:  # others take their places; an approximate index may name more images in another order
+            more = self.store.search(queries.embeds, max(top, rerank) + len(self.left_out), conditions)
+            for hits, others in zip(found, more):
+                near = {row["path"] for _, row in hits[:rerank]}
+                hits[rerank:] = [hit for hit in others if hit[1]["path"] not in near]
         rankings = []
         for hits, scores in zip(found, local_scores):
             near = sorted(
@@ -686,7 +681,7 @@ def draw_results(
             image = image.resize((width, height), Image.Resampling.LANCZOS)
             text, colour = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", "#57606a")
             cells.append((image, *drawable(text, 13), colour))
-        rows.append((*drawable(shortened(title), 17), cells))
+        rows.append((*drawable(shortened(" ".join(title.split())), 17), cells))
     cell = margin + max([96, *(image.width for *_, cells in rows for image, *_ in cells)])
     lines = max([1, *(text.count("\n") + 1 for *_, cells in rows for _, text, *_ in cells)])
     line_height, title_height = height + 20 + 16 * lines, 26

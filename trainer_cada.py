@@ -122,7 +122,7 @@ class CADATrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"`{name}` is {value}. Give {lowest} or more.")
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", *STEPS):
+        for name in (*("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "adam_epsilon"), *STEPS):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # also where it is NaN
                 raise ValueError(f"`{name}` is {value}. Give a number of 0 or more.")
@@ -151,10 +151,10 @@ class CADATrainingArguments(TrainingArguments):
             raise ValueError(f"`chunk_size` is {self.chunk_size}. Give a number of pairs, or leave it out.")
         if not 0 < self.rerank_memory < math.inf:
             raise ValueError(f"`rerank_memory` is {self.rerank_memory}. Give the GB an evaluation may take.")
-        if not self.negative_temperature_start >= self.negative_temperature_end > 0:
+        if not math.inf > self.negative_temperature_start >= self.negative_temperature_end > 0:
             raise ValueError(
                 f"`negative_temperature_start` ({self.negative_temperature_start}) has to be at least "
-                f"`negative_temperature_end` ({self.negative_temperature_end}), and both above 0."
+                f"`negative_temperature_end` ({self.negative_temperature_end}), both above 0 and finite."
             )
 
 

@@ -650,6 +650,25 @@ def test_others_take_the_places_of_images_that_are_gone(checkpoint, folder, tmp_
     assert len(after) == 2 and not {result.path for result in after} & set(before)
 
 
+def test_scores_stay_with_their_images_where_a_wider_search_has_another_order(
+    checkpoint, folder, tmp_path, monkeypatch
+):
+    """As of an approximate index, which visits other images for more hits."""
+    build(folder, tmp_path / "index", checkpoint)
+    [before] = open_index(tmp_path / "index").search("a man", top=12, rerank=4)
+    (folder / before[0].path).unlink()
+    gallery = open_index(tmp_path / "index")
+    search = gallery.store.search
+    monkeypatch.setattr(
+        gallery.store,
+        "search",
+        lambda queries, k, *more: [hits[:: 1 if k == 12 else -1] for hits in search(queries, k, *more)],
+    )
+    [after] = gallery.search("a man", top=12, rerank=4)
+    assert {result.path: result for result in after} == {result.path: result for result in before[1:]}
+    assert after[:3] == before[1:4]
+
+
 def test_a_sentence_of_any_length_has_a_picture(copied):
     gallery = open_index(copied[0])
     results = gallery.search("a man", rerank=0)[0]

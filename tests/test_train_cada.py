@@ -175,6 +175,8 @@ def test_training_learns(tmp_path):
         ({"negative_sampling": "soft"}, "negative_sampling"),
         ({"negative_temperature_start": 0.1, "negative_temperature_end": 1.0}, "negative_temperature_start"),
         ({"negative_temperature_end": 0.0}, "negative_temperature_end"),
+        ({"negative_temperature_start": float("inf")}, "negative_temperature_start"),
+        ({"adam_epsilon": float("inf")}, "adam_epsilon"),
         ({"chunk_size": 0}, "chunk_size"),
         ({"rerank_memory": 0.0}, "rerank_memory"),
         ({"rerank_memory": float("inf")}, "rerank_memory"),
