@@ -13,7 +13,6 @@ to the new one. Images are encoded in shards; finished ones wait in `pending/`, 
 
 import datetime
 import json
-import math
 import os
 import platform
 import shlex
@@ -195,6 +194,10 @@ def build_index(
             files, or another run is at work.
         CheckpointError: where the model cannot be loaded.
     """
+    if min(batch_size, shard_size) < 1 or workers < 0:
+        raise GalleryError(
+            f"batch_size is {batch_size}, shard_size {shard_size}, workers {workers}. Give 1, 1 and 0, or more."
+        )
     state = PartialState(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=_WAIT
     )
@@ -472,7 +475,7 @@ class GalleryIndex:
             rerank: how many candidates of the global ranking the decoder reads; `config.rerank_k` by default, 0 for
                 none.
             where: conditions on metadata, such as `"camera=3"`; operators `=`, `!=`, `<`, `<=`, `>`, `>=`. All have to
-                hold. They count before ranking.
+                hold. They count before ranking. Dates and times of a list are compared as text.
 
         Raises:
             GalleryError: for an empty sentence, an unknown column, or where the folder of the images is gone.
@@ -667,14 +670,14 @@ def draw_results(
             result; by default rank and score.
         height: of the images in pixels.
     """
-    measure, margin, rows = ImageDraw.Draw(Image.new("RGB", (1, 1))), 12, []
+    measure, margin, rows, lost = ImageDraw.Draw(Image.new("RGB", (1, 1))), 12, [], []
     for title, results in rankings.items():
         cells = []
         for rank, result in enumerate(results, start=1):
             try:
                 image = gallery.image(result.path).convert("RGB")
             except GalleryError as error:
-                logger.warning(str(error))
+                lost.append(error)
                 image = Image.new("RGB", (height // 2, height), "#d0d7de")
             # A very wide picture would leave no place for the others.
             width = min(max(1, round(height * image.width / image.height)), 2 * height)
@@ -682,6 +685,8 @@ def draw_results(
             text, colour = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", "#57606a")
             cells.append((image, *drawable(text, 13), colour))
         rows.append((*drawable(shortened(" ".join(title.split())), 17), cells))
+    if lost:
+        logger.warning(f"{counted(len(lost), 'image')} cannot be shown, such as this: {lost[0]}")
     cell = margin + max([96, *(image.width for *_, cells in rows for image, *_ in cells)])
     lines = max([1, *(text.count("\n") + 1 for *_, cells in rows for _, text, *_ in cells)])
     line_height, title_height = height + 20 + 16 * lines, 26
@@ -802,7 +807,7 @@ def _search(
         try:
             queries += [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise GalleryError(f"The file {file} cannot be read: {error}") from error
+            raise GalleryError(f"{file} cannot be read ({error}). Give a text file in UTF-8.") from error
     if (image is not None) == bool(queries):
         raise GalleryError("Give sentences, a --file with sentences, or an --image.")
     if image is None:
@@ -813,7 +818,7 @@ def _search(
         rankings = [(str(image), gallery.search_image(_open_query(image), top, where or ()))]
     if as_json:
         lists = [
-            {"query": query, "results": [{"rank": rank, **_of_json(result)} for rank, result in enumerate(results, 1)]}
+            {"query": query, "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(results, 1)]}
             for query, results in rankings
         ]
         print(json.dumps(lists, indent=2, ensure_ascii=False, allow_nan=False))
@@ -831,14 +836,6 @@ def _search(
         _save_picture(draw_results(gallery, dict(rankings)), picture)
         if not as_json:
             print(f"Wrote {picture}.")
-
-
-def _of_json(result: Result) -> dict:
-    """The fields of a result; JSON has no infinity and no NaN."""
-    fields = asdict(result)
-    numbers = {name: value for name, value in fields["metadata"].items() if isinstance(value, float)}
-    fields["metadata"] |= {name: None for name, value in numbers.items() if not math.isfinite(value)}
-    return fields
 
 
 def _open_query(path: Path) -> Image.Image:

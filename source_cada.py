@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.json
 import torch
-from datasets import DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, DatasetDict, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm.auto import tqdm
@@ -28,6 +28,8 @@ logger = logging.get_logger(__name__)
 LISTS = (".csv", ".jsonl")
 PATH_COLUMNS = ("path", "file_name", "image")  # of a list: the first that is there names the image
 RESERVED = ("path", "stamp", "digest", "patches", "feature")  # columns of an index that are no metadata
+# Kinds of images that Pillow does not read, or not everywhere.
+_OTHER_IMAGES = ".heic .heif .avif .jxl .svg .dng .cr2 .cr3 .nef .arw .orf .raf .rw2".split()
 MAX_BYTES = 1_000_000_000  # of an image file: more than any image of `MAX_PIXELS` has, less than the memory
 
 
@@ -93,20 +95,30 @@ class ImageFiles:
                 if os.path.islink(os.path.join(folder, name)):
                     problems.append(((here / name).as_posix(), "is a link to a folder, which is not followed"))
             for name in names:
-                kind = format_of.get(os.path.splitext(name)[1].lower())
+                ending = os.path.splitext(name)[1].lower()
+                kind = format_of.get(ending)
                 if kind in IMAGE_FORMATS:
                     yield (here / name).as_posix()
                 elif kind is not None:
                     problems.append(((here / name).as_posix(), f"is no {', '.join(IMAGE_FORMATS)} file but {kind}"))
+                elif ending in _OTHER_IMAGES:
+                    problems.append(
+                        ((here / name).as_posix(), "is of a kind that Pillow does not read; make it a JPEG")
+                    )
 
     def _read_list(self) -> pa.Table:
         """The columns of the CSV or JSONL file that an index keeps; the one that names the image is `path`."""
+        is_csv = self.list.suffix.lower() == ".csv"
         try:
-            if self.list.suffix.lower() == ".csv":
-                table = pa.csv.read_csv(self.list)
-            else:
-                table = pa.json.read_json(self.list)
+            table = pa.csv.read_csv(self.list) if is_csv else pa.json.read_json(self.list)
             columns = table.column_names
+            # Dates and times stay the text that they are, for conditions are compared with it.
+            texts = {field.name: pa.string() for field in table.schema if pa.types.is_temporal(field.type)}
+            if texts and is_csv:
+                table = pa.csv.read_csv(self.list, convert_options=pa.csv.ConvertOptions(column_types=texts))
+            elif texts:
+                options = pa.json.ParseOptions(explicit_schema=pa.schema(list(texts.items())))
+                table = pa.json.read_json(self.list, parse_options=options).select(columns)
         except UnicodeDecodeError as error:
             raise GalleryError(f"{self.list}: the names of its columns are not UTF-8. Save it as UTF-8.") from error
         except (OSError, pa.ArrowInvalid) as error:
@@ -117,18 +129,19 @@ class ImageFiles:
         for number, name in enumerate(columns):
             if pa.types.is_binary(table[name].type):
                 raise GalleryError(f"{self.list}: the column `{name}` is not UTF-8. Save the file as UTF-8.")
-            if pa.types.is_string(table[name].type) and self.list.suffix.lower() == ".csv":  # an empty cell: no value
+            if pa.types.is_string(table[name].type) and is_csv:  # an empty cell: no value
                 empty = pc.equal(table[name], "")
                 table = table.set_column(number, name, pc.if_else(empty, pa.scalar(None, pa.string()), table[name]))
-        named_by = next((name for name in PATH_COLUMNS if name in table.column_names), None)
+        named_by = next((name for name in PATH_COLUMNS if name in columns), None)
         if named_by is None:
+            remedy = " Separate the columns by commas." if is_csv and len(columns) == 1 else ""
             raise GalleryError(
                 f"{self.list} has no column that names the images: one of {', '.join(PATH_COLUMNS)}. It has "
-                f"{', '.join(table.column_names)}."
+                f"{', '.join(columns)}.{remedy}"
             )
         names = table[named_by].to_pylist()
         seen: dict[str, int] = {}
-        for row, name in enumerate(names):
+        for row, name in enumerate(names, start=1):
             if not isinstance(name, str) or not name or "\0" in name:
                 raise GalleryError(f"{self.list}, row {row}: `{named_by}` is {name!r}. Give the path of an image.")
             place = Path(os.path.normpath(self.root / name))
@@ -139,7 +152,7 @@ class ImageFiles:
                     f"{self.list}, row {row}: {name!r} leads out of {self.root}. Give --root, a folder that holds all "
                     "images, and paths relative to it."
                 )
-            names[row] = name = place.relative_to(self.root).as_posix()
+            names[row - 1] = name = place.relative_to(self.root).as_posix()
             if name in seen:
                 raise GalleryError(f"{self.list}: rows {seen[name]} and {row} name the same image {name!r}.")
             seen[name] = row
@@ -203,7 +216,13 @@ class ImageRows:
         others = self.dataset.remove_columns([c for c in ("image", "file_name") if c in self.dataset.column_names])
         columns = {"path": pa.array(list(self.row_of), pa.string())}
         if others.column_names:
-            table = _with_metadata(columns, others.flatten().with_format("arrow")[:], self.name)
+            others = others.flatten()
+            table = others.with_format("arrow")[:]
+            for number, (name, feature) in enumerate(others.features.items()):
+                if isinstance(feature, ClassLabel):  # -1 is no class
+                    classes = pc.if_else(pc.less(table[name], 0), pa.scalar(None, pa.int64()), table[name])
+                    table = table.set_column(number, name, pc.take(pa.array(feature.names), classes))
+            table = _with_metadata(columns, table, self.name)
         else:
             table = pa.table(columns)
         table = table.take(pa.array(good, pa.int64())).add_column(1, "stamp", pa.array(stamps, pa.string()))
@@ -237,10 +256,13 @@ def _with_metadata(columns: dict[str, pa.Array], table: pa.Table, origin: str) -
                     f'dataset.cast_column("{name}", datasets.Value("string")).'
                 ) from error
         elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-            columns[name] = column.cast(pa.float64())
+            numbers = column.cast(pa.float64())
+            if pc.any(pc.is_inf(numbers)).as_py():
+                logger.warning(f"{origin}: infinite numbers of the column `{name}` count as no value.")
+            columns[name] = pc.if_else(pc.is_finite(numbers), numbers, pa.scalar(None, pa.float64()))
         elif pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             left_out.append(name)
-        else:  # strings, dates, times
+        else:  # strings; of data sets also dates and times
             columns[name] = column.cast(pa.string())
     if left_out:
         logger.warning(f"{origin}: not kept, as they hold more than one value per image: {', '.join(left_out)}.")

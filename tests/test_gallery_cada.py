@@ -676,7 +676,7 @@ def test_a_sentence_of_any_length_has_a_picture(copied):
     assert one.height == long.height and long.width < 2000
 
 
-def test_json_has_no_infinity(checkpoint, tmp_path, capsys):
+def test_json_is_whole_also_where_the_picture_is_not(checkpoint, tmp_path, capsys):
     save_images(tmp_path / "images", ["a.png", "b.png"])
     (tmp_path / "images" / "list.csv").write_text("path,size\na.png,inf\nb.png,1.5\n")
     build(tmp_path / "images" / "list.csv", tmp_path / "index", checkpoint)

@@ -5,7 +5,7 @@ import os
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -85,11 +85,12 @@ def test_lists_bring_metadata(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,camera\nx.png,1\n", "no column that names the images.*name, camera"),
-        ("path,camera\n../x.png,1\n", "row 0: '../x.png' leads out.*--root"),
-        ("path,camera\n/etc/passwd,1\n", "row 0: '/etc/passwd' leads out"),
-        ("path,camera\nx.png,1\n./x.png,2\n", "rows 0 and 1 name the same image"),
-        ("path,camera\nx.png,1\n,2\n", "row 1: `path` is"),
+        ("name,camera\nx.png,1\n", r"no column that names the images.*name, camera\.$"),
+        ("path;camera\nx.png;1\n", "no column that names the images.*path;camera.*by commas"),
+        ("path,camera\n../x.png,1\n", "row 1: '../x.png' leads out.*--root"),
+        ("path,camera\n/etc/passwd,1\n", "row 1: '/etc/passwd' leads out"),
+        ("path,camera\nx.png,1\n./x.png,2\n", "rows 1 and 2 name the same image"),
+        ("path,camera\nx.png,1\n,2\n", "row 2: `path` is"),
         ("path,stamp\nx.png,1\n", "column `stamp`.*Rename"),
         ("path,camera,path\nx.png,1,y.png\n", "two columns `path`.*Rename"),
         ("path,camera,camera\nx.png,1,2\n", "two columns `camera`.*Rename"),
@@ -162,6 +163,33 @@ def test_columns_of_lists_keep_their_types(tmp_path):
     assert types == [pa.int64(), pa.float64(), pa.bool_(), pa.string()]
 
 
+def test_dates_and_times_stay_as_they_are_written(tmp_path):
+    picture(tmp_path / "x.png")
+    rows = {"time": "11:30", "n": 1, "day": "2024-05-01", "moment": "2024-05-01T11:30"}
+    (tmp_path / "list.csv").write_text(f"path,{','.join(rows)}\nx.png,{','.join(map(str, rows.values()))}\n")
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": "x.png", **rows}) + "\n")
+    for name in ("list.csv", "list.jsonl"):
+        listing, _ = source(tmp_path / name).listing()
+        assert listing.drop_columns(["path", "stamp"]).to_pylist() == [rows]
+
+
+def test_what_is_no_number_is_no_value(tmp_path, caplog):
+    for name in "abcd":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "list.csv").write_text("path,size\na.png,1.5\nb.png,inf\nc.png,-inf\nd.png,nan\n")
+    listing, _ = source(tmp_path / "list.csv").listing()
+    assert listing["size"].to_pylist() == [1.5, None, None, None]
+    assert "infinite numbers of the column `size`" in caplog.text
+
+
+def test_classes_are_metadata_by_their_names(tmp_path):
+    picture(tmp_path / "x.png")
+    features = {"image": ImageFeature(), "sex": ClassLabel(names=["woman", "man"]), "n": Value("int64")}
+    rows = {"image": [str(tmp_path / "x.png")] * 4, "sex": [1, None, -1, 0], "n": [1, 2, 3, 4]}
+    listing, _ = source(saved(tmp_path / "classes", features, **rows)).listing()
+    assert listing["sex"].to_pylist() == ["man", None, None, "woman"] and listing["n"].to_pylist() == [1, 2, 3, 4]
+
+
 def test_a_list_in_another_encoding_is_refused(tmp_path):
     picture(tmp_path / "x.png")
     for text in ("path,ort\nx.png,Süd\n", "path,örtlich\nx.png,1\n"):
@@ -189,6 +217,7 @@ def test_absolute_paths_may_go_through_a_link_to_the_folder(tmp_path):
 def test_what_a_folder_holds_besides_images_is_named_and_not_read(tmp_path, monkeypatch):
     folder = tmp_path / "images"
     picture(folder / "x.png")
+    (folder / "phone.HEIC").write_bytes(b"an image of a phone")
     picture(tmp_path / "elsewhere" / "y.png")
     (folder / "more").symlink_to(tmp_path / "elsewhere")
     (folder / "film.mpg").write_bytes(b"film")
@@ -196,8 +225,9 @@ def test_what_a_folder_holds_besides_images_is_named_and_not_read(tmp_path, monk
     listing, problems = images.listing()
     assert listing["path"].to_pylist() == ["x.png"]
     problems = dict(problems)
-    assert problems.keys() == {"more", "film.mpg"}
+    assert problems.keys() == {"more", "film.mpg", "phone.HEIC"}
     assert "link to a folder" in problems["more"] and "MPEG" in problems["film.mpg"]
+    assert "does not read" in problems["phone.HEIC"]
     monkeypatch.setattr(source_cada, "MAX_BYTES", (folder / "x.png").stat().st_size)
     assert images.read("x.png") == (folder / "x.png").read_bytes()
     monkeypatch.setattr(source_cada, "MAX_BYTES", (folder / "x.png").stat().st_size - 1)
