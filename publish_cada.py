@@ -84,7 +84,7 @@ def read_run(folder: str | os.PathLike) -> dict:
     The record of a run, `cada_run.json` in `folder`:
 
     - `origin`: `{"start", "licence", "trained_on"}` of the weights before training, or `None` where nobody recorded
-      it; `trained_on` lists the sets of earlier trainings.
+      it; `trained_on` has the sets of earlier trainings, and how many persons of train each held out.
     - `training`: what the model was trained on and how, or `None`; see `train_cada.describe_training`.
     - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "unreadable_images_skipped", "precision",
       "metrics", "weights"}` and [`environment`]; `weights` is the digest of what was evaluated, `precision` such as
@@ -118,8 +118,8 @@ def _check_record(run) -> None:
     origin, training = run["origin"], run["training"]
     if origin is not None:
         _check_fields(origin, {"start": str, "licence": _TEXT_OR_NONE}, "`origin`")
-        earlier = origin.get("trained_on", [])
-        if not isinstance(earlier, list) or not all(isinstance(name, str) for name in earlier):
+        earlier = origin.get("trained_on", {})
+        if not isinstance(earlier, dict) or not all(type(persons) is int for persons in earlier.values()):
             raise ValueError(f"`trained_on` of `origin` is {earlier!r:.80}")
     if training is not None:
         _check_fields(training, _TRAINING, "`training`")
@@ -164,10 +164,16 @@ def read_start(name: str, revision: str | None = None) -> dict:
 def after_training(run: dict) -> dict | None:
     """The `origin` of what starts from the weights of a run: its own, and the set that it was trained on."""
     origin, training = run["origin"], run["training"]
-    if training is None:
-        return origin
-    origin = origin or UNKNOWN_START
-    return {**origin, "trained_on": list(dict.fromkeys([*origin.get("trained_on", []), training["dataset"]]))}
+    return origin if training is None else {**(origin or UNKNOWN_START), "trained_on": trained_on(run)}
+
+
+def trained_on(run: dict) -> dict[str, int]:
+    """The sets that the weights of a record were trained on, each with how many persons of train they never saw."""
+    sets, training = dict((run["origin"] or {}).get("trained_on", {})), run["training"]
+    if training is not None:
+        held_out = training["recipe"].get("persons_held_out_of_train", 0)
+        sets[training["dataset"]] = min(held_out, sets.get(training["dataset"], held_out))
+    return sets
 
 
 def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | None, evaluations: list[dict]) -> None:
@@ -395,7 +401,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
                 for metric in METRICS
             ]
     origin = run["origin"] or UNKNOWN_START
-    dataset, earlier = training["dataset"] if training else None, origin.get("trained_on", [])
+    dataset, earlier = training["dataset"] if training else None, origin.get("trained_on", {})
     sets = {dataset, *earlier}
     open_licence = sets <= set(DRAWN_TITLES) and origin["start"] == RANDOM_START["start"]
     restricted = not sets.isdisjoint(PEDES_SETS)

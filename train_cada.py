@@ -74,6 +74,7 @@ from publish_cada import (
     open_repository,
     read_run,
     read_start,
+    trained_on,
     write_run,
 )
 from resume_cada import find_checkpoint
@@ -403,20 +404,17 @@ def describe_evaluation(
     }
 
 
-def check_hold_out(origin: dict | None, training: dict | None, dataset: str, held_out: int) -> None:
-    """Persons that a model was trained on are no validation set. `dataset` is named as by [`name_of_set`]."""
-    if dataset in (origin or {}).get("trained_on", []):
+def check_hold_out(record: dict, dataset: str, held_out: int) -> None:
+    """
+    Persons that weights were trained on are no validation set. `record` is that of the weights; `dataset` is named as
+    by [`name_of_set`]. Of several hold-outs of a set the larger one holds all persons of the smaller one.
+    """
+    unseen = trained_on(record).get(dataset, held_out)
+    if unseen < held_out:
         raise ArgumentError(
-            f"--do_eval would measure on {held_out} persons of train, but the weights come from an earlier training "
-            f"on {dataset}, and how many it held out is not recorded. Pass --do_predict alone."
+            f"{held_out} persons of train would be the validation set, but the training of these weights on {dataset} "
+            f"held out {unseen} only. Pass --holdout_persons {unseen}, or --do_predict alone."
         )
-    if training is not None and training["dataset"] == dataset:
-        seen = training["recipe"]["persons_held_out_of_train"]
-        if seen != held_out:
-            raise ArgumentError(
-                f"--do_eval would measure on {held_out} persons of train, but the training held out "
-                f"{seen}. Pass --holdout_persons {seen}, or --do_predict alone."
-            )
 
 
 def holds_weights(folder: str, model: CADAForTextToImageRetrieval) -> bool:
@@ -475,8 +473,8 @@ def train_and_evaluate(
         evaluations = earlier["evaluations"]
         if holds_weights(args.output_dir, model):  # a checkpoint of a run has no record, the folder of the run has one
             origin, training = earlier["origin"] or origin, earlier["training"] or training
-    if held_out and not args.do_train:
-        check_hold_out(origin, training, name_of_set(data, splits["val"]), held_out)
+    if held_out:
+        check_hold_out({"origin": origin, "training": training}, name_of_set(data, splits["val"]), held_out)
     if args.do_train and "val" not in splits:
         # Nothing to choose by. The test split must not choose.
         logger.warning("No validation split: the last checkpoint is kept, whatever its score.")

@@ -482,7 +482,7 @@ def released(tmp_path_factory) -> Path:
     evaluation["precision"] = "float32"
     training = {**where, "start": "random weights", "seed": 0, "minutes": 1.5, "selected_by": None}
     training |= {"recipe": {"epochs": 1}, "data": {"persons": 6, "images": 18, "pairs": 36}}
-    write_run(folder, {**publish_cada.RANDOM_START, "trained_on": ["cuhk_pedes"]}, training, [evaluation])
+    write_run(folder, {**publish_cada.RANDOM_START, "trained_on": {"cuhk_pedes": 0}}, training, [evaluation])
     return folder
 
 

@@ -309,17 +309,23 @@ def test_card_names_every_set_that_the_weights_have_seen(run, trained):
     """Trained on CUHK-PEDES, then on drawings: research only, and no word of random weights alone."""
     rename(run, "cuhk_pedes")
     origin = publish_cada.after_training(read_run(run))
-    assert origin == {"start": "random weights", "licence": None, "trained_on": ["cuhk_pedes"]}
-    again = publish_cada.after_training({"origin": origin, "training": {"dataset": "cuhk_pedes"}})
-    assert again == origin  # a set is named once
-    unknown = publish_cada.after_training({"origin": None, "training": {"dataset": "drawn"}})
-    assert unknown == {**publish_cada.UNKNOWN_START, "trained_on": ["drawn"]}
+    assert origin == {"start": "random weights", "licence": None, "trained_on": {"cuhk_pedes": 0}}
+
+    def after(origin, dataset, held_out):
+        training = {"dataset": dataset, "recipe": {"persons_held_out_of_train": held_out}}
+        return publish_cada.after_training({"origin": origin, "training": training})
+
+    assert after(origin, "cuhk_pedes", 0) == origin  # a set is named once
+    unknown = after(None, "drawn", 5)
+    assert unknown == {**publish_cada.UNKNOWN_START, "trained_on": {"drawn": 5}}
+    assert after(unknown, "drawn", 3)["trained_on"] == {"drawn": 3}
+    assert after(unknown, "drawn", 7)["trained_on"] == {"drawn": 5}  # two of the seven were seen before
     rename(run, "drawn", origin)
     card = model_card(run, "org/name", "main")
     assert (card.data.license, card.data.license_name) == ("other", "research-only")
     assert "| start | random weights, then trained on CUHK-PEDES |" in card.content
     assert "No image of a person was used" not in card.content
-    rename(run, "drawn", {**publish_cada.RANDOM_START, "trained_on": ["drawn"]})
+    rename(run, "drawn", {**publish_cada.RANDOM_START, "trained_on": {"drawn": 0}})
     assert model_card(run, "org/name", "main").data.license == "apache-2.0"
 
 

@@ -260,11 +260,13 @@ def test_a_mistake_ends_the_program_with_a_line(start, tmp_path):
 
 def test_held_out_persons_are_compared_by_the_recorded_name_of_the_set():
     trained = {"dataset": "mine (own data)", "recipe": {"persons_held_out_of_train": 5}}
-    train_cada.check_hold_out(None, trained, "mine (own data)", 5)
-    train_cada.check_hold_out({"trained_on": ["cuhk_pedes"]}, trained, "icfg_pedes", 200)
-    train_cada.check_hold_out(RANDOM_START, None, "icfg_pedes", 200)
+    record = {"origin": {**RANDOM_START, "trained_on": {"cuhk_pedes": 0}}, "training": trained}
+    train_cada.check_hold_out(record, "mine (own data)", 5)
+    train_cada.check_hold_out(record, "mine (own data)", 4)
+    train_cada.check_hold_out(record, "icfg_pedes", 200)
+    train_cada.check_hold_out({"origin": RANDOM_START, "training": None}, "icfg_pedes", 200)
     with pytest.raises(ArgumentError, match="Pass --holdout_persons 5"):
-        train_cada.check_hold_out(None, trained, "mine (own data)", 7)
+        train_cada.check_hold_out(record, "mine (own data)", 7)
 
 
 NO_DROPOUT = '{"text_config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}'
@@ -440,14 +442,17 @@ def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
     """A model trained on all persons of ICFG-PEDES: the ones held out later are not unseen."""
     LAYOUTS["icfg_pedes"](tmp_path)
     train_cada.main(command(start, tmp_path / "run", "icfg_pedes", tmp_path, "--do_train", "--holdout_persons", "0"))
-    again = command(tmp_path / "run", tmp_path / "again", "icfg_pedes", tmp_path, "--do_eval")
-    again += ["--holdout_persons", "2"]
-    with pytest.raises(ArgumentError, match="the training held out 0"):
-        train_cada.main(again)
+    again = command(tmp_path / "run", tmp_path / "again", "icfg_pedes", tmp_path, "--holdout_persons", "2")
+
+    def assert_refused():
+        for task in ("--do_eval", "--do_train"):
+            with pytest.raises(ArgumentError, match="on icfg_pedes held out 0 only.* --do_predict alone"):
+                train_cada.main([*again, task])
+
+    assert_refused()
     record = read_run(tmp_path / "run")  # as if trained on CUHK-PEDES after that
     write_run(tmp_path / "run", after_training(record), {**record["training"], "dataset": "cuhk_pedes"}, [])
-    with pytest.raises(ArgumentError, match="earlier training on icfg_pedes, .* Pass --do_predict alone"):
-        train_cada.main(again)
+    assert_refused()
 
 
 def test_recipe_in_the_record_names_what_was_given(tmp_path):
