@@ -615,9 +615,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     """CADA with its three losses for training, and with global and local matching for retrieval."""
 
     _tied_weights_keys = {"vocabulary_head.decoder.weight": "cada.text_model.embeddings.word_embeddings.weight"}
-    accepts_loss_kwargs = (
-        False  # read by the Trainer: the losses are means over pairs, no number of tokens scales them
-    )
+    accepts_loss_kwargs = False  # of the Trainer: the losses are means over pairs, no number of tokens scales them
 
     def __init__(self, config: CADAConfig):
         super().__init__(config)
