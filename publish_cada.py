@@ -123,6 +123,9 @@ def _check_record(run) -> None:
             raise ValueError(f"`trained_on` of `origin` is {earlier!r:.80}")
     if training is not None:
         _check_fields(training, _TRAINING, "`training`")
+        held_out = training["recipe"].get("persons_held_out_of_train", 0)
+        if type(held_out) is not int:
+            raise ValueError(f"`persons_held_out_of_train` is {held_out!r:.80}")
         _check_fields(training["data"], dict.fromkeys(("persons", "images", "pairs"), int), "`data` of `training`")
     for number, row in enumerate(run["evaluations"]):
         where = f"evaluation {number}"
