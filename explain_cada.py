@@ -278,8 +278,11 @@ def _explain(options: argparse.Namespace) -> None:
     try:
         attention = word_attention(model, processor, image, options.text, options.layer, options.head)
         predictions = attribute_predictions(model, processor, image, options.text) if model.config.use_ara else []
-    except (ValueError, LookupError) as error:  # LookupError: NLTK's tagger data are missing
+    except ValueError as error:
         raise ExplainError(str(error)) from error
+    except LookupError as error:
+        predictions = []
+        print(f"What the image suggests for attributes is left out. {error}", file=sys.stderr)
     with written_whole(options.output) as path:
         draw_explanation(image, options.text, attention, predictions).save(path)
     if options.arrays is not None:
