@@ -86,7 +86,8 @@ def plan(start: CADAConfig, drawn: bool) -> dict[str, list[Row]]:
             Row("+NDF+ATP", atp),
             Row("+NDF+ARA+ATP", full),
         ],
-        "k": [Row(f"K = {k}", Run(f"k_{k}", {"rerank_k": k}, trained="full"), ("local",)) for k in K],
+        "k": [Row("K = 0", full, only_global)]
+        + [Row(f"K = {k}", Run(f"k_{k}", {"rerank_k": k}, trained="full"), ("local",)) for k in K],
     }
     words = start.max_text_length - 1
     studies["groups"] = [Row("36/36", atp, ("local",))]
@@ -210,8 +211,6 @@ def table(study: str, rows: list[Row], output_dir: Path, seeds: list[int]) -> li
     lines = ["", f"## {TITLES[study]}", "", "| | matching | Rank-1 | mAP |", "|---|---|---:|---:|"]
     if study in ("components", "layers"):
         lines[-2:] = ["| | matching | Rank-1 | mAP | parameters (M) |", "|---|---|---:|---:|---:|"]
-    if study == "k":
-        rows = [Row("K = 0", Run("full"), ("global",)), *rows]
     for row in rows:
         for stage in row.stages:
             cells = [spread(scores_of(output_dir, row.run.name, seeds, stage, metric)) for metric in ("R1", "mAP")]
@@ -224,30 +223,31 @@ def table(study: str, rows: list[Row], output_dir: Path, seeds: list[int]) -> li
 
 
 def draw_figure(studies: dict[str, list[Row]], output_dir: Path, seeds: list[int], path: Path) -> None:
-    """Figures 3 and 4: scores of local matching over K and over the mask rate, with the deviation as bars."""
-    panels = {"k": (K, "candidates K (log scale)"), "mask_rate": (MASK_RATES, "mask rate")}
-    panels = {study: panel for study, panel in panels.items() if study in studies}
+    """Figures 3 and 4: scores over K (0 is global matching) and over the mask rate, with the deviation as bars."""
+    titles = {"k": "candidates K", "mask_rate": "mask rate"}
+    panels = {study: title for study, title in titles.items() if study in studies}
     if not panels:
         return
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.5 * len(panels), 3.2), layout="constrained", squeeze=False
     )
-    for axis, (study, (places, title)) in zip(axes[0], panels.items()):
+    for axis, (study, title) in zip(axes[0], panels.items()):
         for metric, label in (("R1", "Rank-1"), ("mAP", "mAP")):
-            points = [scores_of(output_dir, row.run.name, seeds, "local", metric) for row in studies[study]]
-            shown = [(place, values) for place, values in zip(places, points) if values]
+            points = {
+                row.title.split()[-1]: scores_of(output_dir, row.run.name, seeds, row.stages[-1], metric)
+                for row in studies[study]
+            }
+            shown = {place: values for place, values in points.items() if values}
             axis.errorbar(
-                [place for place, _ in shown],
-                [statistics.mean(values) for _, values in shown],
-                [statistics.stdev(values) if len(values) > 1 else 0 for _, values in shown],
+                list(shown),
+                [statistics.mean(values) for values in shown.values()],
+                [statistics.stdev(values) if len(values) > 1 else 0 for values in shown.values()],
                 marker="o",
                 capsize=3,
                 label=label,
             )
         axis.set(xlabel=title, ylabel="local matching (%)")
         axis.legend()
-        if study == "k":
-            axis.set_xscale("log", base=2)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
