@@ -189,6 +189,16 @@ def save_colour_set(folder: Path, **counts: int) -> Path:
     return folder
 
 
+def training_command(start: Path, output: Path, dataset: str, data_dir: Path, *more: str) -> list[str]:
+    """The arguments of `train_cada.py` for two epochs in batches of 6."""
+    return [
+        *("--model_name_or_path", str(start), "--output_dir", str(output)),
+        *("--dataset", dataset, "--data_dir", str(data_dir)),
+        *("--num_train_epochs", "2", "--per_device_train_batch_size", "6", "--logging_steps", "2"),
+        *("--learning_rate", "1e-3", "--disable_tqdm", "true", *more),
+    ]
+
+
 def run_code_of_a_reader(code: str, folder: Path, **environment: str) -> list:
     """What a snippet of a document prints, a value per line, when a reader runs it beside three images in `folder`."""
     for name, colour in (("first", "red"), ("second", "blue"), ("third", "green")):
@@ -239,6 +249,12 @@ def laid_out(tmp_path_factory) -> Path:
 @pytest.fixture
 def cuhk(laid_out, tmp_path) -> Path:
     return Path(shutil.copytree(laid_out, tmp_path / "cuhk"))
+
+
+@pytest.fixture
+def start(tmp_path) -> Path:
+    """A saved checkpoint with random weights, the vocabulary of BERT, for images of 32×16."""
+    return save_tiny_start(tmp_path / "start")
 
 
 @pytest.fixture

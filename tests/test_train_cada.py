@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_colour_set, save_tiny_start, tiny_config
+from conftest import save_colour_set, save_tiny_start, training_command
 from datasets import Dataset
 from pedes_layout import LAYOUTS
 from PIL import Image
@@ -21,38 +21,12 @@ import train_cada
 from data_cada import DataError
 from files_cada import run_command
 from modeling_cada import CADAForTextToImageRetrieval
-from processing_cada import CADAProcessor
 from publish_cada import RANDOM_START, after_training, read_run, write_run
 from train_cada import ModelArguments, load_model_and_processor, read_overrides
-from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments
+from trainer_cada import ArgumentError, CADATrainingArguments
 
 
 ROOT = Path(train_cada.__file__).parent
-
-
-@pytest.fixture
-def start(tmp_path) -> Path:
-    """A saved checkpoint with random weights, the vocabulary of BERT, for images of 32×16."""
-    return save_tiny_start(tmp_path / "start")
-
-
-def command(start: Path, output: Path, dataset: str, data_dir: Path, *more: str) -> list[str]:
-    return [
-        *("--model_name_or_path", str(start), "--output_dir", str(output)),
-        *("--dataset", dataset, "--data_dir", str(data_dir)),
-        *("--num_train_epochs", "2", "--per_device_train_batch_size", "6", "--logging_steps", "2"),
-        *("--learning_rate", "1e-3", "--disable_tqdm", "true", *more),
-    ]
-
-
-def test_defaults_are_the_recipe_of_the_paper(tmp_path):
-    args = CADATrainingArguments(output_dir=str(tmp_path), do_train=True)
-    assert (args.learning_rate, args.weight_decay, args.num_train_epochs) == (1e-5, 0.05, 40)
-    assert args.per_device_train_batch_size == 96
-    assert args.lr_scheduler_type == "cosine"
-    assert args.optim in ("adamw_torch", "adamw_torch_fused")
-    assert args.negative_sampling == "hardest"
-    assert args.load_best_model_at_end and args.metric_for_best_model == "local_R1" and args.greater_is_better
 
 
 @pytest.mark.parametrize("dataset", list(LAYOUTS))
@@ -61,7 +35,7 @@ def test_each_set_trains_and_evaluates(dataset, start, tmp_path):
     data_dir.mkdir()
     LAYOUTS[dataset](data_dir)
     output = tmp_path / "run"
-    arguments = command(start, output, dataset, data_dir, "--do_train", "--do_eval", "--do_predict")
+    arguments = training_command(start, output, dataset, data_dir, "--do_train", "--do_eval", "--do_predict")
     metrics = train_cada.main([*arguments, "--holdout_persons", "2"])
 
     queries = {"cuhk_pedes": (12, 16), "icfg_pedes": (6, 9), "rstp_reid": (12, 12)}[dataset]
@@ -94,7 +68,7 @@ def test_without_validation_the_last_checkpoint_is_kept(start, tmp_path, caplog)
     data_dir.mkdir()
     LAYOUTS["icfg_pedes"](data_dir)
     metrics = train_cada.main(
-        command(
+        training_command(
             start, tmp_path / "run", "icfg_pedes", data_dir, "--do_train", "--do_predict", "--holdout_persons", "0"
         )
     )
@@ -112,7 +86,7 @@ def test_accelerate_launch_runs_the_same_script(start, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "0", str(ROOT / "train_cada.py")]
-    arguments = command(start, tmp_path / "run", "rstp_reid", data_dir, "--do_train", "--do_predict")
+    arguments = training_command(start, tmp_path / "run", "rstp_reid", data_dir, "--do_train", "--do_predict")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*launch, *arguments, "--use_cpu", "--ddp_backend", "gloo"], capture_output=True, text=True, env=environment
@@ -124,24 +98,6 @@ def test_accelerate_launch_runs_the_same_script(start, tmp_path):
     again = [*("--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(tmp_path / "again"))]
     repeated = train_cada.main([*again, "--do_predict", "--dataset", "rstp_reid", "--data_dir", str(data_dir)])
     assert repeated["test_local_mAP"] == pytest.approx(scores["test_local_mAP"])
-
-
-def test_annealed_temperature_falls_from_start_to_end(tmp_path):
-    args = CADATrainingArguments(
-        output_dir=str(tmp_path),
-        negative_sampling="annealed",
-        negative_temperature_start=10.0,
-        negative_temperature_end=0.1,
-    )
-    trainer = CADATrainer(model=CADAForTextToImageRetrieval(tiny_config()), args=args)
-    trainer.state.max_steps = 101
-    temperatures = []
-    for step in (0, 50, 100):
-        trainer.state.global_step = step
-        temperatures.append(trainer.negative_temperature())
-    assert temperatures == pytest.approx([10.0, 1.0, 0.1])
-    args.negative_sampling = "hardest"
-    assert trainer.negative_temperature() is None
 
 
 def test_training_learns(tmp_path):
@@ -167,29 +123,6 @@ def test_training_learns(tmp_path):
     assert (recipe["persons_of_train_also_in_val"], recipe["persons_of_train_also_in_test"]) == (7, 7)
     temperatures = [entry["negative_temperature"] for entry in history if "loss_ndf" in entry]
     assert temperatures == sorted(temperatures, reverse=True)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"negative_sampling": "soft"}, "negative_sampling"),
-        ({"negative_temperature_start": 0.1, "negative_temperature_end": 1.0}, "negative_temperature_start"),
-        ({"negative_temperature_end": 0.0}, "negative_temperature_end"),
-        ({"negative_temperature_start": float("inf")}, "negative_temperature_start"),
-        ({"adam_epsilon": float("inf")}, "adam_epsilon"),
-        ({"chunk_size": 0}, "chunk_size"),
-        ({"rerank_memory": 0.0}, "rerank_memory"),
-        ({"rerank_memory": float("inf")}, "rerank_memory"),
-        ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"save_steps": float("inf")}, "save_steps"),
-        ({"data_seed": -1}, "data_seed"),
-        ({"torch_compile_mode": "fast"}, "Choose one of default, "),
-        ({"use_liger_kernel": True}, "has no place in this training"),
-    ],
-)
-def test_training_arguments_are_checked(tmp_path, fields, message):
-    with pytest.raises(ValueError, match=message):
-        CADATrainingArguments(output_dir=str(tmp_path), **fields)
 
 
 def test_checkpoint_starts_with_another_image_size(start):
@@ -222,7 +155,7 @@ def test_checkpoint_starts_with_another_image_size(start):
     ],
 )
 def test_mistakes_of_the_command_line_are_named_in_a_line(start, tmp_path, more, message, capfd):
-    words = [*command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"), *more]
+    words = [*training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"), *more]
     try:
         status = run_command(lambda: train_cada.main(words))
     except SystemExit as end:  # of the parser of arguments
@@ -232,23 +165,11 @@ def test_mistakes_of_the_command_line_are_named_in_a_line(start, tmp_path, more,
     assert message in last and len(last) < 800 and "Traceback" not in last
 
 
-def test_mistakes_that_show_in_a_part_alone_are_named(start, tmp_path):
-    """Wrong values that the library takes and PyTorch does not, when the optimizer or a loader is made."""
-    LAYOUTS["rstp_reid"](tmp_path)
-    mistakes = {
-        "The attention": ["--attn_implementation", "no_such_attention"],
-        "The data loader": ["--dataloader_persistent_workers", "true"],
-        "The optimizer": ["--adam_beta1", "2"],
-        "The learning rate schedule": ["--lr_scheduler_kwargs", '{"no_such_argument": 1}'],
-    }
-    for part, more in mistakes.items():
-        with pytest.raises(ArgumentError, match=f"{part} cannot be made of these arguments"):
-            train_cada.main([*command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"), *more])
-
-
 def test_a_mistake_ends_the_program_with_a_line(start, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    words = command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train", "--model_name_or_path", "runs/none")
+    words = training_command(
+        start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train", "--model_name_or_path", "runs/none"
+    )
     result = subprocess.run(
         [sys.executable, train_cada.__file__, *words], env=environment, capture_output=True, text=True
     )
@@ -267,45 +188,6 @@ def test_held_out_persons_are_compared_by_the_recorded_name_of_the_set():
     train_cada.check_hold_out({"origin": RANDOM_START, "training": None}, "icfg_pedes", 200)
     with pytest.raises(ArgumentError, match="Pass --holdout_persons 5"):
         train_cada.check_hold_out(record, "mine (own data)", 7)
-
-
-NO_DROPOUT = '{"text_config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}'
-
-
-def test_training_in_chunks_gives_the_same_weights(start, tmp_path):
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    LAYOUTS["rstp_reid"](data_dir)
-    weights = []
-    for number, more in enumerate(((), ("--chunk_size", "2"))):
-        words = command(start, tmp_path / str(number), "rstp_reid", data_dir, "--do_train", *more)
-        train_cada.main([*words, "--config_overrides", NO_DROPOUT])
-        weights.append(CADAForTextToImageRetrieval.from_pretrained(tmp_path / str(number)).state_dict())
-    first = CADAForTextToImageRetrieval.from_pretrained(start).state_dict()
-    assert any((weights[0][name] - value).abs().max() > 1e-3 for name, value in first.items())
-    for name, value in weights[0].items():
-        # AdamW divides by the size of a gradient: where that is rounding error, so is the step.
-        assert (weights[1][name] - value).abs().mean() < 1e-5, name
-
-
-@pytest.mark.slow  # the compiler takes some minutes
-def test_compiled_training_gives_the_same_weights(start, tmp_path):
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
-    LAYOUTS["cuhk_pedes"](data_dir)
-    weights, losses = {}, {}
-    for name, more in {"plain": (), "compiled": ("--torch_compile",)}.items():
-        arguments = command(start, tmp_path / name, "cuhk_pedes", data_dir, "--do_train", "--max_steps", "2", *more)
-        arguments += ["--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
-        arguments += ["--optim", "sgd", "--learning_rate", "0.01"]  # AdamW makes rounding errors as large as gradients
-        train_cada.main([*arguments, "--config_overrides", NO_DROPOUT])
-        weights[name] = CADAForTextToImageRetrieval.from_pretrained(tmp_path / name).state_dict()
-        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        losses[name] = [entry["loss"] for entry in history if "loss" in entry]
-    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5)
-    torch.testing.assert_close(weights["compiled"], weights["plain"], rtol=0, atol=1e-5)
-    first = CADAForTextToImageRetrieval.from_pretrained(start).state_dict()
-    assert any((weights["plain"][name] - value).abs().max() > 1e-4 for name, value in first.items())
 
 
 def test_overrides_from_text_or_file(tmp_path):
@@ -348,12 +230,12 @@ def test_new_model_agrees_with_its_tokenizer(tokenizer, tmp_path):
 
 def test_nothing_to_do_says_so(start, tmp_path):
     with pytest.raises(ValueError, match="--do_train, --do_eval or --do_predict"):
-        train_cada.main(command(start, tmp_path / "run", "rstp_reid", tmp_path))
+        train_cada.main(training_command(start, tmp_path / "run", "rstp_reid", tmp_path))
 
 
 def test_batch_larger_than_the_set(start, tmp_path):
     LAYOUTS["rstp_reid"](tmp_path)
-    arguments = command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train")
+    arguments = training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train")
     with pytest.raises(ValueError, match="36 pairs, less than one batch of 37"):
         train_cada.main([*arguments, "--per_device_train_batch_size", "37"])
 
@@ -361,7 +243,7 @@ def test_batch_larger_than_the_set(start, tmp_path):
 def test_damaged_data_end_the_command_with_one_line(start, tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "train_cada.py")]
-        + command(start, tmp_path / "run", "cuhk_pedes", tmp_path / "nowhere", "--do_train"),
+        + training_command(start, tmp_path / "run", "cuhk_pedes", tmp_path / "nowhere", "--do_train"),
         capture_output=True,
         text=True,
     )
@@ -375,7 +257,7 @@ def test_image_that_breaks_during_training_is_named(start, tmp_path):
     name = json.loads((tmp_path / "data_captions.json").read_text())[3]["img_path"]
     content = (tmp_path / "imgs" / name).read_bytes()
     (tmp_path / "imgs" / name).write_bytes(content[: len(content) // 2])
-    arguments = command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train")
+    arguments = training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train")
     with pytest.raises(DataError, match=f"image '{name}' in row 3 cannot be decoded"):
         train_cada.main(arguments)
     metrics = train_cada.main([*arguments, "--skip_unreadable", "--do_predict"])
@@ -386,14 +268,6 @@ def test_long_captions_are_counted(processor):
     """13 tokens fit: [CLS], eleven words, [SEP]."""
     rows = [["a man", "red " * 12], ["red " * 11], ["red " * 30]]
     assert train_cada.count_long_captions({"captions": rows}, processor) == 2
-
-
-def test_processor_is_saved_with_every_checkpoint(start, tmp_path):
-    LAYOUTS["rstp_reid"](tmp_path)
-    train_cada.main(command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"))
-    for folder in (tmp_path / "run", *(tmp_path / "run").glob("checkpoint-*")):
-        assert CADAProcessor.from_pretrained(folder).enc_token_id == 30523
-        assert (folder / "model.safetensors").is_file()
 
 
 def test_recipe_is_a_file_of_arguments(tmp_path):
@@ -435,14 +309,16 @@ def test_one_process_with_several_gpus_is_refused(start, tmp_path, monkeypatch):
     """`Trainer` would fall back to DataParallel, where every replica sees its own part of the batch only."""
     monkeypatch.setattr(CADATrainingArguments, "n_gpu", 2)
     with pytest.raises(ArgumentError, match="One process sees 2 GPUs. Start one process for each"):
-        train_cada.main(command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_predict"))
+        train_cada.main(training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_predict"))
 
 
 def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
     """A model trained on all persons of ICFG-PEDES: the ones held out later are not unseen."""
     LAYOUTS["icfg_pedes"](tmp_path)
-    train_cada.main(command(start, tmp_path / "run", "icfg_pedes", tmp_path, "--do_train", "--holdout_persons", "0"))
-    again = command(tmp_path / "run", tmp_path / "again", "icfg_pedes", tmp_path, "--holdout_persons", "2")
+    train_cada.main(
+        training_command(start, tmp_path / "run", "icfg_pedes", tmp_path, "--do_train", "--holdout_persons", "0")
+    )
+    again = training_command(tmp_path / "run", tmp_path / "again", "icfg_pedes", tmp_path, "--holdout_persons", "2")
 
     def assert_refused():
         for task in ("--do_eval", "--do_train"):
@@ -480,7 +356,7 @@ def test_an_evaluation_needs_its_own_split_alone(start, tmp_path):
     for record in json.loads((tmp_path / "data_captions.json").read_text()):
         if record["split"] != "test":
             (tmp_path / "imgs" / record["img_path"]).unlink()
-    words = command(start, tmp_path / "run", "rstp_reid", tmp_path)
+    words = training_command(start, tmp_path / "run", "rstp_reid", tmp_path)
     assert train_cada.main([*words, "--do_predict"])["test_queries"] == 12
     for more, split in (("--do_eval", "val"), ("--do_train", "train")):
         with pytest.raises(DataError, match=f"split '{split}': .* is missing"):

@@ -1,0 +1,127 @@
+"""The Trainer of CADA and its arguments, through the command a researcher types."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config, training_command
+from pedes_layout import LAYOUTS
+
+import train_cada
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAProcessor
+from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments
+
+
+def test_defaults_are_the_recipe_of_the_paper(tmp_path):
+    args = CADATrainingArguments(output_dir=str(tmp_path), do_train=True)
+    assert (args.learning_rate, args.weight_decay, args.num_train_epochs) == (1e-5, 0.05, 40)
+    assert args.per_device_train_batch_size == 96
+    assert args.lr_scheduler_type == "cosine"
+    assert args.optim in ("adamw_torch", "adamw_torch_fused")
+    assert args.negative_sampling == "hardest"
+    assert args.load_best_model_at_end and args.metric_for_best_model == "local_R1" and args.greater_is_better
+
+
+def test_annealed_temperature_falls_from_start_to_end(tmp_path):
+    args = CADATrainingArguments(
+        output_dir=str(tmp_path),
+        negative_sampling="annealed",
+        negative_temperature_start=10.0,
+        negative_temperature_end=0.1,
+    )
+    trainer = CADATrainer(model=CADAForTextToImageRetrieval(tiny_config()), args=args)
+    trainer.state.max_steps = 101
+    temperatures = []
+    for step in (0, 50, 100):
+        trainer.state.global_step = step
+        temperatures.append(trainer.negative_temperature())
+    assert temperatures == pytest.approx([10.0, 1.0, 0.1])
+    args.negative_sampling = "hardest"
+    assert trainer.negative_temperature() is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"negative_sampling": "soft"}, "negative_sampling"),
+        ({"negative_temperature_start": 0.1, "negative_temperature_end": 1.0}, "negative_temperature_start"),
+        ({"negative_temperature_end": 0.0}, "negative_temperature_end"),
+        ({"negative_temperature_start": float("inf")}, "negative_temperature_start"),
+        ({"adam_epsilon": float("inf")}, "adam_epsilon"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"rerank_memory": 0.0}, "rerank_memory"),
+        ({"rerank_memory": float("inf")}, "rerank_memory"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"save_steps": float("inf")}, "save_steps"),
+        ({"data_seed": -1}, "data_seed"),
+        ({"torch_compile_mode": "fast"}, "Choose one of default, "),
+        ({"use_liger_kernel": True}, "has no place in this training"),
+    ],
+)
+def test_training_arguments_are_checked(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        CADATrainingArguments(output_dir=str(tmp_path), **fields)
+
+
+def test_mistakes_that_show_in_a_part_alone_are_named(start, tmp_path):
+    """Wrong values that the library takes and PyTorch does not, when the optimizer or a loader is made."""
+    LAYOUTS["rstp_reid"](tmp_path)
+    mistakes = {
+        "The attention": ["--attn_implementation", "no_such_attention"],
+        "The data loader": ["--dataloader_persistent_workers", "true"],
+        "The optimizer": ["--adam_beta1", "2"],
+        "The learning rate schedule": ["--lr_scheduler_kwargs", '{"no_such_argument": 1}'],
+    }
+    for part, more in mistakes.items():
+        with pytest.raises(ArgumentError, match=f"{part} cannot be made of these arguments"):
+            train_cada.main([*training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"), *more])
+
+
+NO_DROPOUT = '{"text_config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}'
+
+
+def test_training_in_chunks_gives_the_same_weights(start, tmp_path):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    LAYOUTS["rstp_reid"](data_dir)
+    weights = []
+    for number, more in enumerate(((), ("--chunk_size", "2"))):
+        words = training_command(start, tmp_path / str(number), "rstp_reid", data_dir, "--do_train", *more)
+        train_cada.main([*words, "--config_overrides", NO_DROPOUT])
+        weights.append(CADAForTextToImageRetrieval.from_pretrained(tmp_path / str(number)).state_dict())
+    first = CADAForTextToImageRetrieval.from_pretrained(start).state_dict()
+    assert any((weights[0][name] - value).abs().max() > 1e-3 for name, value in first.items())
+    for name, value in weights[0].items():
+        # AdamW divides by the size of a gradient: where that is rounding error, so is the step.
+        assert (weights[1][name] - value).abs().mean() < 1e-5, name
+
+
+@pytest.mark.slow  # the compiler takes some minutes
+def test_compiled_training_gives_the_same_weights(start, tmp_path):
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    LAYOUTS["cuhk_pedes"](data_dir)
+    weights, losses = {}, {}
+    for name, more in {"plain": (), "compiled": ("--torch_compile",)}.items():
+        arguments = training_command(
+            start, tmp_path / name, "cuhk_pedes", data_dir, "--do_train", "--max_steps", "2", *more
+        )
+        arguments += ["--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+        arguments += ["--optim", "sgd", "--learning_rate", "0.01"]  # AdamW makes rounding errors as large as gradients
+        train_cada.main([*arguments, "--config_overrides", NO_DROPOUT])
+        weights[name] = CADAForTextToImageRetrieval.from_pretrained(tmp_path / name).state_dict()
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses[name] = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5)
+    torch.testing.assert_close(weights["compiled"], weights["plain"], rtol=0, atol=1e-5)
+    first = CADAForTextToImageRetrieval.from_pretrained(start).state_dict()
+    assert any((weights["plain"][name] - value).abs().max() > 1e-4 for name, value in first.items())
+
+
+def test_processor_is_saved_with_every_checkpoint(start, tmp_path):
+    LAYOUTS["rstp_reid"](tmp_path)
+    train_cada.main(training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"))
+    for folder in (tmp_path / "run", *(tmp_path / "run").glob("checkpoint-*")):
+        assert CADAProcessor.from_pretrained(folder).enc_token_id == 30523
+        assert (folder / "model.safetensors").is_file()
