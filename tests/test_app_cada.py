@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pytest
-from conftest import bert_tokenizer, tiny_processor
+from conftest import bert_tokenizer, free_port, tiny_processor
 from PIL import Image
 from test_hub_cada import save
 
@@ -78,14 +78,6 @@ def hosts():
 def address(gallery, hosts):
     with app_cada.serve(gallery, free_port()) as address:
         yield address.rstrip("/")
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def ask(address, target, method="GET", body=None, **headers):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import bert_tokenizer, save_colour_set, save_tiny_start, tiny_batch, tiny_processor
+from conftest import (
+    bert_tokenizer,
+    free_port,
+    run_processes,
+    save_colour_set,
+    save_tiny_start,
+    tiny_batch,
+    tiny_processor,
+)
 from datasets import load_from_disk
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -73,21 +80,14 @@ def one_process(rank: int, processes: int, ports: list[int], runs: list[list[str
     address = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
     os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), **variables})
     for port, run in zip(ports, runs):
-        os.environ["MASTER_PORT"] = str(
-            port
-        )  # the first to begin a run must not meet the others at the end of the last
+        os.environ["MASTER_PORT"] = str(port)  # who begins a run must not meet the others at the end of the last
         train_cada.main([*run, "--ddp_backend", "gloo"])
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run_in_processes(processes: int, runs: list[list[str]], run=one_process, **variables: str) -> None:
     """What `accelerate launch` does for a script, for several runs of it."""
-    mp.spawn(run, args=(processes, [free_port() for _ in runs], runs, variables), nprocs=processes)
+    ports = [free_port() for _ in runs]
+    run_processes(run, processes, ports, runs, variables, processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_sharded_weights_equal_whole_ones(folder):
     """FSDP2 with two processes: gradients of the joint batch to 1e-5, the scores to the bit."""
     shared, start = folder / "shared", save_tiny_start(folder / "narrow")
     shared.mkdir()
-    mp.spawn(sharded_process, args=(str(shared), str(start)), nprocs=2)
+    run_processes(sharded_process, str(shared), str(start))
     model = CADAForTextToImageRetrieval.from_pretrained(start)
     halves = [{name: values[rank::2] for name, values in tiny_batch(length=13).items()} for rank in range(2)]
     loss = model(**{name: torch.cat([half[name] for half in halves]) for name in halves[0]}).loss

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import save_tiny_start, tiny_config
+from conftest import free_port, run_processes, save_tiny_start, tiny_config
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from filelock import FileLock
 from PIL import Image
+from torch.multiprocessing import ProcessExitedException
 from transformers.testing_utils import CaptureLogger
 
 import explain_cada
@@ -162,16 +164,10 @@ def test_a_folder_of_damaged_images_changes_nothing(checkpoint, tmp_path):
         open_index(tmp_path / "index")
 
 
-# For every moment a child works on an index of its own and is killed there: moments 1 and 2 are before and right after
-# the first file takes its place, 3 and 4 before and after the second, and so on.
-KILL = """
-import os, shutil, signal, sys
-import gallery_cada
-
-folder, model, before, indexes, moments = sys.argv[1:]
-
-def run(moment):
+def run_that_dies(rank: int, moment: int, folder: Path, checkpoint: Path, index: Path) -> None:
+    """Moments 1 and 2 are before and right after the first file takes its place, 3 and 4 those of the second."""
     count, replace = 0, os.replace
+
     def dying(source, target):
         nonlocal count
         count += 1
@@ -180,28 +176,24 @@ def run(moment):
         replace(source, target)
         if 2 * count == moment:
             os.kill(os.getpid(), signal.SIGKILL)
+
     os.replace = dying
-    gallery_cada.build_index(folder, f"{indexes}/{moment}", model, shard_size=2, progress=False)
-
-for moment in map(int, moments.split(",")):
-    if before:
-        shutil.copytree(before, f"{indexes}/{moment}")
-    child = os.fork()
-    if child == 0:
-        run(moment)
-        os._exit(0)
-    print(int(os.WIFSIGNALED(os.waitpid(child, 0)[1])))
-"""
+    build(folder, index, checkpoint, shard_size=2)
 
 
-def kill_at(moments, folder: Path, checkpoint: Path, indexes: Path, before: Path | str = "") -> list[bool]:
+def kill_at(moments, folder: Path, checkpoint: Path, indexes: Path, before: Path | None = None) -> list[bool]:
     """Whether each run was killed; their indexes lie in `indexes`, and were `before` when they started."""
-    indexes.mkdir()
-    arguments = [folder, checkpoint, before, indexes, ",".join(map(str, moments))]
-    command = [sys.executable, "-c", KILL, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return [line == "1" for line in result.stdout.splitlines()]
+    killed = []
+    for moment in moments:
+        if before is not None:
+            shutil.copytree(before, indexes / str(moment))
+        try:
+            run_processes(run_that_dies, moment, folder, checkpoint, indexes / str(moment), processes=1)
+            killed.append(False)
+        except ProcessExitedException as death:
+            assert death.signal_name == "SIGKILL"
+            killed.append(True)
+    return killed
 
 
 def test_a_killed_run_leaves_its_shards_to_the_next(checkpoint, folder, tmp_path, encoded):
@@ -266,20 +258,22 @@ def test_runs_that_are_killed_at_random_times_end_in_the_right_index(checkpoint,
     assert contents(index) == contents(tmp_path / "fresh")
 
 
+def launched(rank: int, port: int, command: list[str], folder: str) -> None:
+    """A process of `accelerate launch --cpu gallery_cada.py`."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"})
+    torch.set_num_threads(1)
+    with open(f"{folder}/printed_{rank}", "w") as printed, redirect_stdout(printed):
+        assert main(command) == 0
+
+
 def test_two_processes_make_the_same_index(checkpoint, folder, tmp_path):
     (folder / "text.png").write_text("no image")
     build(folder, tmp_path / "one", checkpoint, shard_size=2)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["index", str(folder), "--model", str(checkpoint), "--out", str(tmp_path / "two"), "--shard-size", "2"]
-    result = subprocess.run(
-        [*launch, str(ROOT / "gallery_cada.py"), *command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("12 images; 12 added, 0 changed, 0 removed, 0 unchanged, 1 unreadable.") == 1
+    run_processes(launched, free_port(), command, str(tmp_path))
+    printed = "".join((tmp_path / f"printed_{rank}").read_text() for rank in range(2))
+    assert printed.count("12 images; 12 added, 0 changed, 0 removed, 0 unchanged, 1 unreadable.") == 1
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import save_colour_set
+from conftest import bert_tokenizer, save_colour_set, tiny_processor
 from datasets import load_from_disk
 from hub_stand_in import HubStandIn
 from pedes_layout import lay_out_rstp
@@ -216,18 +216,20 @@ def test_broken_download_is_resumed(hub, tmp_path):
 
 
 PUSHER = """
-import sys
-import register_cada
+import contextlib, sys
+import train_cada
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel, AutoProcessor
 
-first, second, card = sys.argv[1:]
+first, second, card, *training = sys.argv[1:]
 repo = "tester/cada-tiny"
 AutoModel.from_pretrained(first).push_to_hub(repo)
 AutoProcessor.from_pretrained(first).push_to_hub(repo)
 ModelCard(card).push_to_hub(repo)
 HfApi().create_tag(repo, tag="v1.0")
 AutoModel.from_pretrained(second).push_to_hub(repo, commit_message="Other weights")
+with contextlib.redirect_stdout(sys.stderr):
+    train_cada.main(training)
 """
 
 READER = """
@@ -257,51 +259,57 @@ with open("results.json", "w") as file:
 """
 
 
-def test_pushed_release_loads_at_its_tag(hub, processor, tmp_path):
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A Hub with models pushed by hand and by `--push_to_hub`; their folders here; what a visitor computes with them."""
+    folder, processor = tmp_path_factory.mktemp("released"), tiny_processor(bert_tokenizer())
+    for seed, name in enumerate(("first", "second")):
+        save(folder / name, processor, seed)
+    (folder / "data").mkdir()
+    lay_out_rstp(folder / "data")
+    processor.attribute_masker.find_spans("a red coat")  # loads NLTK's data, which the command could not download
+    training = ["--model_name_or_path", folder / "first", "--dataset", "rstp_reid", "--data_dir", folder / "data"]
+    training += ["--output_dir", folder / "trained", "--num_train_epochs", "1", "--per_device_train_batch_size", "12"]
+    training += ["--do_train", "--push_to_hub", "--hub_model_id", "tester/trained", "--disable_tqdm", "true"]
+    with HubStandIn() as hub:
+        run(hub, folder, PUSHER, folder / "first", folder / "second", CARD, *training, modules=True)
+        # A visitor: no token, nothing in the caches, none of our modules.
+        names = ("tester/cada-tiny@v1.0", "tester/cada-tiny@main", "tester/trained@main")
+        yield hub, folder, run(hub, folder, READER, *names, token="")
+
+
+def expected_in(folder: Path) -> list[float]:
+    model = CADAForTextToImageRetrieval.from_pretrained(folder).eval()
+    return pytest.approx(expected_of(model, CADAProcessor.from_pretrained(folder)), rel=1e-5)
+
+
+def test_pushed_release_loads_at_its_tag(released):
     """Model, processor and card are pushed and tagged; then `main` moves on to other weights."""
-    folders = [tmp_path / "first", tmp_path / "second"]
-    expected = [expected_of(save(folder, processor, seed), processor) for seed, folder in enumerate(folders)]
-    run(hub, tmp_path, PUSHER, *folders, CARD, modules=True)
+    hub, folder, (tagged, newest, _) = released
     files = hub.files("tester/cada-tiny", "v1.0")
     assert list(files) == sorted([".gitattributes", "README.md", *CODE, *MODEL, *PROCESSOR])
     assert files["README.md"].decode() == CARD
-    assert files["model.safetensors"] == (folders[0] / "model.safetensors").read_bytes()
-    assert hub.files("tester/cada-tiny")["model.safetensors"] == (folders[1] / "model.safetensors").read_bytes()
+    assert files["model.safetensors"] == (folder / "first" / "model.safetensors").read_bytes()
+    assert hub.files("tester/cada-tiny")["model.safetensors"] == (folder / "second" / "model.safetensors").read_bytes()
     assert hub.titles("tester/cada-tiny")[0] == "Other weights"
     assert len(hub.tags("tester/cada-tiny")) == 1
-
-    # A visitor: no token, nothing in the caches, none of our modules.
-    results = run(hub, tmp_path, READER, "tester/cada-tiny@v1.0", "tester/cada-tiny@main", token="")
-    for result, wanted in zip(results, expected):
-        assert result == pytest.approx(wanted, rel=1e-5)
-    assert results[0] != pytest.approx(results[1], rel=1e-3)
+    assert tagged == expected_in(folder / "first")
+    assert newest == expected_in(folder / "second")
+    assert tagged != pytest.approx(newest, rel=1e-3)
     assert hub.unknown == []
 
 
-def test_trainer_pushes_a_checkpoint_that_loads(hub, processor, tmp_path):
+def test_trainer_pushes_a_checkpoint_that_loads(released):
     """`--push_to_hub` of the training command."""
-    save(tmp_path / "start", processor, 0)
-    (tmp_path / "data").mkdir()
-    lay_out_rstp(tmp_path / "data")
-    processor.attribute_masker.find_spans("a red coat")  # loads NLTK's data, which the command could not download
-    command = [sys.executable, str(ROOT / "train_cada.py"), "--model_name_or_path", str(tmp_path / "start")]
-    command += ["--dataset", "rstp_reid", "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
-    command += ["--num_train_epochs", "1", "--per_device_train_batch_size", "12", "--disable_tqdm", "true"]
-    command += ["--do_train", "--push_to_hub", "--hub_model_id", "tester/trained"]
-    result = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-
+    hub, folder, (*_, trained) = released
     files = hub.files("tester/trained")
     assert set(files) >= {".gitattributes", "README.md", *CODE, *MODEL, *PROCESSOR}
     # No pickle, such as `training_args.bin`, and no optimizer state.
     assert {name.rsplit(".", 1)[-1] for name in files} == {"gitattributes", "json", "md", "py", "safetensors"}
     assert not [name for name in files if name.startswith("checkpoint-")]
     for name in (*CODE, *MODEL, *PROCESSOR):
-        assert files[name] == (tmp_path / "run" / name).read_bytes()
-
-    [result] = run(hub, tmp_path, READER, "tester/trained@main", token="")
-    model = CADAForTextToImageRetrieval.from_pretrained(tmp_path / "run").eval()
-    assert result == pytest.approx(expected_of(model, CADAProcessor.from_pretrained(tmp_path / "run")), rel=1e-5)
+        assert files[name] == (folder / "trained" / name).read_bytes()
+    assert trained == expected_in(folder / "trained")
     assert hub.unknown == []
 
 
@@ -330,14 +338,21 @@ def test_data_set_of_a_revision(hub, tmp_path):
 
 
 INDEX = """
-import json, sys
+import json, shutil, sys
+from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 from gallery_cada import build_index, open_index
 
-images, revision, step = sys.argv[1:]
-build_index(images, "../index", "tester/cada-tiny" if step == "new" else None, revision=revision or None)
-gallery = open_index("../index")
-[found] = gallery.search("a red coat", rerank=0)
-json.dump([gallery.info()["revision"], [result.score for result in found]], open("results.json", "w"))
+def look(model=None):
+    build_index(sys.argv[1], "index", model)
+    gallery = open_index("index")
+    [found] = gallery.search("a red coat", rerank=0)
+    return gallery.info()["revision"], [result.score for result in found]
+
+before = look("tester/cada-tiny")
+HfApi().upload_folder(folder_path=sys.argv[2], repo_id="tester/cada-tiny")
+shutil.rmtree(HF_HUB_CACHE)
+json.dump([before, look()], open("results.json", "w"))
 """
 
 
@@ -348,12 +363,11 @@ def test_index_keeps_the_commit_of_its_model(hub, processor, tmp_path):
         Image.new("RGB", (16, 32), (80 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
     save(tmp_path / "first", processor, 0)
     save(tmp_path / "second", processor, 1)
-    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("first", "second")]
-    commit = hub.add("tester/cada-tiny", files[0])
-    first = run(hub, tmp_path, INDEX, tmp_path / "images", "", "new", modules=True)
-    assert first[0] == commit
-    hub.add("tester/cada-tiny", files[1])
-    assert run(hub, tmp_path, INDEX, tmp_path / "images", "", "again", modules=True) == first
+    commit = hub.add("tester/cada-tiny", {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()})
+    before, after = run(hub, tmp_path, INDEX, tmp_path / "images", tmp_path / "second", modules=True)
+    assert before == after and after[0] == commit
+    newest = hub.files("tester/cada-tiny")["model.safetensors"]
+    assert newest == (tmp_path / "second" / "model.safetensors").read_bytes()
 
 
 def test_hf_upload_and_hf_download(hub, tmp_path):

@@ -5,9 +5,8 @@ from math import log
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import tiny_batch, tiny_config
+from conftest import run_processes, tiny_batch, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -951,7 +950,7 @@ def test_two_processes_equal_one(tmp_path):
     The gathered sum: x = (1, 2) and y = (10, 20) over both processes, x + y = (11, 22). The weights (1, 2) and (2, 4)
     of the processes add up to (3, 6): 3 for both tensors of the first process, 6 for those of the second.
     """
-    mp.spawn(one_process, args=(str(tmp_path),), nprocs=2)
+    run_processes(one_process, str(tmp_path))
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for (changes, _), (first, grads), (second, other_grads) in zip(CASES, saved[0][0], saved[1][0], strict=True):
         model = tiny_model(**changes)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -401,43 +402,66 @@ def test_weights_without_licence_are_not_published(run, capsys):
         publish_cada.publish(run, "org/name")
 
 
-def command(hub: HubStandIn, home: Path, run: Path, *more: str) -> subprocess.CompletedProcess:
-    """`publish_cada.py` as a user types it, with the stand-in as the Hub."""
-    arguments = ["--checkpoint", str(run), "--repo_id", "tester/cada", *more]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "publish_cada.py"), *arguments],
-        env=hub.environment(home),
-        capture_output=True,
+PUBLISHER = """
+import contextlib, io, json, sys
+import publish_cada
+
+answers = sys.stdout
+for line in sys.stdin:
+    function, argument = json.loads(line)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        result = getattr(publish_cada, function)(argument)
+    print(json.dumps([result, out.getvalue(), err.getvalue()]), file=answers, flush=True)
+"""
+
+
+@contextmanager
+def publisher(hub: HubStandIn, home: Path):
+    """Calls of functions of `publish_cada`, in a process whose Hub is the stand-in: result, and what was printed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PUBLISHER],
+        env={**hub.environment(home), "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+
+        def call(function: str, argument) -> tuple:
+            print(json.dumps([function, argument]), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield call
+        process.stdin.close()
+        assert process.wait() == 0
 
 
 def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_path):
-    with HubStandIn() as hub:
-        first = command(hub, tmp_path / "home", run, "--tag", "v1.0")
-        assert first.returncode == 0, first.stderr[-2000:]
-        assert "Published tester/cada, revision v1.0." in first.stdout
+    with HubStandIn() as hub, publisher(hub, tmp_path / "home") as call:
+
+        def publish(*more: str) -> tuple[int, str, str]:
+            return call("main", ["--checkpoint", str(run), "--repo_id", "tester/cada", *more])
+
+        status, printed, errors = publish("--tag", "v1.0")
+        assert status == 0, errors
+        assert "Published tester/cada, revision v1.0." in printed
         released = hub.files("tester/cada", revision="v1.0")
         assert set(release_files(run)) | {".gitattributes"} == set(released)
         assert released["model.safetensors"] == (run / "model.safetensors").read_bytes()
         assert b'revision = "tester/cada", "v1.0"' in released["README.md"]
 
-        code = 'import json, publish_cada; print(json.dumps(publish_cada.read_start("tester/cada")))'
-        environment = {**hub.environment(tmp_path / "other home"), "PYTHONPATH": str(ROOT)}
-        read = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert json.loads(read.stdout.splitlines()[-1]) == read_run(run), read.stderr[-2000:]
+        assert call("read_start", "tester/cada")[0] == read_run(run)
 
-        again = command(hub, tmp_path / "home", run)
-        assert again.returncode == 1
-        assert "holds model.safetensors already, and this push would overwrite it. Pass --overwrite" in again.stderr
+        status, _, errors = publish()
+        assert status == 1
+        assert "holds model.safetensors already, and this push would overwrite it. Pass --overwrite" in errors
         hub.add("tester/old", {"pytorch_model.bin": b"x", "notes.txt": b"mine"})
-        old = command(hub, tmp_path / "home", run, "--repo_id", "tester/old")
-        assert old.returncode == 1 and "holds pytorch_model.bin already" in old.stderr
-        assert command(hub, tmp_path / "home", run, "--repo_id", "tester/old", "--overwrite").returncode == 0
+        status, _, errors = publish("--repo_id", "tester/old")
+        assert status == 1 and "holds pytorch_model.bin already" in errors
+        assert publish("--repo_id", "tester/old", "--overwrite")[0] == 0
         assert "pytorch_model.bin" not in hub.files("tester/old") and "notes.txt" in hub.files("tester/old")
-        same_tag = command(hub, tmp_path / "home", run, "--tag", "v1.0", "--overwrite")
-        assert same_tag.returncode == 1
-        assert "has the tag v1.0 already" in same_tag.stderr
+        status, _, errors = publish("--tag", "v1.0", "--overwrite")
+        assert status == 1
+        assert "has the tag v1.0 already" in errors
         assert hub.files("tester/cada") == released
 
         # Other weights, no tag: the card pins the commit that holds them.
@@ -445,9 +469,9 @@ def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_pa
         with torch.no_grad():
             model.match_head.bias.fill_(3.0)
         model.save_pretrained(run)
-        third = command(hub, tmp_path / "home", run, "--overwrite")
-        assert third.returncode == 0, third.stderr[-2000:]
-        commit = re.search(r"revision ([0-9a-f]{40})\.", third.stdout).group(1)
+        status, printed, errors = publish("--overwrite")
+        assert status == 0, errors
+        commit = re.search(r"revision ([0-9a-f]{40})\.", printed).group(1)
         newest = hub.files("tester/cada")
         assert f'revision = "tester/cada", "{commit}"'.encode() in newest["README.md"]
         pinned = hub.files("tester/cada", revision=commit)

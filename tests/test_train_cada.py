@@ -240,16 +240,12 @@ def test_batch_larger_than_the_set(start, tmp_path):
         train_cada.main([*arguments, "--per_device_train_batch_size", "37"])
 
 
-def test_damaged_data_end_the_command_with_one_line(start, tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train_cada.py")]
-        + training_command(start, tmp_path / "run", "cuhk_pedes", tmp_path / "nowhere", "--do_train"),
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f"error: The data folder {tmp_path / 'nowhere'} does not exist")
-    assert "Traceback" not in result.stderr
+def test_damaged_data_end_the_command_with_one_line(start, tmp_path, capfd):
+    words = training_command(start, tmp_path / "run", "cuhk_pedes", tmp_path / "nowhere", "--do_train")
+    assert run_command(lambda: train_cada.main(words)) == 1
+    errors = capfd.readouterr().err
+    assert errors.splitlines()[-1].startswith(f"error: The data folder {tmp_path / 'nowhere'} does not exist")
+    assert "Traceback" not in errors
 
 
 def test_image_that_breaks_during_training_is_named(start, tmp_path):
