@@ -261,7 +261,7 @@ with open("results.json", "w") as file:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A Hub with models pushed by hand and by `--push_to_hub`; their folders here; what a visitor computes with them."""
+    """A Hub with models pushed by hand and by `--push_to_hub`; their folders here; what a visitor computes."""
     folder, processor = tmp_path_factory.mktemp("released"), tiny_processor(bert_tokenizer())
     for seed, name in enumerate(("first", "second")):
         save(folder / name, processor, seed)
