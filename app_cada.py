@@ -28,7 +28,7 @@ from data_cada import open_image
 from explain_cada import attribute_predictions, draw_explanation, word_attention
 from files_cada import Parser, one_line, run_command
 from gallery_cada import RECORD, GalleryIndex, Result, open_index
-from processing_cada import TAGGER, tagger_is_here
+from processing_cada import IMAGE_FORMATS, TAGGER, tagger_is_here
 from source_cada import GalleryError
 
 
@@ -189,7 +189,7 @@ def open_upload(path: str | os.PathLike) -> Image.Image:
         ValueError: for more than `MAX_PIXELS`, or a file that is no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             pixels = image.width * image.height
         if pixels <= MAX_PIXELS:
             return open_image({"bytes": Path(path).read_bytes(), "path": None})
@@ -408,7 +408,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     if gr is None:
-        raise GalleryError('The page needs Gradio. Run: pip install "cada-transformers[app]"')
+        raise GalleryError('The page needs Gradio. In the folder of this file run: pip install -e ".[app]"')
     with serve(open_index(options.index, options.model, options.device), options.port) as address:
         print(f"Open {address} in a browser. Ctrl+C ends the page.", flush=True)
         with suppress(KeyboardInterrupt):  # the way to end it

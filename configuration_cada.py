@@ -128,6 +128,12 @@ class CADAVisionConfig(PreTrainedConfig):
         height, width = self.image_height_width
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def sequence_length(self) -> int:
+        """Number of states of an image: the class token and the patches."""
+        rows, columns = self.grid_size
+        return 1 + rows * columns
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         _require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

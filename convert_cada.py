@@ -27,7 +27,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageT
 from checkpoint_cada import check_config, load_tokenizer, weight_files
 from configuration_cada import CADAConfig
 from files_cada import CADAError, Parser, checkpoint_written_whole, make_output_folder, one_line, run_command
-from modeling_cada import CADAForTextToImageRetrieval
+from modeling_cada import CADAForTextToImageRetrieval, resize_positions
 from processing_cada import CADAImageProcessor, CADAProcessor
 from publish_cada import NO_LICENCE, write_run
 
@@ -265,18 +265,6 @@ def infer_sizes(
         },
         "projection_dim": len(weights["cada.visual_projection.bias"]),
     }
-
-
-def resize_positions(positions: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """
-    Position embeddings `(1, 1 + rows * columns, hidden)` for another grid of patches, by bicubic interpolation; the
-    first, of the class token, stays.
-    """
-    if old_grid == new_grid:
-        return positions
-    grid = positions[:, 1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", align_corners=False).to(positions.dtype)
-    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 def grow_vocabulary(weights: dict[str, torch.Tensor], size: int, std: float) -> int:

@@ -51,7 +51,6 @@ from processing_cada import AttributeMasker, CADAProcessor, clean_caption, read_
 
 logger = logging.get_logger(__name__)
 
-SPLITS = ("train", "val", "test")
 _MASKER_CODE = hashlib.sha256(Path(processing_cada.__file__).read_bytes()).hexdigest()
 # The longest caption of the three sets has about a hundred words. More than this is a damaged file.
 MAX_CAPTION_WORDS, MAX_CAPTION_CHARACTERS = 500, 5000
@@ -351,7 +350,6 @@ def load_pairs_dataset(
     data_dir: str | os.PathLike | None = None,
     captions_per_image: int | None = None,
     skip_unreadable: bool = False,
-    seed: int = 0,
     revision: str | None = None,
     splits: Collection[str] | None = None,
 ) -> DatasetDict:
@@ -359,13 +357,12 @@ def load_pairs_dataset(
     A data set as `DatasetDict` with one row per image.
 
     Args:
-        dataset: `"cuhk_pedes"`, `"icfg_pedes"`, `"rstp_reid"` (with `data_dir`), `"demo"` or `"demo_night"` (drawn
-            from `seed`), a folder written by `save_to_disk`, or a name that `datasets.load_dataset` takes; the last
+        dataset: `"cuhk_pedes"`, `"icfg_pedes"`, `"rstp_reid"` (with `data_dir`), `"demo"` or `"demo_night"` (drawn),
+            a folder written by `save_to_disk`, or a name that `datasets.load_dataset` takes; the last
             two must have the columns `image`, `captions`, `person_id`.
         data_dir: the folder of the set, with the authors' annotation file and `imgs/`.
         captions_per_image: use the first n captions of each image only. The paper uses two; `None` uses all.
         skip_unreadable: decode all images first, and leave out those that cannot be read, with a list.
-        seed: of the drawn set.
         revision: tag, branch or commit of a set on the Hub.
         splits: names of the splits to load and check; `None` loads all. In the place of a `val` that the set lacks,
             `train` is loaded, see [`hold_out_persons`].
@@ -376,7 +373,8 @@ def load_pairs_dataset(
     if dataset in PEDES_SETS:
         loaded = _load_pedes(dataset, data_dir, skip_unreadable, splits)
     elif dataset in DRAWN_SETS:
-        drawn = load_drawn(seed=seed, domain=DRAWN_SETS[dataset])
+        with _writing_to_the_cache("The drawn set"):
+            drawn = load_drawn(domain=DRAWN_SETS[dataset])
         loaded = DatasetDict({split: drawn[split] for split in _needed_splits(dataset, drawn, splits)})
     else:
         loaded = _load_other(dataset, data_dir, skip_unreadable, revision, splits)
@@ -526,7 +524,7 @@ def shared_persons(splits: DatasetDict) -> dict[str, int]:
     return {split: count for split, count in counts.items() if count}
 
 
-def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int | None = None) -> Dataset:
+def add_attribute_spans(dataset: Dataset, masker: AttributeMasker) -> Dataset:
     """
     Add the column `attribute_spans` (units of every caption) with NLTK, once; `datasets` caches it. A phrase column
     that the data set brings along is kept, and split into words where the masker masks words.
@@ -541,7 +539,6 @@ def add_attribute_spans(dataset: Dataset, masker: AttributeMasker, num_proc: int
                 _tag_row,
                 # `datasets` hashes the arguments, not the code: phrases found by other code or NLTK are not reused.
                 fn_kwargs={"unit": masker.unit, "version": f"{_MASKER_CODE} nltk {version('nltk')}"},
-                num_proc=num_proc,
                 desc="Tagging captions",
             )
     if masker.unit == "word":
@@ -735,6 +732,11 @@ class PairCollator:
             any_sample = {"image": PILImage.new("RGB", (1, 1)), "caption": "", "person_id": 0, "pair": 0}
             any_sample["attribute_spans"] = []
             return {name: values[:0] for name, values in self([any_sample]).items()}
+        if self.mask and "attribute_spans" not in samples[0]:
+            raise DataError(
+                "The samples have no `attribute_spans`. Add them with `add_attribute_spans`; for a model without ARA "
+                "pass `mask=False`."
+            )
         inputs = self.processor(
             images=[sample["image"] for sample in samples],
             text=[sample["caption"] for sample in samples],

@@ -42,7 +42,7 @@ def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
         ValueError: for shapes that do not fit, scores that are NaN, or a query whose person has no image.
     """
     similarity, query_ids, gallery_ids = (
-        torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values)
+        torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values).cpu()
         for values in (similarity, query_ids, gallery_ids)
     )
     if similarity.shape != (len(query_ids), len(gallery_ids)):
@@ -200,8 +200,7 @@ def encode_gallery(
     """
     images, device = _Images(dataset, processor), model.device
     vision = model.config.vision_config
-    rows, columns = vision.grid_size
-    bytes_per_image = (1 + rows * columns) * vision.hidden_size * model.dtype.itemsize
+    bytes_per_image = vision.sequence_length * vision.hidden_size * model.dtype.itemsize
     starts = list(range(0, len(images), batch_size))
     rank, size = rank_and_size()
     own = np.array_split(range(len(starts)), size)[rank].tolist()
@@ -220,7 +219,7 @@ def encode_gallery(
         )
         return (pixel_values.to(device) for pixel_values in loader)
 
-    states = torch.empty(kept, 1 + rows * columns, vision.hidden_size, dtype=model.dtype)
+    states = torch.empty(kept, vision.sequence_length, vision.hidden_size, dtype=model.dtype)
     embeds = torch.zeros(len(images), model.config.projection_dim)
     start = first
     bar = tqdm(load(own), total=len(own), desc="Encoding images", unit="batch", disable=not progress, leave=False)
@@ -390,7 +389,7 @@ def score_candidates(
 
     Half precision cannot tell close candidates apart. Under autocast it reads all pairs. A sample, read again in the
     precision of the weights, shows how far it is off. Then candidates whose place among the first 1, 5 or 10 is in
-    doubt are read again, too. Thus Rank-1, 5 and 10 are those of full precision for a part of its work.
+    doubt are read again, too. Thus Rank-1, 5 and 10 are as a rule those of full precision, for a part of its work.
     """
     options = {"memory": memory, "progress": progress}
     scores = match_candidates(model, queries, gallery, candidates, **options)
@@ -529,7 +528,7 @@ class RetrievalMetric(evaluate.Metric):
             inputs_description="predictions: scores of every gallery image, one row per query; references: person of "
             "each query; gallery_ids: person of each gallery image.",
             features=datasets.Features(
-                {"predictions": datasets.List(datasets.Value("float32")), "references": datasets.Value("int64")}
+                {"predictions": datasets.List(datasets.Value("float64")), "references": datasets.Value("int64")}
             ),
         )
 

@@ -194,7 +194,8 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     weights are removed first and the new ones come last, so that at no moment old and new files load together.
 
     Raises:
-        FileError: where a file cannot be written; `folder` is as before, then.
+        FileError: where a file cannot be written; `folder` is as before, then. Or, on a damaged disk or where a folder
+            has the name of a file, where one cannot take its place.
     """
     folder = make_output_folder(folder)
     temporary = folder / ".unfinished"
@@ -204,12 +205,18 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         for path in temporary.iterdir():
             _flush(path)
-        for path in folder.iterdir():
-            if _WEIGHTS.fullmatch(path.name):
-                path.unlink()
-        # The index of several weight files comes after these in the alphabet.
-        for path in sorted(temporary.iterdir(), key=lambda path: (".safetensors" in path.name, path.name)):
-            os.replace(path, folder / path.name)
+        try:
+            for path in folder.iterdir():
+                if _WEIGHTS.fullmatch(path.name):
+                    path.unlink()
+            # The index of several weight files comes after these in the alphabet.
+            for path in sorted(temporary.iterdir(), key=lambda path: (".safetensors" in path.name, path.name)):
+                os.replace(path, folder / path.name)
+        except OSError as error:
+            raise FileError(
+                f"The new files cannot take their places in {folder}: {one_line(error)}. What is there now "
+                "is not whole. Choose another folder."
+            ) from error
     except (OSError, SafetensorError) as error:
         raise _not_written(folder, error) from error
     finally:

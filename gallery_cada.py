@@ -217,6 +217,8 @@ def build_index(
         plan = None
         if state.is_main_process:
             stack.enter_context(only_writer(index))
+            if read_record(index) != record:
+                raise GalleryError(f"Another process has changed {index} meanwhile. Run the command again.")
             kind = _shard_kind(digest, settings["keep_patches"])
             old = record or {
                 "format": FORMAT,
@@ -227,8 +229,8 @@ def build_index(
             job = _Update(index, {**old, **settings, "source": place, "digest": digest}, images)
             plan = job.plan(shard_size, record is None, check_content, progress)
             if settings["keep_patches"]:
-                rows, columns = network.config.vision_config.grid_size
-                size = 2 * (1 + rows * columns) * network.config.vision_config.hidden_size  # in half precision
+                vision = network.config.vision_config
+                size = 2 * vision.sequence_length * vision.hidden_size  # in half precision
                 announce_states(index, size, sum(len(paths) for _, paths, _ in plan))
         plan = broadcast_object_list([plan])[0]
         part, shown = plan[state.process_index :: state.num_processes], progress and state.is_main_process
@@ -513,7 +515,9 @@ class GalleryIndex:
                 ),
                 key=lambda pair: (-pair[0], pair[1]["path"]),
             )
-            ranked = [(*pair, "local") for pair in near] + [(*pair, "global") for pair in hits[len(scores) :]]
+            ranked = [(*pair, "local") for pair in near] + [
+                (*pair, "global") for pair in hits[len(scores) :] if pair[1]["path"] not in self.left_out
+            ]
             rankings.append([self._result(*hit) for hit in ranked[:top]])
         if self.left_out:
             path, problem = next(iter(self.left_out.items()))
@@ -550,8 +554,7 @@ class GalleryIndex:
         for line, numbers in enumerate(table):
             padded[line, : len(numbers)] = torch.tensor(numbers)
         config = self.model.config.vision_config
-        patches = config.grid_size[0] * config.grid_size[1]
-        empty = torch.empty(0, 1 + patches, config.hidden_size, dtype=self.model.dtype)
+        empty = torch.empty(0, config.sequence_length, config.hidden_size, dtype=self.model.dtype)
         size = _IMAGES_AT_ONCE
 
         def encode(batches: list[int]) -> Iterator[torch.Tensor]:
@@ -571,7 +574,7 @@ class GalleryIndex:
             except (OSError, KeyError, DataError, SafetensorError) as error:
                 self.left_out[row["path"]] = problem_of(error)
         config = self.model.config.vision_config
-        states = torch.zeros(len(rows), 1 + config.grid_size[0] * config.grid_size[1], config.hidden_size)
+        states = torch.zeros(len(rows), config.sequence_length, config.hidden_size)
         if found and self.record["keep_patches"]:
             states[good] = torch.stack(found).float()
         elif found:

@@ -210,31 +210,32 @@ class CADAMLP(nn.Module):
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
+def resize_positions(positions: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Positions `(1, 1 + rows * columns, hidden)` for another grid, bicubic; that of the class token stays."""
+    if old_grid == new_grid:
+        return positions
+    grid = positions[:, 1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", align_corners=False).to(positions.dtype)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
 class CADAVisionEmbeddings(nn.Module):
     """Patches, class token and learned positions."""
 
     def __init__(self, config: CADAVisionConfig):
         super().__init__()
         self.config = config
-        rows, columns = config.grid_size
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        self.position_embedding = nn.Parameter(torch.zeros(1, rows * columns + 1, config.hidden_size))
-
-    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings `(1, 1 + patches, hidden)` for an image of another size, by bicubic interpolation."""
-        rows, columns = self.config.grid_size
-        grid = self.position_embedding[:, 1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
-        size = (height // self.config.patch_size, width // self.config.patch_size)
-        grid = F.interpolate(grid.float(), size=size, mode="bicubic", align_corners=False).to(grid.dtype)
-        return torch.cat([self.position_embedding[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.sequence_length, config.hidden_size))
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]
         if interpolate_pos_encoding:
-            positions = self.interpolate_pos_encoding(height, width)
+            grid = height // self.config.patch_size, width // self.config.patch_size
+            positions = resize_positions(self.position_embedding, self.config.grid_size, grid)
         elif (height, width) != self.config.image_height_width:
             raise ValueError(
                 f"`pixel_values` are {height}×{width}, but the model takes images of "
@@ -757,7 +758,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
                 1 for real tokens, 0 for padding.
             person_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                The person of pair i, for the losses: text i describes image i.
+                The person of pair i, for the losses: text i describes image i. Several processes compute the losses
+                together, over all their pairs, so all of them have to call.
             masked_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 The captions with masked attributes, for ARA.
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
@@ -790,7 +792,6 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-
         if input_ids.shape[1] > self.config.max_text_length:
             raise ValueError(
                 f"The texts have {input_ids.shape[1]} tokens, above `max_text_length` "

@@ -52,6 +52,8 @@ RELEASED = (
     *("README.md", RUN_FILE, "config.json", "*_cada.py", "*.safetensors", "model.safetensors.index.json"),
     *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
 )
+# Meets the rules of a tokenizer: case, accents, punctuation, signs without words, letters of other scripts.
+_PROBE = "A Wömän's T-shirt, 2 état-d'âme bags & a \u00ad的 hat.\tunaffable"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 REPORTED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "pillow", "nltk")
 METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
@@ -229,8 +231,13 @@ def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
     config, tokenizer = model.config, processor.tokenizer
     towers = {"vision": config.vision_config, "text": config.text_config}
     training = ("initializer_range", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    # Neither a field that a later version adds with a neutral default changes it, nor another form of tokenizer files.
     settings = {
-        side: {name: getattr(tower, name) for name in type(tower).__annotations__ if name not in training}
+        side: {
+            name: getattr(tower, name)
+            for name in type(tower).__annotations__
+            if name not in training and getattr(tower, name) != getattr(type(tower), name, None)
+        }
         for side, tower in towers.items()
     }
     settings["config"] = [config.projection_dim, config.max_text_length, config.match_score, config.use_atp]
@@ -238,9 +245,11 @@ def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
     names += ("do_normalize", "image_mean", "image_std")
     images = processor.image_processor.to_dict()
     settings["images"] = {name: images.get(name) for name in names}
-    texts = json.loads(tokenizer.backend_tokenizer.to_str())
-    texts = {name: texts[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")}
-    settings["texts"] = [texts, tokenizer.model_max_length, tokenizer.init_kwargs.get("max_length")]
+    backend = tokenizer.backend_tokenizer
+    words = _PROBE if backend.normalizer is None else backend.normalizer.normalize_str(_PROBE)
+    words = words if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(words)
+    settings["texts"] = [words, tokenizer(_PROBE)["input_ids"], tokenizer.get_vocab()]
+    settings["texts"] += [tokenizer.model_max_length, tokenizer.init_kwargs.get("max_length")]
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(f"{model_digest(model)}{text}".encode()).hexdigest()
 
@@ -256,6 +265,14 @@ def checkpoint_digest(folder: str | os.PathLike) -> str:
 def set_title(dataset: str) -> str:
     """The name of a set as a reader knows it."""
     return TITLES.get(dataset, dataset)
+
+
+def _code_of(config, path: Path) -> set[str]:
+    """The code files that `auto_map` of a configuration, the content of `path`, names."""
+    references = config.get("auto_map", {}) if isinstance(config, dict) else None
+    if not isinstance(references, dict) or not all(isinstance(name, str) for name in references.values()):
+        raise PublishError(f"`auto_map` in {path} is damaged. Save model and processor again.")
+    return {f"{reference.split('.')[0]}.py" for reference in references.values()}
 
 
 def release_files(folder: str | os.PathLike) -> list[str]:
@@ -277,10 +294,9 @@ def release_files(folder: str | os.PathLike) -> list[str]:
             )
     try:
         weights = {path.name for path in weight_files(folder)}
-        references = check_config(folder).get("auto_map", {})
-        if not isinstance(references, dict) or not all(isinstance(name, str) for name in references.values()):
-            raise PublishError(f"`auto_map` in {folder / 'config.json'} is damaged. Save the model again.")
-        code = {f"{reference.split('.')[0]}.py" for reference in references.values()}
+        code = _code_of(check_config(folder), folder / "config.json")
+        if code:
+            code |= _code_of(read_json(folder / "processor_config.json"), folder / "processor_config.json")
         for name in sorted(code & set(names)):
             code |= {f"{module}.py" for module in get_relative_imports(folder / name)}
     except PublishError:

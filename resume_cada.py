@@ -178,6 +178,7 @@ class SaveOnSigterm(TrainerCallback):
         self.previous = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.received = self.agreed = False
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             self.previous = signal.signal(signal.SIGTERM, self._receive)
 
@@ -208,8 +209,12 @@ class SaveOnSigterm(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._agree(args):  # it came in the last evaluation
             self._end("after the last step, before the end of the command")
+
+    def restore(self) -> None:
+        """What SIGTERM did before the training, which has ended or failed."""
         if self.previous is not None:
             signal.signal(signal.SIGTERM, self.previous)
+        self.previous = None
 
     def _end(self, when: str) -> None:
         logger.warning(f"SIGTERM: {when}. Go on with --resume_from_checkpoint last.")

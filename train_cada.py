@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import transformers
@@ -39,7 +39,6 @@ from convert_cada import (
     convert_processor,
     default_image_size,
     describe_origin,
-    resize_positions,
 )
 from data_cada import (
     PEDES_SETS,
@@ -61,8 +60,7 @@ from files_cada import (
     report_argument,
     run_command,
 )
-from losses_cada import rank_and_size
-from modeling_cada import CADAForTextToImageRetrieval
+from modeling_cada import CADAForTextToImageRetrieval, resize_positions
 from processing_cada import CADAImageProcessor, CADAProcessor
 from publish_cada import (
     RANDOM_START,
@@ -78,7 +76,14 @@ from publish_cada import (
     write_run,
 )
 from resume_cada import find_checkpoint
-from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments, made_of_arguments, whole_model
+from trainer_cada import (
+    ArgumentError,
+    CADATrainer,
+    CADATrainingArguments,
+    check_processes,
+    made_of_arguments,
+    whole_model,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -375,8 +380,8 @@ def describe_training(
     return {
         "dataset": name_of_set(data, rows),
         "captions_per_image": data.captions_per_image,
-        "data": {"persons": len(set(rows["person_id"])), "images": len(rows), "pairs": pairs},
         "start": "random weights" if start is None else Path(start).name if Path(start).exists() else start,
+        "data": {"persons": len(set(rows["person_id"])), "images": len(rows), "pairs": pairs},
         "recipe": recipe,
         "selected_by": f"{args.metric_for_best_model} on validation" if chosen else None,
         "seed": args.seed,
@@ -438,18 +443,9 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     """Train, evaluate on validation, test: what `args` asks for. Returns all metrics."""
     if not (args.do_train or args.do_eval or args.do_predict):
         raise ArgumentError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
-    if args.n_gpu > 1:
-        raise ArgumentError(
-            f"One process sees {args.n_gpu} GPUs. Start one process for each (`accelerate launch train_cada.py ...`), "
-            "or choose one with CUDA_VISIBLE_DEVICES=0."
-        )
-    if rank_and_size()[1] != args.world_size:
-        raise ArgumentError(
-            f"{rank_and_size()[1]} processes were started, and the Trainer knows of {args.world_size}. On a machine "
-            "without GPU add --use_cpu --ddp_backend gloo."
-        )
+    check_processes(args)
     make_output_folder(args.output_dir)  # what keeps from saving shows now, not after days of training
-    with only_writer(args.output_dir) if args.do_train and args.process_index == 0 else nullcontext():
+    with only_writer(args.output_dir) if args.process_index == 0 else nullcontext():
         return train_and_evaluate(model_arguments, data, args)
 
 
@@ -458,6 +454,9 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """[`run`], after its looks at the machine and the output folder."""
     set_seed(args.seed)
+    # Read once: a file may be another one when a checkpoint is written.
+    overrides = json.dumps(read_overrides(model_arguments.config_overrides))
+    model_arguments = replace(model_arguments, config_overrides=overrides)
     try:
         model, processor = load_model_and_processor(model_arguments)
     except StrictDataclassError as error:
@@ -493,12 +492,6 @@ def train_and_evaluate(
     train_pairs = None
     if args.do_train:
         train_pairs = PairDataset(splits["train"], processor.image_size)
-    batch = args.train_batch_size * args.world_size
-    if args.do_train and args.dataloader_drop_last and len(train_pairs) < batch:
-        raise ArgumentError(
-            f"The training set has {len(train_pairs)} pairs, less than one batch of {batch}. Lower "
-            "--per_device_train_batch_size."
-        )
     with made_of_arguments("The Trainer"):  # a logger that is not installed, say
         trainer = CADATrainer(
             model=model,
@@ -560,6 +553,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if arguments and arguments[0].endswith(".json"):
         arguments = [*read_recipe(arguments[0], arguments[1:]), *arguments[1:]]  # the last of two equal ones counts
     try:
+        if not parser.parse_known_args(arguments)[0].do_train:  # nothing is chosen, and `do_eval` stays as asked
+            arguments += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
         parsed = parser.parse_args_into_dataclasses(arguments)
     except (ImportError, OSError, TypeError, ValueError) as error:  # unknown arguments, wrong values
         raise ArgumentError(f"{error} (`python train_cada.py --help` lists all arguments.)") from error

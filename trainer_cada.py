@@ -18,13 +18,22 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, sort_checkpoints, speed_metrics
+from transformers.trainer_utils import (
+    PredictionOutput,
+    TrainOutput,
+    get_last_checkpoint,
+    sort_checkpoints,
+    speed_metrics,
+)
 from transformers.utils import logging
 
+from checkpoint_cada import check_processor
 from data_cada import GlobalBatches, outlive_sigterm
 from evaluation_cada import METRICS, RERANK_MEMORY, evaluate_retrieval
 from files_cada import CADAError, one_line, remove_folder, replace_folder
+from losses_cada import rank_and_size
 from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAProcessor
 from publish_cada import publish
 from resume_cada import RECIPE_FILE, SaveOnSigterm, best_checkpoint, recipe_of
 
@@ -36,7 +45,11 @@ STEPS = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
 # Arguments of `TrainingArguments` that are of language models, or would change the training unseen; their defaults.
 NO_PLACE = {
     "auto_find_batch_size": False,
+    "bf16_full_eval": False,
     "debug": "",
+    "fp16_full_eval": False,
+    "hub_always_push": False,
+    "hub_strategy": "end",  # all others push optimizer states
     "ignore_data_skip": False,
     "label_smoothing_factor": 0.0,
     "neftune_noise_alpha": None,
@@ -134,11 +147,12 @@ class CADATrainingArguments(TrainingArguments):
         for name, default in NO_PLACE.items():
             if getattr(self, name) and getattr(self, name) != default:
                 raise ValueError(f"`{name}` has no place in this training. Leave it out.")
-        modes = list(torch._inductor.list_mode_options())
-        if self.torch_compile_mode not in [None, *modes]:
-            raise ValueError(f"`torch_compile_mode` is {self.torch_compile_mode!r}. Choose one of {', '.join(modes)}.")
-        if not self.do_train:  # nothing is chosen, and `do_eval` stays as asked
-            self.eval_strategy, self.load_best_model_at_end = "no", False
+        if self.torch_compile_mode is not None:
+            modes = list(torch._inductor.list_mode_options())
+            if self.torch_compile_mode not in modes:
+                raise ValueError(
+                    f"`torch_compile_mode` is {self.torch_compile_mode!r}. Choose one of {', '.join(modes)}."
+                )
         if self.load_best_model_at_end and "no" in (str(self.eval_strategy), str(self.save_strategy)):
             raise ValueError(
                 "Without evaluations or without checkpoints none can be chosen: add --load_best_model_at_end false, "
@@ -167,6 +181,25 @@ def made_of_arguments(what: str) -> Iterator[None]:
         raise
     except (ImportError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ArgumentError(f"{what} cannot be made of these arguments: {one_line(error)}") from error
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """
+    Every GPU needs a process of its own, and the Trainer has to know all processes.
+
+    Raises:
+        ArgumentError: where it is not so.
+    """
+    if args.n_gpu > 1:
+        raise ArgumentError(
+            f"One process sees {args.n_gpu} GPUs. Start one process for each (`accelerate launch ...`), or choose one "
+            "with CUDA_VISIBLE_DEVICES=0."
+        )
+    if rank_and_size()[1] != args.world_size:
+        raise ArgumentError(
+            f"{rank_and_size()[1]} processes were started, and the Trainer knows of {args.world_size}. On a machine "
+            "without GPU add --use_cpu --ddp_backend gloo."
+        )
 
 
 class EpochLoader(torch.utils.data.DataLoader):
@@ -202,21 +235,46 @@ class CADATrainer(Trainer):
     Args:
         args ([`CADATrainingArguments`]): training arguments.
         train_dataset ([`PairDataset`]): pairs of image and caption.
-        eval_dataset: rows with `image`, `captions`, `person_id`; all captions search all images.
+        eval_dataset: rows with `image`, `captions`, `person_id`; all captions search all images. Or several such sets
+            by their names.
         processing_class ([`CADAProcessor`]): the processor, saved with every checkpoint.
+
+    Raises:
+        ArgumentError: for several GPUs in one process, less than a batch of pairs, or `compute_metrics`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        check_processes(self.args)
+        if self.compute_metrics is not None:
+            raise ArgumentError(
+                "`compute_metrics` has no place: the evaluation is `evaluate_retrieval`. Leave it out."
+            )
+        if isinstance(self.processing_class, CADAProcessor):
+            check_processor(self.processing_class, self.model.config)
+            masker, config = self.processing_class.attribute_masker, self.model.config
+            if config.use_ara and (masker.unit, masker.rate) != (config.mask_unit, config.mask_rate):
+                raise ArgumentError(
+                    f"The processor masks {masker.unit}s at a rate of {masker.rate}, and the model's configuration "
+                    f"says {config.mask_unit}s and {config.mask_rate}. Make the processor with these."
+                )
         self.recipe: dict | None = None
         if self.train_dataset is not None:
-            splits = {"train": self.train_dataset.dataset, "val": self.eval_dataset}
+            batch, pairs = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
+            if self.args.dataloader_drop_last and pairs < batch:
+                raise ArgumentError(
+                    f"The training set has {pairs} pairs, less than one batch of {batch}. Lower "
+                    "--per_device_train_batch_size."
+                )
+            others = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"val": self.eval_dataset}
+            splits = {"train": self.train_dataset.dataset, **others}
             self.recipe = recipe_of(self.args, self.model, splits)
         self.write_record: Callable[[Path], None] | None = None  # puts the record of the run into a checkpoint
         self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
         self._part_count = 0
         self._unfinished: Path | None = None  # folder of the checkpoint that is being written
-        self.add_callback(SaveOnSigterm())
+        self._sigterm = SaveOnSigterm()
+        self.add_callback(self._sigterm)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """
@@ -314,6 +372,8 @@ class CADATrainer(Trainer):
             else:
                 raise
             raise TrainingError(f"Step {self.state.global_step + 1} failed: {one_line(error)} {remedy}") from error
+        finally:
+            self._sigterm.restore()
 
     def _check_finite(self) -> None:
         """Weights are kept only where they are numbers; the loss tells one step later."""
@@ -416,19 +476,20 @@ class CADATrainer(Trainer):
 
     def push_to_hub(self, commit_message=None, blocking=True, token=None, revision=None, private=None, **kwargs):
         """Model, processor, record of the run and model card, by [`publish`]. Always waits for the end."""
+        if commit_message is not None or revision is not None:
+            raise ArgumentError("A release goes to `main` with a message of its own. Name it by `hub_tag`.")
         self.save_model(_internal_call=True)
-        self._finish_current_push()
         if self.is_world_process_zero():
+            repo_id = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             pinned = publish(
                 self.args.output_dir,
-                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                repo_id,
                 tag=self.args.hub_tag,
                 private=self.args.hub_private_repo if private is None else private,
-                # What this very run pushed on its way (`hub_strategy`) is its own to replace.
-                overwrite=self.args.hub_overwrite or self.push_in_progress is not None,
+                overwrite=self.args.hub_overwrite,
                 token=token or self.args.hub_token,
             )
-            logger.warning(f"Published {self.hub_model_id}, revision {pinned}.")
+            logger.warning(f"Published {repo_id}, revision {pinned}.")
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Tied weights are saved once. Their second name is not missing, so it is no reason for a warning."""
@@ -440,10 +501,18 @@ class CADATrainer(Trainer):
         """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
         started = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ArgumentError("There is no set to evaluate on. Give `eval_dataset`.")
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, one in dataset.items():
+                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         try:
             with self.accelerator.autocast():
                 metrics = evaluate_retrieval(
-                    whole_model(self.accelerator.unwrap_model(self.model)),
+                    # Without a training before it, FSDP has not placed the model yet.
+                    whole_model(self.accelerator.unwrap_model(self.model)).to(self.args.device),
                     self.processing_class,
                     dataset,
                     batch_size=self.args.eval_batch_size,
@@ -463,3 +532,7 @@ class CADATrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """The `metrics` of [`evaluate`]; the scores of all pairs are too many to keep."""
+        return PredictionOutput(None, None, self.evaluate(test_dataset, ignore_keys, metric_key_prefix))

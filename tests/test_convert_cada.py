@@ -7,7 +7,7 @@ from transformers import AutoModel, AutoProcessor, BlipConfig, BlipForConditiona
 
 import convert_cada
 import train_cada
-from convert_cada import ConversionError, convert, convert_state_dict, grow_vocabulary, resize_positions
+from convert_cada import ConversionError, convert, convert_state_dict, grow_vocabulary
 from publish_cada import read_run, release_files
 from train_cada import ModelArguments, load_model_and_processor
 
@@ -209,31 +209,6 @@ def test_pickles_are_not_executed(tmp_path):
         convert("cada_original", tmp_path / "damaged.pth")
     with pytest.raises(ConversionError, match="does not exist"):
         convert("cada_original", tmp_path / "nowhere.pth")
-
-
-def cubic(distance: float, a: float = -0.75) -> float:
-    """Keys' cubic convolution kernel."""
-    x = abs(distance)
-    if x <= 1:
-        return (a + 2) * x**3 - (a + 3) * x**2 + 1
-    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
-
-
-def test_positions_of_another_grid():
-    """Bicubic, the class token kept; the same grid stays the same."""
-    torch.manual_seed(0)
-    positions = torch.randn(1, 1 + 64, 2)
-    assert resize_positions(positions, (8, 8), (8, 8)) is positions
-    resized = resize_positions(positions, (8, 8), (16, 4))
-    assert resized.shape == (1, 65, 2)
-    assert torch.equal(resized[:, 0], positions[:, 0])
-    # Twice as many rows: row 7 has its centre at (7 + 0.5) / 2 - 0.5; half as many columns: column 1 at 2 * 1.5 - 0.5.
-    expected = sum(
-        cubic(3.25 - row) * cubic(2.5 - column) * positions[0, 1 + 8 * row + column]
-        for row in range(8)
-        for column in range(8)
-    )
-    torch.testing.assert_close(resized[0, 1 + 4 * 7 + 1], expected)
 
 
 def test_other_image_size(tmp_path):

@@ -124,6 +124,13 @@ def save_checkpoint(folder: Path, value: float, shards: int = 1) -> None:
         (folder / "model.safetensors.index.json").write_text("{}")
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(FileError, match="cannot take their places.*config.json.*is not whole"):
+        with checkpoint_written_whole(tmp_path) as folder:
+            (folder / "config.json").write_text("{}")
+
+
 def test_checkpoint_is_replaced_as_a_whole(tmp_path):
     """Weights of an earlier one that the new one has no file for do not stay; what is not of a checkpoint does."""
     (tmp_path / "notes.txt").write_text("mine")

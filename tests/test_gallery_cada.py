@@ -663,6 +663,37 @@ def test_scores_stay_with_their_images_where_a_wider_search_has_another_order(
     assert after[:3] == before[1:4]
 
 
+def test_an_image_that_is_gone_is_left_out_for_every_sentence(checkpoint, folder, tmp_path):
+    """For the second one it is no candidate of re-ranking, so its file is not looked at for that sentence."""
+    build(folder, tmp_path / "index", checkpoint)
+    sentences = ["a man in a red coat", "blue shorts"]
+    first, second = open_index(tmp_path / "index").search(sentences, top=12, rerank=1)
+    gone = first[0].path
+    assert second[0].path != gone
+    (folder / gone).unlink()
+    rankings = open_index(tmp_path / "index").search(sentences, top=12, rerank=1)
+    assert [[result.path for result in ranking].count(gone) for ranking in rankings] == [0, 0]
+    assert [len(ranking) for ranking in rankings] == [11, 11]
+
+
+def test_an_index_that_another_run_changes_meanwhile_is_left_alone(copied, monkeypatch):
+    """The other run ends while this one loads the model."""
+    index, folder = copied
+    load, other = gallery_cada._load, []
+
+    def slowly(*arguments):
+        if not other:
+            other.append(True)
+            (folder / "new.png").write_bytes((folder / "a.png").read_bytes())
+            build_index(folder, index, progress=False)
+        return load(*arguments)
+
+    monkeypatch.setattr(gallery_cada, "_load", slowly)
+    with pytest.raises(GalleryError, match="Another process has changed .* meanwhile. Run the command again"):
+        build_index(folder, index, progress=False)
+    assert "new.png" in {result.path for result in open_index(index).search("a man", top=99)[0]}
+
+
 def test_a_sentence_of_any_length_has_a_picture(copied):
     gallery = open_index(copied[0])
     results = gallery.search("a man", rerank=0)[0]

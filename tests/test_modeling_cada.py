@@ -4,9 +4,8 @@ from math import log
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import run_processes, tiny_batch, tiny_config
+from conftest import tiny_batch, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -14,7 +13,7 @@ from safetensors import safe_open
 import losses_cada
 from configuration_cada import CADAConfig
 from losses_cada import cmpm_loss, draw_negatives, ndf_loss, ndf_reference_loss
-from modeling_cada import CADAForTextToImageRetrieval, CADAModel, CADATextLayer, CADAVisionLayer, gather_batch
+from modeling_cada import CADAForTextToImageRetrieval, CADAModel, CADATextLayer, CADAVisionLayer, resize_positions
 
 
 PROPERTY = settings(deadline=None, max_examples=25)
@@ -530,21 +529,29 @@ def test_other_image_sizes(height, width, tokens):
         )
 
 
-def test_interpolated_positions():
-    """Positions that depend on the row alone still do so after a change of size, and keep the values at the ends."""
-    embeddings = tiny_model().cada.vision_model.embeddings
-    rows = torch.tensor([1.0, 1.0, 5.0, 5.0])
-    with torch.no_grad():
-        embeddings.position_embedding[0, 0] = 7
-        embeddings.position_embedding[0, 1:] = rows.repeat_interleave(2)[:, None]
-    positions = embeddings.interpolate_pos_encoding(64, 24)
-    assert positions.shape == (1, 1 + 8 * 3, 16)
-    assert positions[0, 0].tolist() == [7] * 16
-    grid = positions[0, 1:].view(8, 3, 16)
-    assert_close(grid, grid[:, :1, :1].expand(8, 3, 16))
-    # The mirror image of a step from 1 to 5 around 3 is itself.
-    assert_close(grid[:, 0, 0] + grid[:, 0, 0].flip(0), torch.full((8,), 6.0))
-    assert grid[2, 0, 0] < 3 < grid[5, 0, 0]
+def cubic(distance: float, a: float = -0.75) -> float:
+    """Keys' cubic convolution kernel."""
+    x = abs(distance)
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def test_positions_of_another_grid():
+    """Bicubic, the class token kept; the same grid stays the same."""
+    torch.manual_seed(0)
+    positions = torch.randn(1, 1 + 64, 2)
+    assert resize_positions(positions, (8, 8), (8, 8)) is positions
+    resized = resize_positions(positions, (8, 8), (16, 4))
+    assert resized.shape == (1, 65, 2)
+    assert torch.equal(resized[:, 0], positions[:, 0])
+    # Twice as many rows: row 7 has its centre at (7 + 0.5) / 2 - 0.5; half as many columns: column 1 at 2 * 1.5 - 0.5.
+    expected = sum(
+        cubic(3.25 - row) * cubic(2.5 - column) * positions[0, 1 + 8 * row + column]
+        for row in range(8)
+        for column in range(8)
+    )
+    torch.testing.assert_close(resized[0, 1 + 4 * 7 + 1], expected)
 
 
 @pytest.mark.parametrize("image_size", [16, (16, 40)])
@@ -885,84 +892,3 @@ def test_match_score():
     logits = torch.tensor([[0.0, log(3)], [1.0, 1.0]])
     assert tiny_model().local_score(logits).tolist() == pytest.approx([0.75, 0.5])
     assert tiny_model(match_score="logit").local_score(logits).tolist() == pytest.approx([log(3), 1.0])
-
-
-# Two processes
-
-SETTINGS = [
-    {},
-    {"contrastive_loss": "ndf_reference", "hard_negative_similarity": "dot", "ara_causal": True},
-    {"contrastive_loss": "cmpm", "pool_padding": False},
-    {"use_ara": False},
-]
-SHARED = [0, 1, 2, 0, 3, 1]  # persons 0 and 1 are in both halves
-
-
-def joint_batch() -> dict[str, torch.Tensor]:
-    """Six pairs whose texts have 8 or 9 tokens in the first half and up to 11 in the second: two groups each."""
-    batch = tiny_batch(batch=6, length=11)
-    lengths = torch.tensor([9, 8, 9, 11, 10, 8])
-    generator = torch.Generator().manual_seed(1)
-    mask = (torch.arange(11)[None] < lengths[:, None]).long()
-    ids = torch.randint(5, 38, (6, 11), generator=generator) * mask
-    labels = torch.full((6, 11), -100)
-    labels[:, 2:4] = ids[:, 2:4]
-    masked = ids.clone()
-    masked[:, 2:4] = 3
-    batch.update(input_ids=ids, attention_mask=mask, labels=labels, masked_input_ids=masked)
-    batch["person_ids"] = torch.tensor(SHARED)
-    return batch
-
-
-CASES = [(changes, chunk_size) for changes in SETTINGS for chunk_size in (None, 2)]
-
-
-def half_batch(rank: int) -> dict[str, torch.Tensor]:
-    """Three pairs, padded as far as they need: 9 tokens on the first process, 11 on the second."""
-    half = {name: tensor[3 * rank : 3 * rank + 3] for name, tensor in joint_batch().items()}
-    width = int(half["attention_mask"].sum(1).max())
-    return {name: tensor[:, :width] if tensor.shape[1:] == (11,) else tensor for name, tensor in half.items()}
-
-
-def one_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = []
-    for changes, chunk_size in CASES:
-        model = torch.nn.parallel.DistributedDataParallel(tiny_model(**changes))
-        out = model(**half_batch(rank), chunk_size=chunk_size)
-        out.loss.backward()
-        grads = {name: parameter.grad for name, parameter in model.module.named_parameters()}
-        results.append(({name: out[name].item() for name in LOSSES if out.get(name) is not None}, grads))
-    # Process r holds x = r + 1 and y = 10 (r + 1), and weighs the gathered sum with (1 + r) * [1, 2].
-    x = torch.tensor([rank + 1.0], requires_grad=True)
-    y = torch.tensor([10 * (rank + 1.0)], requires_grad=True)
-    total = gather_batch(x, [1, 1]) + gather_batch(y, [1, 1])
-    total.backward((1 + rank) * torch.tensor([1.0, 2.0]))
-    torch.save((results, total.detach(), x.grad, y.grad), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path):
-    """
-    DDP's gradients and the mean of the losses are those of one process with the joint batch.
-
-    The gathered sum: x = (1, 2) and y = (10, 20) over both processes, x + y = (11, 22). The weights (1, 2) and (2, 4)
-    of the processes add up to (3, 6): 3 for both tensors of the first process, 6 for those of the second.
-    """
-    run_processes(one_process, str(tmp_path))
-    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for (changes, _), (first, grads), (second, other_grads) in zip(CASES, saved[0][0], saved[1][0], strict=True):
-        model = tiny_model(**changes)
-        expected = losses(model, joint_batch())
-        assert first.keys() == second.keys() == expected.keys()
-        mean = {name: (first[name] + second[name]) / 2 for name in expected}
-        assert mean == pytest.approx(expected, rel=1e-5), changes
-        assert first["loss_ndf"] == pytest.approx(second["loss_ndf"]), changes  # both see the global batch
-        for name, gradient in gradients(model, joint_batch()).items():
-            scale = 1 + gradient.abs().max()
-            assert torch.equal(grads[name], other_grads[name]), (changes, name)
-            assert_close(grads[name] / scale, gradient / scale, 1e-5)
-    for rank, (_, total, x_grad, y_grad) in enumerate(saved):
-        assert total.tolist() == [11, 22]
-        assert x_grad.tolist() == y_grad.tolist() == [[3.0], [6.0]][rank]

@@ -241,6 +241,7 @@ def test_training_writes_no_pickled_arguments(trained):
         ("model.safetensors", b"PK\x03\x04", "model.safetensors is damaged"),
         ("losses_cada.py", None, "lacks losses_cada.py, so nobody can load"),
         ("modeling_cada.py", None, "lacks modeling_cada.py, so nobody can load"),
+        ("processing_cada.py", None, "lacks processing_cada.py, so nobody can load"),
         (RUN_FILE, b"{", "cada_run.json is damaged"),
     ],
 )

@@ -20,6 +20,7 @@ from test_interruption import Stop, arguments, assert_same_end, folder, stop_at 
 from transformers import TrainerCallback
 
 import train_cada
+import trainer_cada
 from files_cada import FileError, run_command
 from publish_cada import read_run
 from resume_cada import ResumeError
@@ -270,7 +271,7 @@ def test_the_record_is_there_before_an_evaluation_that_fails(folder, monkeypatch
 
 def test_processes_that_the_trainer_does_not_know(folder, monkeypatch):  # noqa: F811
     """As with `accelerate launch --multi_gpu` on a machine without GPU: each would train on the same batch."""
-    monkeypatch.setattr(train_cada, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(trainer_cada, "rank_and_size", lambda: (0, 2))
     with pytest.raises(ArgumentError, match="2 processes were started.*--use_cpu --ddp_backend gloo"):
         train_cada.main(arguments(folder, "unknown", "epoch"))
 

@@ -1,15 +1,18 @@
-"""The Trainer of CADA and its arguments, through the command a researcher types."""
+"""The Trainer of CADA and its arguments, in Python and through the command a researcher types."""
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config, training_command
+from conftest import save_colour_set, tiny_config, training_command
 from pedes_layout import LAYOUTS
 
 import train_cada
+from data_cada import DataError, PairCollator, PairDataset, add_attribute_spans, load_pairs_dataset
 from modeling_cada import CADAForTextToImageRetrieval
-from processing_cada import CADAProcessor
+from processing_cada import AttributeMasker, CADAProcessor
 from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments
 
 
@@ -29,6 +32,8 @@ def test_annealed_temperature_falls_from_start_to_end(tmp_path):
         negative_sampling="annealed",
         negative_temperature_start=10.0,
         negative_temperature_end=0.1,
+        eval_strategy="no",
+        load_best_model_at_end=False,
     )
     trainer = CADATrainer(model=CADAForTextToImageRetrieval(tiny_config()), args=args)
     trainer.state.max_steps = 101
@@ -57,6 +62,7 @@ def test_annealed_temperature_falls_from_start_to_end(tmp_path):
         ({"data_seed": -1}, "data_seed"),
         ({"torch_compile_mode": "fast"}, "Choose one of default, "),
         ({"use_liger_kernel": True}, "has no place in this training"),
+        ({"hub_strategy": "every_save"}, "has no place in this training"),
     ],
 )
 def test_training_arguments_are_checked(tmp_path, fields, message):
@@ -125,3 +131,106 @@ def test_processor_is_saved_with_every_checkpoint(start, tmp_path):
     for folder in (tmp_path / "run", *(tmp_path / "run").glob("checkpoint-*")):
         assert CADAProcessor.from_pretrained(folder).enc_token_id == 30523
         assert (folder / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def trainer(start, tmp_path):
+    """Makes a Trainer of seven persons as a program would; what it is given takes the place of the usual."""
+    splits = load_pairs_dataset(str(save_colour_set(tmp_path / "data", train=17, val=9, test=11)))
+    processor = CADAProcessor.from_pretrained(start)
+
+    def make(**given):
+        usual = {
+            "model": CADAForTextToImageRetrieval.from_pretrained(start),
+            "args": arguments(tmp_path),
+            "train_dataset": PairDataset(add_attribute_spans(splits["train"], processor.attribute_masker)),
+            "eval_dataset": splits["val"],
+            "data_collator": PairCollator(processor),
+            "processing_class": processor,
+        }
+        return CADATrainer(**{**usual, **given})
+
+    return make
+
+
+def arguments(folder: Path, **given) -> CADATrainingArguments:
+    usual = {"per_device_train_batch_size": 6, "num_train_epochs": 2, "learning_rate": 5e-3, "disable_tqdm": True}
+    return CADATrainingArguments(str(folder / "run"), use_cpu=True, **{**usual, **given})
+
+
+def test_training_in_python_as_in_the_readme(start, tmp_path, monkeypatch):
+    """The block of the README, with a set and a batch that are small: validation chooses, without `do_train`."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.split("**In Python**, with `model`")[1].split("```python\n")[1].split("```")[0]
+    data = save_colour_set(tmp_path / "data", train=17, val=9, test=11)
+    for old, new in (
+        ('"cuhk_pedes", "/data/CUHK-PEDES"', repr(str(data))),
+        ("CADATrainingArguments", "small_arguments"),
+        ("print", "scores.append"),
+    ):
+        assert code.count(old) in (1, 2)
+        code = code.replace(f"import CADATrainer, {old}", "import CADATrainer").replace(old, new)
+    names = {
+        "model": CADAForTextToImageRetrieval.from_pretrained(start),
+        "processor": CADAProcessor.from_pretrained(start),
+        "small_arguments": lambda _: arguments(tmp_path),
+        "scores": [],
+    }
+    exec(code, names)
+    state = names["trainer"].state
+    assert Path(state.best_model_checkpoint).parent == tmp_path / "run"
+    assert [entry["step"] for entry in state.log_history if "eval_local_R1" in entry][:2] == [2, 4]
+    assert names["scores"] == [state.best_metric]
+
+
+def test_several_sets_and_none_are_evaluated(trainer, tmp_path):
+    several = trainer()
+    both = several.evaluate({"one": several.eval_dataset, "two": several.eval_dataset})
+    alone = several.evaluate()
+    assert both["eval_one_local_mAP"] == both["eval_two_local_mAP"] == alone["eval_local_mAP"]
+    assert several.predict(several.eval_dataset).metrics["test_local_mAP"] == alone["eval_local_mAP"]
+    without = trainer(args=arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False), eval_dataset=None)
+    with pytest.raises(ArgumentError, match="no set to evaluate on"):
+        without.evaluate()
+
+
+def test_what_a_trainer_cannot_take_is_named(trainer, start, tmp_path):
+    with pytest.raises(ArgumentError, match="17 pairs, less than one batch of 18"):
+        trainer(args=arguments(tmp_path, per_device_train_batch_size=18))
+    with pytest.raises(ArgumentError, match="compute_metrics"):
+        trainer(compute_metrics=lambda _: {})
+    processor = CADAProcessor.from_pretrained(start)
+    processor.attribute_masker = AttributeMasker("phrase", 0.1)
+    with pytest.raises(ArgumentError, match="masks phrases at a rate of 0.1, and the model's configuration says"):
+        trainer(processing_class=processor)
+    with pytest.raises(ArgumentError, match="Name it by `hub_tag`"):
+        trainer().push_to_hub(revision="dev")
+    with pytest.raises(DataError, match="no `attribute_spans`.*add_attribute_spans"):
+        PairCollator(processor)([{"image": None, "caption": "a red coat"}])
+
+
+def test_sigterm_does_what_it_did_before_a_training_that_failed(trainer, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def fail(*_, **__):
+        assert signal.getsignal(signal.SIGTERM) != before
+        raise OSError("the disk is gone")
+
+    failing = trainer()
+    monkeypatch.setattr(failing, "training_step", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        failing.train()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_fields_of_a_file_are_read_once(start, tmp_path, monkeypatch):
+    """The record holds the fields that the model has, also where their file is gone when it is written."""
+    LAYOUTS["rstp_reid"](tmp_path)
+    fields = tmp_path / "fields.json"
+    fields.write_text('{"mask_rate": 0.4}')
+    load = train_cada.load_model_and_processor
+    monkeypatch.setattr(train_cada, "load_model_and_processor", lambda given: (load(given), fields.unlink())[0])
+    words = training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train", "--max_steps", "1")
+    train_cada.main([*words, "--config_overrides", str(fields)])
+    record = json.loads((tmp_path / "run" / "cada_run.json").read_text())
+    assert record["training"]["recipe"]["config_overrides"] == {"mask_rate": 0.4}
