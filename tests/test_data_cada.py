@@ -526,7 +526,7 @@ def test_person_in_two_splits_is_reported(cuhk, capsys):
 
 def test_drawn_set_is_known_by_name(monkeypatch):
     small = DatasetDict(train=Dataset.from_dict({"captions": [["a", "b"]], "attribute_spans": [[[], []]]}))
-    monkeypatch.setattr(data_cada, "load_drawn", lambda seed, domain: small)
+    monkeypatch.setattr(data_cada, "load_drawn", lambda domain: small)
     first = load_pairs_dataset("demo", captions_per_image=1)["train"]
     assert (first["captions"][0], first["attribute_spans"][0]) == (["a"], [[]])
 
