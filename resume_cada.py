@@ -209,6 +209,7 @@ class SaveOnSigterm(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self._agree(args):  # it came in the last evaluation
             self._end("after the last step, before the end of the command")
+        self.restore()
 
     def restore(self) -> None:
         """What SIGTERM did before the training, which has ended or failed."""

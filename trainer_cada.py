@@ -240,7 +240,8 @@ class CADATrainer(Trainer):
         processing_class ([`CADAProcessor`]): the processor, saved with every checkpoint.
 
     Raises:
-        ArgumentError: for several GPUs in one process, less than a batch of pairs, or `compute_metrics`.
+        ArgumentError: for what would train or choose otherwise than it seems: several GPUs in one process, less than a
+            batch of pairs, another masking than the configuration's, `compute_metrics`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -266,7 +267,12 @@ class CADATrainer(Trainer):
                     f"The training set has {pairs} pairs, less than one batch of {batch}. Lower "
                     "--per_device_train_batch_size."
                 )
-            others = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"val": self.eval_dataset}
+            several = isinstance(self.eval_dataset, dict)
+            if several and self.args.load_best_model_at_end:
+                raise ArgumentError(
+                    "Several sets choose no checkpoint: pass `load_best_model_at_end=False`, or one set."
+                )
+            others = self.eval_dataset if several else {"val": self.eval_dataset}
             splits = {"train": self.train_dataset.dataset, **others}
             self.recipe = recipe_of(self.args, self.model, splits)
         self.write_record: Callable[[Path], None] | None = None  # puts the record of the run into a checkpoint

@@ -225,9 +225,9 @@ def main() -> None:
         f"Best {TOP} images. Time of a query: the best, median and worst of {QUERIES}, one at a time, files in the "
         f"page cache; *together* is the time per query where {QUERIES + WARM_UP} are asked at once. *First* is "
         "opening the index and the first query. Memory is the peak of the process, with the pages of the mapped file; "
-        f"{taken['imports']:.2f} GB of it are the imported libraries. Recall: share of the exact four (ten) best that "
-        "is found; the four are the images of the person, the others are strangers who resemble nobody, which is hard "
-        "for an inverted file. Build: writing the index from finished shards.",
+        f"{rows[0][5]['imports']:.2f} GB of it are the imported libraries. Recall: share of the exact four (ten) best "
+        "that is found; the four are the images of the person, the others are strangers who resemble nobody, which is "
+        "hard for an inverted file. Build: writing the index from finished shards.",
         "",
         "| images | search | build, s | build, GB | disk, GB | first, s | best, ms | query, ms | worst, ms | "
         "together, ms | GB | recall 4 | recall 10 |",

@@ -197,6 +197,8 @@ def test_several_sets_and_none_are_evaluated(trainer, tmp_path):
 def test_what_a_trainer_cannot_take_is_named(trainer, start, tmp_path):
     with pytest.raises(ArgumentError, match="17 pairs, less than one batch of 18"):
         trainer(args=arguments(tmp_path, per_device_train_batch_size=18))
+    with pytest.raises(ArgumentError, match="Several sets choose no checkpoint"):
+        trainer(eval_dataset={"one": trainer().eval_dataset})
     with pytest.raises(ArgumentError, match="compute_metrics"):
         trainer(compute_metrics=lambda _: {})
     processor = CADAProcessor.from_pretrained(start)
