@@ -18,10 +18,10 @@ from losses_cada import rank_and_size
 METRICS = ("R1", "R5", "R10", "mAP", "mINP")
 RERANK_MEMORY = 4.0  # GB
 _ROWS_AT_ONCE = 512
-# Large enough for fast matrix products, small enough that texts of a batch are of one length.
-_TOKENS_AT_ONCE = {"cpu": 1024}
-_TOKENS_ON_ACCELERATOR = 16_384
-_BATCHES_OF_GROUP = 4
+# Tokens of a batch, and batches of a group of images. Large enough for fast matrix products; an accelerator needs more
+# for that, and groups so large that nearly all texts of a batch are of one length.
+_BATCHES = {"cpu": (1024, 4)}
+_BATCHES_ON_ACCELERATOR = (16_384, 32)
 _SAFE_RANKS = (1, 5, 10)
 _SAMPLED_PAIRS = 256
 
@@ -176,7 +176,7 @@ class _Images(torch.utils.data.Dataset):
 def _sum_over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The sum, on the CPU. Where every entry but one is 0 it is that one, exactly."""
     if rank_and_size()[1] == 1:
-        return tensor
+        return tensor.cpu()
     tensor = tensor.to(device)
     dist.all_reduce(tensor)
     return tensor.cpu()
@@ -295,23 +295,19 @@ def match_candidates(
     """
     Local scores S_L `(queries, K)` of the candidates `(queries, K)`; 0 for those that are not `chosen` `(queries, K)`.
 
-    Pairs are taken image by image, in groups of images with about four batches of pairs: the keys and values of an
-    image are computed once for all its pairs. The pairs of a group are sorted by the length of their text, so that
-    padding is rare. A group and a batch take at most a quarter of `memory` (GB) each. Several processes share the
-    groups.
+    Pairs are taken image by image, in groups of images with several batches of pairs: the keys and values of an image
+    are computed once for all its pairs. The pairs of a group are sorted by the length of their text, so that padding
+    is rare. A group and a batch take at most a quarter of `memory` (GB) each. Several processes share the groups.
+    An accelerator is waited for at the end only.
     """
     k, device, text = candidates.shape[1], model.device, model.config.text_config
     lengths = queries.attention_mask.sum(dim=1)
-    scores = torch.zeros(candidates.numel())
-    # Keys and values of one layer; all layers of a group are kept, and one layer may be copied for every pair.
+    scores = torch.zeros(candidates.numel(), device=device)
+    # Keys and values of one layer; all layers of a group are kept, and one layer is copied for every block of pairs.
     projected = 2 * gallery.states.shape[1] * text.hidden_size * gallery.states.dtype.itemsize
     per_token = (2 * text.intermediate_size + 8 * text.hidden_size) * gallery.states.dtype.itemsize
     budget = memory / 4 * 1e9
-    tokens_at_once = _TOKENS_AT_ONCE.get(device.type, _TOKENS_ON_ACCELERATOR)
-
-    def too_much(rows: int, length: int) -> bool:
-        return rows * length > tokens_at_once or rows * (projected + length * per_token) > budget
-
+    tokens_at_once, batches_of_group = _BATCHES.get(device.type, _BATCHES_ON_ACCELERATOR)
     images, order = candidates.flatten().sort(stable=True)
     if chosen is not None:
         kept = chosen.flatten()[order]
@@ -319,7 +315,7 @@ def match_candidates(
     images, counts = images.unique_consecutive(return_counts=True)
     groups = _groups(
         counts,
-        _BATCHES_OF_GROUP * tokens_at_once // int(lengths.median()),
+        batches_of_group * tokens_at_once // int(lengths.median()),
         budget / projected / text.num_hidden_layers,
     )
     if gallery.own is not None:
@@ -328,7 +324,12 @@ def match_candidates(
     total = sum(int(counts[group].sum()) for group in groups)
     with tqdm(total=total, desc="Re-ranking", unit="pair", disable=not progress, leave=False) as bar:
         for group, states in zip(groups, gallery.states_of([images[group] for group in groups])):
-            projections = model.project_images(states.to(device))
+
+            def too_much(rows: int, length: int, images: int = len(group)) -> bool:
+                copied = min(rows, rows // 8 + 3 * images) * projected  # at most, for the blocks of `model.match`
+                return rows * length > tokens_at_once or copied + rows * length * per_token > budget
+
+            projections = model.project_images(states.to(device, non_blocking=True))
             pairs = order[ends[group[0]] - counts[group[0]] : ends[group[-1]]]
             image_index = torch.repeat_interleave(torch.arange(len(group)), counts[group])
             # By length, and the pairs of one text side by side.
@@ -336,10 +337,9 @@ def match_candidates(
             pairs, image_index = pairs[by_length], image_index[by_length]
             for batch in _batches(lengths[pairs // k].tolist(), too_much):
                 texts, text_index = (pairs[batch] // k).unique(return_inverse=True)
-                inputs = (queries.input_ids[texts], queries.attention_mask[texts], text_index, image_index[batch])
-                input_ids, attention_mask, text_index, image_of_pair = (tensor.to(device) for tensor in inputs)
-                logits = model.match(input_ids, attention_mask, projections, text_index, image_of_pair)
-                scores[pairs[batch]] = model.local_score(logits).float().cpu()
+                inputs = (queries.input_ids[texts], queries.attention_mask[texts])
+                logits = model.match(*inputs, projections, text_index, image_index[batch])
+                scores[pairs[batch].to(device, non_blocking=True)] = model.local_score(logits).float()
                 bar.update(len(pairs[batch]))
     return _sum_over_processes(scores, device).view_as(candidates)
 

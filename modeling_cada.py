@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -141,16 +142,16 @@ class CADAAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         key_value_states: torch.Tensor | None = None,
         projected_values: torch.Tensor | None = None,
-        key_value_index: torch.Tensor | list[int] | None = None,
+        key_value_index: torch.Tensor | None = None,
+        blocks: torch.Tensor | None = None,
         is_causal: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Queries from `hidden_states` `(batch, length, hidden)`; keys and values from `key_value_states`, by default the
         same; with `projected_values` both come ready from [`project`]. With `key_value_index` `(batch,)` row b reads
-        row `key_value_index[b]` of them: they are computed once, however many queries use them. As a list of numbers
-        it says that the first `key_value_index[0]` rows read row 0, the next ones row 1, and so on: then nothing is
-        copied, but no weights are returned.
+        row `key_value_index[b]` of them: they are computed once, and copied for every row, or for every block of rows
+        that read the same, see [`blocks_of_pairs`]; then no weights are returned.
         """
         source = hidden_states if key_value_states is None else key_value_states
         query = self.q_proj(hidden_states)
@@ -158,31 +159,41 @@ class CADAAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
-            return attention(
-                self,
-                self._heads(query),
-                self._heads(key),
-                self._heads(value),
-                attention_mask,
-                scaling=self.scaling,
-                dropout=self.dropout if self.training else 0.0,
-                is_causal=is_causal,
-                **kwargs,
-            )
-
         if query.shape[0] == 0:  # a process without rows in the last batch; kernels refuse that. Gradients are zero
-            output, weights = query + 0 * (key.sum() + value.sum()), None
-        elif isinstance(key_value_index, list):  # the queries that read one row are one long query
-            runs = zip(query.split(key_value_index), key.split(1), value.split(1))
-            parts = [attend(rows.flatten(0, 1)[None], *shared)[0].flatten() for rows, *shared in runs if len(rows)]
-            output, weights = torch.cat(parts), None
-        else:
-            if key_value_index is not None:
-                key, value = key.index_select(0, key_value_index), value.index_select(0, key_value_index)
-            output, weights = attend(query, key, value)
+            return self.out_proj(query + 0 * (key.sum() + value.sum())), None
+        if blocks is not None:  # the queries of a block are one long query
+            rows, key_value_index = blocks.flatten(), key_value_index[blocks[:, 0]]
+            query = query.index_select(0, rows).reshape(len(blocks), -1, query.shape[-1])
+        if key_value_index is not None:
+            key, value = key.index_select(0, key_value_index), value.index_select(0, key_value_index)
+        output, weights = attention(
+            self,
+            *map(self._heads, (query, key, value)),
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            **kwargs,
+        )
+        if blocks is not None:
+            places = rows.new_empty(len(hidden_states))
+            places[rows] = torch.arange(len(rows), device=rows.device)
+            output, weights = output.reshape(len(rows), *hidden_states.shape[1:]).index_select(0, places), None
         return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+
+def blocks_of_pairs(image_index: torch.LongTensor) -> torch.LongTensor | None:
+    """
+    Pairs `(blocks, size)` of which pair p reads image `image_index[p]`: all of a block read one image. Where an image
+    has too few for its last block, a pair stands there again. `None` if blocks would have one pair.
+    """
+    counts = image_index.unique(return_counts=True)[1].tolist()
+    size = min(8, len(image_index) // len(counts))
+    if size < 2:
+        return None
+    by_image = image_index.argsort(stable=True).split(counts)
+    blocks = pad_sequence([block for pairs in by_image for block in pairs.split(size)], True, padding_value=-1)
+    return torch.where(blocks < 0, blocks[:, :1], blocks)
 
 
 class CADAVisionAttention(CADAAttention):
@@ -307,7 +318,8 @@ class CADATextLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_values: torch.Tensor | None = None,
-        encoder_index: torch.Tensor | list[int] | None = None,
+        encoder_index: torch.Tensor | None = None,
+        encoder_blocks: torch.Tensor | None = None,
         text_index: torch.Tensor | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
@@ -323,7 +335,7 @@ class CADATextLayer(GradientCheckpointingLayer):
             hidden_states = hidden_states.index_select(0, text_index)
         if encoder_hidden_states is not None:
             output, _ = self.cross_attn(
-                hidden_states, None, encoder_hidden_states, encoder_values, encoder_index, **kwargs
+                hidden_states, None, encoder_hidden_states, encoder_values, encoder_index, encoder_blocks, **kwargs
             )
             hidden_states = self.cross_attn_layer_norm(self.dropout(output) + hidden_states)
         return self.mlp_layer_norm(self.dropout(self.mlp(hidden_states)) + hidden_states)
@@ -431,6 +443,8 @@ class CADATextModel(CADAPreTrainedModel):
             inputs_embeds=hidden_states[:, :num_queries],
             attention_mask=attention_mask,
             encoder_hidden_states=hidden_states,
+            # To look whether there is padding at all would wait for an accelerator.
+            allow_is_bidirectional_skip=attention_mask is None or attention_mask.device.type == "cpu",
         )
 
     @merge_with_config_defaults
@@ -440,10 +454,11 @@ class CADATextModel(CADAPreTrainedModel):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.FloatTensor | list[tuple[torch.FloatTensor, torch.FloatTensor]] | None = None,
-        encoder_index: torch.LongTensor | list[int] | None = None,
+        encoder_index: torch.LongTensor | None = None,
         text_index: torch.LongTensor | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
+        encoder_blocks: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         r"""
@@ -457,12 +472,13 @@ class CADATextModel(CADAPreTrainedModel):
                 decoder.
             encoder_index, text_index (`torch.LongTensor` of shape `(pairs,)`, *optional*):
                 The pairs that the decoder computes: text `text_index[p]` reads image `encoder_index[p]`. By default
-                text i reads image i. Where the pairs are in the order of their images, `encoder_index` may be the
-                list of the numbers of pairs of every image, which is faster.
+                text i reads image i.
             num_queries (`int`, *optional*):
                 How many first positions the last layer computes. By default all.
             is_causal (`bool`, *optional*, defaults to `False`):
                 Whether a token reads itself and earlier tokens only.
+            encoder_blocks (`torch.LongTensor` of shape `(blocks, size)`, *optional*):
+                The same pairs in blocks that read one image, from [`blocks_of_pairs`]: faster for many pairs.
 
         Returns:
             `last_hidden_state` `(texts or pairs, num_queries or length, hidden)`; `pooler_output`
@@ -485,6 +501,7 @@ class CADATextModel(CADAPreTrainedModel):
                 mask,
                 *(encoder_hidden_states[number] if projected else (encoder_hidden_states, None)),
                 encoder_index,
+                encoder_blocks,
                 text_index if number == 0 else None,
                 queries,
                 is_causal=is_causal,
@@ -632,12 +649,6 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             self._tied_weights_keys = {}
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.cada.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.cada.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module | None:
         return self.vocabulary_head.decoder if self.config.use_ara else None
 
@@ -669,17 +680,10 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         """As [`CADATextModel.project_images`]."""
         return self.cada.text_model.project_images(image_states)
 
-    def _decode(
-        self, input_ids, attention_mask, image_states, image_index, text_index, num_queries=None, **kwargs
-    ) -> torch.Tensor:
+    def _decode(self, input_ids, attention_mask, *pairs, **kwargs) -> torch.Tensor:
         """Decoder states of pairs in the matching task, whose input begins with [ENC] in place of [CLS]."""
-        input_ids = torch.cat(
-            [input_ids.new_full((len(input_ids), 1), self.config.text_config.enc_token_id), input_ids[:, 1:]], dim=1
-        )
-        outputs = self.cada.text_model(
-            input_ids, attention_mask, image_states, image_index, text_index, num_queries, return_dict=True, **kwargs
-        )
-        return outputs.last_hidden_state
+        input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.text_config.enc_token_id)
+        return self.cada.text_model(input_ids, attention_mask, *pairs, return_dict=True, **kwargs).last_hidden_state
 
     def match(
         self,
@@ -691,9 +695,10 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     ) -> torch.FloatTensor:
         r"""
         Local matching of the listed pairs, equation (4) with e_cls. Keys and values are computed once per image of
-        `image_states`, or given by [`project_images`] for several calls with the same images, and all pairs of an
+        `image_states`, or given by [`project_images`] for several calls with the same images, and several pairs of an
         image read them together. Texts are cut to the longest of the listed ones, the first self-attention is computed
-        once per text of `input_ids`, the last layer computes e_cls only.
+        once per text of `input_ids`, the last layer computes e_cls only. Texts and indices may be on the CPU, whatever
+        the device: then the CPU does not wait for an accelerator.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(texts, length)`):
@@ -714,19 +719,17 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             raise ValueError("Give both `text_index` and `image_index`, or neither.")
         if len(input_ids if text_index is None else text_index) == 0:
             return self.match_head.weight.new_zeros(0, 2)
-        length = int((attention_mask if text_index is None else attention_mask[text_index]).sum(dim=1).max())
-        inputs = input_ids[:, :length], attention_mask[:, :length], image_states
-        if image_index is None:
-            return self.match_head(self._decode(*inputs, None, None, num_queries=1)[:, 0])
-        images = len(image_states[0][0] if isinstance(image_states, list) else image_states)
-        order = image_index.argsort(stable=True)
-        counts = image_index.bincount(minlength=images)
-        # One attention for all pairs, with copies of keys and values, or one for every image: that pays for several
-        # pairs of an image.
-        few = len(order) < 4 * int(counts.count_nonzero())
-        index = image_index[order] if few else counts.tolist()
-        logits = self.match_head(self._decode(*inputs, index, text_index[order], num_queries=1)[:, 0])
-        return torch.empty_like(logits).index_copy(0, order, logits)
+        lengths = (attention_mask if text_index is None else attention_mask[text_index]).sum(dim=1)
+        shortest, longest = (int(length) for length in lengths.aminmax())
+        mask = None if shortest == longest else attention_mask[:, :longest]
+        blocks = None if image_index is None else blocks_of_pairs(image_index)
+        device = (image_states[0][0] if isinstance(image_states, list) else image_states).device
+        input_ids, mask, image_index, text_index, blocks = (
+            None if tensor is None else tensor.to(device, non_blocking=True)
+            for tensor in (input_ids[:, :longest], mask, image_index, text_index, blocks)
+        )
+        states = self._decode(input_ids, mask, image_states, image_index, text_index, 1, encoder_blocks=blocks)
+        return self.match_head(states[:, 0])
 
     def local_score(self, match_logits: torch.FloatTensor) -> torch.FloatTensor:
         """The local score S_L `(pairs,)` of match logits `(pairs, 2)`, in the form that `match_score` names."""

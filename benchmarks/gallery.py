@@ -194,7 +194,8 @@ def main() -> None:
         for kind, factory in [("arrow", None), *(("arrow", factory) for factory in options.approximate)]
         + ([("milvus", None)] if count in options.milvus_sizes else [])
     ]
-    with tempfile.TemporaryDirectory(dir=ROOT) as place, tqdm(total=len(jobs), unit="index") as bar:
+    (ROOT / "runs").mkdir(exist_ok=True)  # on the disk of the clone, and ignored by git
+    with tempfile.TemporaryDirectory(dir=ROOT / "runs") as place, tqdm(total=len(jobs), unit="index") as bar:
         exact, shards, previous = None, Path(place) / "shards", None
         for count, kind, factory in jobs:
             if count != previous:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import evaluation_cada
 from evaluation_cada import (
     METRICS,
     Gallery,
@@ -324,6 +325,9 @@ def test_match_candidates_does_not_depend_on_its_batches(small_model):
     whole = match_candidates(small_model, queries, gallery, candidates)
     parts = match_candidates(small_model, queries, gallery, candidates, memory=1e-9)  # image by image, pair by pair
     torch.testing.assert_close(whole, parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation_cada, "_BATCHES", {})  # batches as on an accelerator
+        torch.testing.assert_close(whole, match_candidates(small_model, queries, gallery, candidates))
     chosen = torch.tensor([[True, False, False], [False, False, False], [False, True, True]])
     some = match_candidates(small_model, queries, gallery, candidates, chosen=chosen)
     torch.testing.assert_close(some, whole * chosen)

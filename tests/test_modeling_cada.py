@@ -13,7 +13,14 @@ from safetensors import safe_open
 import losses_cada
 from configuration_cada import CADAConfig
 from losses_cada import cmpm_loss, draw_negatives, ndf_loss, ndf_reference_loss
-from modeling_cada import CADAForTextToImageRetrieval, CADAModel, CADATextLayer, CADAVisionLayer, resize_positions
+from modeling_cada import (
+    CADAForTextToImageRetrieval,
+    CADAModel,
+    CADATextLayer,
+    CADAVisionLayer,
+    blocks_of_pairs,
+    resize_positions,
+)
 
 
 PROPERTY = settings(deadline=None, max_examples=25)
@@ -752,6 +759,50 @@ def test_texts_are_read_once_for_all_their_pairs(layers, num_queries):
         results.append((states, model.cada.text_model.layers[0].self_attn.k_proj.weight.grad.clone()))
     torch.testing.assert_close(*(states for states, _ in results))
     torch.testing.assert_close(*(gradient for _, gradient in results))
+
+
+def test_blocks_of_pairs_by_hand():
+    """Three pairs of image 7 and two of image 2: blocks of two, and the last one of image 7 holds a pair twice."""
+    assert blocks_of_pairs(torch.tensor([7, 2, 7, 7, 2])).tolist() == [[1, 4], [0, 2], [3, 3]]
+    assert blocks_of_pairs(torch.tensor([0, 1, 1, 2])) is None
+    assert blocks_of_pairs(torch.zeros(20, dtype=torch.long)).shape == (3, 8)
+
+
+@PROPERTY
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60))
+def test_blocks_of_pairs(images):
+    """Every pair stands in a block, and a block reads one image."""
+    image_index = torch.tensor(images)
+    blocks = blocks_of_pairs(image_index)
+    if blocks is None:
+        assert len(images) < 2 * len(set(images))
+        return
+    assert set(blocks.flatten().tolist()) == set(range(len(images)))
+    read = image_index[blocks]
+    assert torch.equal(read, read[:, :1].expand_as(read))
+    assert blocks.shape[1] == min(8, len(images) // len(set(images)))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("num_queries", [None, 1])
+def test_blocks_of_pairs_change_nothing(implementation, num_queries):
+    """Pairs of an image that read it together: same states, and same gradients of text and image."""
+    model, batch = tiny_model(), tiny_batch()
+    model.set_attn_implementation(implementation)
+    text_index, image_index = torch.tensor([2, 0, 2, 1, 1, 0, 3]), torch.tensor([0, 0, 3, 3, 0, 3, 3])
+    blocks = blocks_of_pairs(image_index)
+    assert blocks.shape == (3, 3)  # two places are left over
+    results = []
+    for chosen in (None, blocks):
+        model.zero_grad()
+        image_states = model.encode_images(batch["pixel_values"]).detach().requires_grad_()
+        inputs = (batch["input_ids"], batch["attention_mask"], image_states, image_index, text_index, num_queries)
+        states = model.cada.text_model(*inputs, encoder_blocks=chosen).last_hidden_state
+        states.square().sum().backward()
+        projections = [layer.cross_attn.q_proj.weight.grad.clone() for layer in model.cada.text_model.layers]
+        results.append((states, image_states.grad, *projections))
+    assert results[0][1].abs().sum() > 0
+    torch.testing.assert_close(*results)
 
 
 def test_ara_by_hand():
