@@ -42,7 +42,7 @@ def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
         ValueError: for shapes that do not fit, scores that are NaN, or a query whose person has no image.
     """
     similarity, query_ids, gallery_ids = (
-        torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values).cpu()
+        torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values).detach().cpu()
         for values in (similarity, query_ids, gallery_ids)
     )
     if similarity.shape != (len(query_ids), len(gallery_ids)):
@@ -72,17 +72,27 @@ def _metric_sums(similarity, query_ids, gallery_ids, first_row: int = 0) -> torc
             f"Query {first_row + row} shows person {query_ids[row].item()}, of whom the gallery has no image. "
             "Evaluate queries and gallery of the same split."
         )
-    # Two stable sorts: wrong before right, then by score. Equal scores keep the first order.
-    order = correct.to(torch.uint8).argsort(dim=1, stable=True)
-    order = order.gather(1, similarity.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    hits = correct.gather(1, order)
-    ranks = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64)
-    precision = hits.cumsum(dim=1) / ranks
-    average_precision = (precision * hits).sum(dim=1) / counts
-    last = (hits * ranks).amax(dim=1)
+    if similarity.dtype not in (torch.float32, torch.float64):  # integers have no infinity, NumPy has no bfloat16
+        similarity = similarity.double()
+    # The scores of the right images, best first; behind them -inf, as many as the persons with more images have.
+    right = similarity.masked_fill(~correct, -torch.inf).topk(int(counts.max())).values
+    number = torch.arange(1, right.shape[1] + 1).expand(right.shape)
+    exists = number <= counts[:, None]
+    # Images that score as much or more, all and right ones: the wrong ones of them stand before this one.
+    as_high = similarity.shape[1] - _places(similarity, right)
+    right_as_high = (right.shape[1] - _places(right, right)).minimum(counts[:, None])
+    ranks = as_high - right_as_high + number
+    precision = (number / ranks.double()).masked_fill(~exists, 0)
+    last = ranks.gather(1, counts[:, None] - 1)[:, 0]
     return torch.stack(
-        [hits[:, :k].any(dim=1).double().sum() for k in (1, 5, 10)] + [average_precision.sum(), (counts / last).sum()]
+        [(ranks[:, 0] <= k).double().sum() for k in (1, 5, 10)]
+        + [(precision.sum(dim=1) / counts).sum(), (counts / last.double()).sum()]
     )
+
+
+def _places(scores: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How many of the `scores` of a row are lower, for each of its `wanted`. NumPy sorts much faster than PyTorch."""
+    return torch.searchsorted(torch.from_numpy(np.sort(scores.contiguous().numpy(), axis=1)), wanted)
 
 
 def rerank_scores(similarity: torch.Tensor, candidates: torch.Tensor, local_scores: torch.Tensor) -> torch.Tensor:
@@ -105,7 +115,13 @@ def rerank_scores(similarity: torch.Tensor, candidates: torch.Tensor, local_scor
 
 def top_candidates(similarity: torch.Tensor, k: int) -> torch.Tensor:
     """Indices `(queries, min(k, gallery))` of the highest scores, best first; ties in the order of the gallery."""
-    return similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
+    values, chosen = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    chosen = chosen.sort(dim=1).values
+    chosen = chosen.gather(1, similarity.gather(1, chosen).argsort(dim=1, descending=True, stable=True))
+    # Where images behind the last one score the same, `topk` took any of them.
+    tied = (similarity >= values[:, -1:]).sum(dim=1) > values.shape[1]
+    chosen[tied] = similarity[tied].argsort(dim=1, descending=True, stable=True)[:, : values.shape[1]]
+    return chosen
 
 
 @dataclass
@@ -307,6 +323,7 @@ def match_candidates(
     projected = 2 * gallery.states.shape[1] * text.hidden_size * gallery.states.dtype.itemsize
     per_token = (2 * text.intermediate_size + 8 * text.hidden_size) * gallery.states.dtype.itemsize
     budget = memory / 4 * 1e9
+    at_once = device.type == "cuda"  # other accelerators may read the memory when it is no longer ours
     tokens_at_once, batches_of_group = _BATCHES.get(device.type, _BATCHES_ON_ACCELERATOR)
     images, order = candidates.flatten().sort(stable=True)
     if chosen is not None:
@@ -329,7 +346,7 @@ def match_candidates(
                 copied = min(rows, rows // 8 + 3 * images) * projected  # at most, for the blocks of `model.match`
                 return rows * length > tokens_at_once or copied + rows * length * per_token > budget
 
-            projections = model.project_images(states.to(device, non_blocking=True))
+            projections = model.project_images(states.to(device, non_blocking=at_once))
             pairs = order[ends[group[0]] - counts[group[0]] : ends[group[-1]]]
             image_index = torch.repeat_interleave(torch.arange(len(group)), counts[group])
             # By length, and the pairs of one text side by side.
@@ -339,7 +356,7 @@ def match_candidates(
                 texts, text_index = (pairs[batch] // k).unique(return_inverse=True)
                 inputs = (queries.input_ids[texts], queries.attention_mask[texts])
                 logits = model.match(*inputs, projections, text_index, image_index[batch])
-                scores[pairs[batch].to(device, non_blocking=True)] = model.local_score(logits).float()
+                scores[pairs[batch].to(device, non_blocking=at_once)] = model.local_score(logits).float()
                 bar.update(len(pairs[batch]))
     return _sum_over_processes(scores, device).view_as(candidates)
 

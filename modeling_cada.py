@@ -695,10 +695,9 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     ) -> torch.FloatTensor:
         r"""
         Local matching of the listed pairs, equation (4) with e_cls. Keys and values are computed once per image of
-        `image_states`, or given by [`project_images`] for several calls with the same images, and several pairs of an
-        image read them together. Texts are cut to the longest of the listed ones, the first self-attention is computed
-        once per text of `input_ids`, the last layer computes e_cls only. Texts and indices may be on the CPU, whatever
-        the device: then the CPU does not wait for an accelerator.
+        `image_states`, or given by [`project_images`] for several calls with the same images. Texts are cut to the
+        longest of the listed ones, the first self-attention is computed once per text of `input_ids`, the last layer
+        computes e_cls only. Texts and indices may stay on the CPU: then it does not wait for an accelerator.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(texts, length)`):
@@ -725,7 +724,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         blocks = None if image_index is None else blocks_of_pairs(image_index)
         device = (image_states[0][0] if isinstance(image_states, list) else image_states).device
         input_ids, mask, image_index, text_index, blocks = (
-            None if tensor is None else tensor.to(device, non_blocking=True)
+            # Other accelerators than CUDA may read the memory when it is no longer ours.
+            None if tensor is None else tensor.to(device, non_blocking=device.type == "cuda")
             for tensor in (input_ids[:, :longest], mask, image_index, text_index, blocks)
         )
         states = self._decode(input_ids, mask, image_states, image_index, text_index, 1, encoder_blocks=blocks)

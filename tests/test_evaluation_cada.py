@@ -105,6 +105,17 @@ def test_metrics_do_not_depend_on_the_order_of_the_gallery(search, random):
     assert shuffled == pytest.approx(retrieval_metrics(scores, queries, gallery))
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.bfloat16, torch.float16, torch.float64])
+def test_scores_of_any_kind(kind):
+    """Persons 1 and 2 both come second of three."""
+    scores = torch.tensor([[3, 2, 1], [-1, 2, 0]]).to(kind)
+    if kind.is_floating_point:
+        scores.requires_grad_()
+    metrics = retrieval_metrics(scores, [1, 2], [5, 1, 2])
+    assert metrics["R1"] == 0 and metrics["R5"] == 100
+    assert metrics["mAP"] == pytest.approx(100 * (1 / 2 + 1 / 2) / 2)
+
+
 def test_many_queries_are_summed_in_parts():
     rng = np.random.default_rng(0)
     gallery = rng.integers(0, 20, 40)
