@@ -374,6 +374,7 @@ def make_test(images: int) -> tuple[Dataset, CADAProcessor]:
     words = sorted({word for row in rows["captions"] for caption in row for word in clean_caption(caption).split()})
     tokenizer = BertTokenizer().train_new_from_iterator(words * 4, vocab_size=2000, show_progress=False)
     tokenizer.model_max_length = PADDED
+    words = [word for word in words if len(tokenizer.tokenize(word)) == 1]
     files = []
     for image in rows["image"]:
         files.append(io.BytesIO())
