@@ -938,6 +938,16 @@ def test_keys_and_values_are_computed_once():
     assert queries == [(12, 9, 16), (12, 1, 16)]
 
 
+def test_match_reads_nothing_back():
+    """On an accelerator it waits for no result: there are none to read on the meta device, where reading fails."""
+    model, batch = tiny_model().to("meta"), tiny_batch(batch=5, length=9)
+    text_index, image_index = torch.tensor([0, 1, 2, 3, 4] * 3), torch.tensor([0] * 6 + [1] * 5 + [2] * 4)
+    assert len(batch["attention_mask"].sum(dim=1).unique()) > 1  # so that there is a mask
+    projections = model.project_images(model.encode_images(batch["pixel_values"].to("meta")))
+    logits = model.match(batch["input_ids"], batch["attention_mask"], projections, text_index, image_index)
+    assert model.local_score(logits).shape == (15,) and logits.is_meta
+
+
 def test_match_score():
     """Logits (0, log 3): probability 3/4 of a match, and the logit log 3."""
     logits = torch.tensor([[0.0, log(3)], [1.0, 1.0]])
