@@ -313,8 +313,9 @@ def match_candidates(
 
     Pairs are taken image by image, in groups of images with several batches of pairs: the keys and values of an image
     are computed once for all its pairs. The pairs of a group are sorted by the length of their text, so that padding
-    is rare. A group and a batch take at most a quarter of `memory` (GB) each. Several processes share the groups.
-    An accelerator is waited for at the end only.
+    is rare. A group and a batch take at most a quarter of `memory` (GB) each. Several processes share the images:
+    each takes those whose patch states it keeps. An accelerator is waited for at the end only, if the patch states of
+    all images are kept.
     """
     k, device, text = candidates.shape[1], model.device, model.config.text_config
     lengths = queries.attention_mask.sum(dim=1)
@@ -326,26 +327,27 @@ def match_candidates(
     at_once = device.type == "cuda"  # other accelerators may read the memory when it is no longer ours
     tokens_at_once, batches_of_group = _BATCHES.get(device.type, _BATCHES_ON_ACCELERATOR)
     images, order = candidates.flatten().sort(stable=True)
-    if chosen is not None:
-        kept = chosen.flatten()[order]
-        images, order = images[kept], order[kept]
+    kept = torch.ones_like(images, dtype=torch.bool) if chosen is None else chosen.flatten()[order]
+    if gallery.own is not None:
+        kept &= (images >= gallery.own.start) & (images < gallery.own.stop)
+    images, order = images[kept], order[kept]
     images, counts = images.unique_consecutive(return_counts=True)
     groups = _groups(
         counts,
         batches_of_group * tokens_at_once // int(lengths.median()),
         budget / projected / text.num_hidden_layers,
     )
-    if gallery.own is not None:
-        groups = [group for group in groups if int(images[group[0]]) in gallery.own]
     ends = counts.cumsum(0)
-    total = sum(int(counts[group].sum()) for group in groups)
-    with tqdm(total=total, desc="Re-ranking", unit="pair", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(order), desc="Re-ranking", unit="pair", disable=not progress, leave=False) as bar:
         for group, states in zip(groups, gallery.states_of([images[group] for group in groups])):
 
             def too_much(rows: int, length: int, images: int = len(group)) -> bool:
-                copied = min(rows, rows // 8 + 3 * images) * projected  # at most, for the blocks of `model.match`
+                # At most, for the blocks of `model.match`: of 8 pairs, or of as many as an image has on average.
+                copied = min(rows, max(rows // 8 + images, 2 * images)) * projected
                 return rows * length > tokens_at_once or copied + rows * length * per_token > budget
 
+            projections = None  # those of the group before, which would double the memory
+            states = states.pin_memory() if at_once else states
             projections = model.project_images(states.to(device, non_blocking=at_once))
             pairs = order[ends[group[0]] - counts[group[0]] : ends[group[-1]]]
             image_index = torch.repeat_interleave(torch.arange(len(group)), counts[group])

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -133,8 +132,7 @@ class CADAAttention(nn.Module):
         return self.k_proj(states), self.v_proj(states)
 
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        heads = self.config.num_attention_heads
-        return states.view(*states.shape[:-1], heads, self.head_dim).transpose(1, 2)
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
@@ -143,15 +141,15 @@ class CADAAttention(nn.Module):
         key_value_states: torch.Tensor | None = None,
         projected_values: torch.Tensor | None = None,
         key_value_index: torch.Tensor | None = None,
-        blocks: torch.Tensor | None = None,
+        blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
         is_causal: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Queries from `hidden_states` `(batch, length, hidden)`; keys and values from `key_value_states`, by default the
         same; with `projected_values` both come ready from [`project`]. With `key_value_index` `(batch,)` row b reads
-        row `key_value_index[b]` of them: they are computed once, and copied for every row, or for every block of rows
-        that read the same, see [`blocks_of_pairs`]; then no weights are returned.
+        row `key_value_index[b]` of them: they are computed once, and copied for every row. With `blocks`, the rows of
+        all blocks in one line and the place of each row there, it is `(blocks,)`, and no weights are returned.
         """
         source = hidden_states if key_value_states is None else key_value_states
         query = self.q_proj(hidden_states)
@@ -162,8 +160,7 @@ class CADAAttention(nn.Module):
         if query.shape[0] == 0:  # a process without rows in the last batch; kernels refuse that. Gradients are zero
             return self.out_proj(query + 0 * (key.sum() + value.sum())), None
         if blocks is not None:  # the queries of a block are one long query
-            rows, key_value_index = blocks.flatten(), key_value_index[blocks[:, 0]]
-            query = query.index_select(0, rows).reshape(len(blocks), -1, query.shape[-1])
+            query = query.index_select(0, blocks[0]).reshape(len(key_value_index), -1, query.shape[-1])
         if key_value_index is not None:
             key, value = key.index_select(0, key_value_index), value.index_select(0, key_value_index)
         output, weights = attention(
@@ -176,24 +173,25 @@ class CADAAttention(nn.Module):
             **kwargs,
         )
         if blocks is not None:
-            places = rows.new_empty(len(hidden_states))
-            places[rows] = torch.arange(len(rows), device=rows.device)
-            output, weights = output.reshape(len(rows), *hidden_states.shape[1:]).index_select(0, places), None
+            output, weights = output.reshape(-1, *hidden_states.shape[1:]).index_select(0, blocks[1]), None
         return self.out_proj(output.reshape(hidden_states.shape)), weights
 
 
 def blocks_of_pairs(image_index: torch.LongTensor) -> torch.LongTensor | None:
     """
     Pairs `(blocks, size)` of which pair p reads image `image_index[p]`: all of a block read one image. Where an image
-    has too few for its last block, a pair stands there again. `None` if blocks would have one pair.
+    has too few for its last block, its first pair stands there again. `None` if blocks would have one pair.
     """
-    counts = image_index.unique(return_counts=True)[1].tolist()
-    size = min(8, len(image_index) // len(counts))
+    counts = image_index.unique(return_counts=True)[1]
+    size = min(8, len(image_index) // max(1, len(counts)))
     if size < 2:
         return None
-    by_image = image_index.argsort(stable=True).split(counts)
-    blocks = pad_sequence([block for pairs in by_image for block in pairs.split(size)], True, padding_value=-1)
-    return torch.where(blocks < 0, blocks[:, :1], blocks)
+    pairs = image_index.argsort(stable=True)
+    number = torch.arange(len(pairs)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # among the image's
+    place, first = number % size, number % size == 0
+    blocks = pairs[first][:, None].repeat(1, size)
+    blocks[first.cumsum(0) - 1, place] = pairs
+    return blocks
 
 
 class CADAVisionAttention(CADAAttention):
@@ -319,7 +317,7 @@ class CADATextLayer(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_values: torch.Tensor | None = None,
         encoder_index: torch.Tensor | None = None,
-        encoder_blocks: torch.Tensor | None = None,
+        encoder_blocks: tuple[torch.Tensor, torch.Tensor] | None = None,
         text_index: torch.Tensor | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
@@ -478,11 +476,10 @@ class CADATextModel(CADAPreTrainedModel):
             is_causal (`bool`, *optional*, defaults to `False`):
                 Whether a token reads itself and earlier tokens only.
             encoder_blocks (`torch.LongTensor` of shape `(blocks, size)`, *optional*):
-                The same pairs in blocks that read one image, from [`blocks_of_pairs`]: faster for many pairs.
+                All pairs of `encoder_index` in blocks that read one image, from [`blocks_of_pairs`]: faster for many.
 
         Returns:
-            `last_hidden_state` `(texts or pairs, num_queries or length, hidden)`; `pooler_output`
-            `(texts or pairs, hidden)`, the first state.
+            `last_hidden_state` `(texts or pairs, num_queries or length, hidden)`; `pooler_output`, its first position.
         """
         if is_causal and num_queries is not None:  # later positions are read by nobody
             input_ids, num_queries = input_ids[:, :num_queries], None
@@ -490,10 +487,13 @@ class CADATextModel(CADAPreTrainedModel):
         if encoder_hidden_states is not None and not self.config.add_cross_attention:
             raise ValueError("This text stack has no cross-attention. Set `use_atp` or `use_ara` in CADAConfig.")
         projected = isinstance(encoder_hidden_states, list)
+        if encoder_blocks is not None:
+            rows, places = encoder_blocks.flatten(), encoder_index.new_full(encoder_index.shape, -1)
+            places[rows] = torch.arange(len(rows), device=rows.device)
+            encoder_index, encoder_blocks = encoder_index[encoder_blocks[:, 0]], (rows, places)
         hidden_states = self.embeddings(input_ids)
-        last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            queries = num_queries if number == last else None
+            queries = num_queries if number + 1 == len(self.layers) else None
             if number == 0 or (number == 1 and text_index is not None) or queries is not None:
                 mask = self._attention_mask(hidden_states, attention_mask, queries, is_causal)
             hidden_states = layer(
@@ -697,7 +697,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         Local matching of the listed pairs, equation (4) with e_cls. Keys and values are computed once per image of
         `image_states`, or given by [`project_images`] for several calls with the same images. Texts are cut to the
         longest of the listed ones, the first self-attention is computed once per text of `input_ids`, the last layer
-        computes e_cls only. Texts and indices may stay on the CPU: then it does not wait for an accelerator.
+        computes e_cls only. Texts and indices are best left on the CPU: then it does not wait for an accelerator.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(texts, length)`):
@@ -718,10 +718,10 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             raise ValueError("Give both `text_index` and `image_index`, or neither.")
         if len(input_ids if text_index is None else text_index) == 0:
             return self.match_head.weight.new_zeros(0, 2)
-        lengths = (attention_mask if text_index is None else attention_mask[text_index]).sum(dim=1)
-        shortest, longest = (int(length) for length in lengths.aminmax())
+        listed = slice(None) if text_index is None else text_index.to(attention_mask.device)
+        shortest, longest = map(int, attention_mask[listed].sum(dim=1).aminmax())
         mask = None if shortest == longest else attention_mask[:, :longest]
-        blocks = None if image_index is None else blocks_of_pairs(image_index)
+        blocks = None if image_index is None else blocks_of_pairs(image_index.cpu())
         device = (image_states[0][0] if isinstance(image_states, list) else image_states).device
         input_ids, mask, image_index, text_index, blocks = (
             # Other accelerators than CUDA may read the memory when it is no longer ours.

@@ -185,8 +185,8 @@ class CADAPipeline(Pipeline):
             logits = self.model.match(
                 **model_inputs,
                 image_states=gallery["states"][images].to(self.model.device),
-                text_index=text_index.to(self.model.device),
-                image_index=image_index.to(self.model.device),
+                text_index=text_index,
+                image_index=image_index,
             )
             local_scores[chosen] = self.model.local_score(logits).float().cpu()
         best = (global_scores.gather(1, candidates) + local_scores).argsort(dim=1, descending=True, stable=True)

@@ -1,5 +1,7 @@
 """Metrics by hand, ties, and the two-stage evaluation against a plain one."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ from evaluation_cada import (
     score_gallery,
     top_candidates,
 )
-from modeling_cada import CADAForTextToImageRetrieval
+from modeling_cada import CADAForTextToImageRetrieval, blocks_of_pairs
 
 
 def test_metrics_by_hand():
@@ -81,7 +83,7 @@ def searches(draw):
     queries = draw(st.lists(st.sampled_from(gallery), min_size=1, max_size=6))
     scores = draw(
         st.lists(
-            st.lists(st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]), min_size=len(gallery), max_size=len(gallery)),
+            st.lists(st.sampled_from([-np.inf, 0.0, 0.25, 0.5, 1.0]), min_size=len(gallery), max_size=len(gallery)),
             min_size=len(queries),
             max_size=len(queries),
         )
@@ -330,16 +332,18 @@ def test_match_candidates_does_not_depend_on_its_batches(small_model):
     small_model.eval()
     torch.manual_seed(0)
     gallery = Gallery(torch.randn(5, 8), torch.randn(5, 9, 16))
-    mask = (torch.arange(9)[None] < torch.tensor([9, 4, 6])[:, None]).long()
-    queries = Queries(torch.randn(3, 8), torch.randint(5, 1000, (3, 9)) * mask, mask)
-    candidates = torch.tensor([[4, 1, 0], [1, 2, 3], [4, 3, 1]])
+    mask = (torch.arange(9)[None] < torch.tensor([9, 4, 6, 6, 5, 9])[:, None]).long()
+    queries = Queries(torch.randn(6, 8), torch.randint(5, 1000, (6, 9)) * mask, mask)
+    candidates = torch.tensor([[4, 1, 0], [1, 2, 3], [4, 3, 1], [1, 4, 2], [0, 4, 1], [3, 4, 1]])
     whole = match_candidates(small_model, queries, gallery, candidates)
     parts = match_candidates(small_model, queries, gallery, candidates, memory=1e-9)  # image by image, pair by pair
     torch.testing.assert_close(whole, parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_cada, "_BATCHES", {})  # batches as on an accelerator
-        torch.testing.assert_close(whole, match_candidates(small_model, queries, gallery, candidates))
-    chosen = torch.tensor([[True, False, False], [False, False, False], [False, True, True]])
+        # As on an accelerator; then several groups and batches, with blocks of pairs.
+        for batches in ({}, {"cpu": (60, 1)}):
+            patch.setattr(evaluation_cada, "_BATCHES", batches)
+            torch.testing.assert_close(whole, match_candidates(small_model, queries, gallery, candidates))
+    chosen = torch.tensor([[True, False, False], [False, False, False], [False, True, True]]).repeat(2, 1)
     some = match_candidates(small_model, queries, gallery, candidates, chosen=chosen)
     torch.testing.assert_close(some, whole * chosen)
     assert not match_candidates(small_model, queries, gallery, candidates, chosen=chosen & False).any()
@@ -349,6 +353,59 @@ def test_match_candidates_does_not_depend_on_its_batches(small_model):
                 states = gallery.states[image : image + 1]
                 logits = small_model.match(queries.input_ids[query : query + 1], mask[query : query + 1], states)
                 torch.testing.assert_close(whole[query, place], small_model.local_score(logits)[0])
+
+
+@pytest.mark.parametrize("images_of_a_quarter", [1, 10, 25])
+def test_match_candidates_keeps_to_its_memory(small_model, monkeypatch, images_of_a_quarter):
+    """A quarter for the keys and values of one group, of which there is one at a time, and a quarter for a batch."""
+    small_model.eval()
+    text = small_model.config.text_config
+    layer = 2 * 9 * text.hidden_size * 4  # bytes of the keys and values of an image, 9 states, in one layer
+    token = (2 * text.intermediate_size + 8 * text.hidden_size) * 4
+    quarter = images_of_a_quarter * layer * text.num_hidden_layers
+    gallery = Gallery(torch.randn(40, 8), torch.randn(40, 9, 16))
+    mask = (torch.arange(9)[None] < torch.randint(3, 10, (20, 1))).long()
+    queries = Queries(torch.randn(20, 8), torch.randint(5, 1000, (20, 9)) * mask, mask)
+    monkeypatch.setattr(evaluation_cada, "_BATCHES", {"cpu": (10**9, 10**3)})  # so that memory alone bounds
+    project, match, groups, batches, last = small_model.project_images, small_model.match, [], [], []
+
+    def project_images(states):
+        assert all(reference() is None for reference in last), "the group before is still there"
+        projections = project(states)
+        groups.append(len(states))
+        last[:] = [weakref.ref(tensor) for pair in projections for tensor in pair]
+        return projections
+
+    def match_pairs(input_ids, attention_mask, projections, text_index, image_index):
+        blocks = blocks_of_pairs(image_index)
+        tokens = len(text_index) * int(attention_mask[text_index].sum(dim=1).max())
+        batches.append((len(text_index), len(text_index if blocks is None else blocks) * layer + tokens * token))
+        return match(input_ids, attention_mask, projections, text_index, image_index)
+
+    monkeypatch.setattr(small_model, "project_images", project_images)
+    monkeypatch.setattr(small_model, "match", match_pairs)
+    match_candidates(small_model, queries, gallery, top_candidates(torch.randn(20, 40), 30), memory=4 * quarter / 1e9)
+    assert max(groups) == images_of_a_quarter and sum(groups) == 40
+    assert sum(pairs for pairs, _ in batches) == 600
+    assert all(bytes_of_batch <= quarter for pairs, bytes_of_batch in batches if pairs > 1)
+    # Batches are not needlessly small: with room for many pairs they take most of it.
+    assert images_of_a_quarter == 1 or max(bytes_of_batch for _, bytes_of_batch in batches) > quarter / 2
+
+
+def test_each_process_matches_its_images(small_model):
+    """Two parts of the gallery, as two processes have them: each encodes nothing again, and their scores add up."""
+    small_model.eval()
+    torch.manual_seed(0)
+    states, mask = torch.randn(7, 9, 16), torch.ones(4, 9, dtype=torch.long)
+    queries = Queries(torch.randn(4, 8), torch.randint(5, 1000, (4, 9)), mask)
+    candidates = top_candidates(torch.randn(4, 7), 5)
+    whole = match_candidates(small_model, queries, Gallery(torch.randn(7, 8), states), candidates)
+    parts = []
+    for own in (range(3), range(3, 7)):
+        gallery = Gallery(torch.randn(7, 8), states[own.start : own.stop], own.start, own)
+        parts.append(match_candidates(small_model, queries, gallery, candidates))
+    torch.testing.assert_close(sum(parts), whole)
+    assert ((parts[0] != 0) == (candidates < 3)).all()
 
 
 def test_model_without_match_heads_is_evaluated_globally(processor):
