@@ -148,8 +148,8 @@ class CADAAttention(nn.Module):
         """
         Queries from `hidden_states` `(batch, length, hidden)`; keys and values from `key_value_states`, by default the
         same; with `projected_values` both come ready from [`project`]. With `key_value_index` `(batch,)` row b reads
-        row `key_value_index[b]` of them: they are computed once, and copied for every row. With `blocks`, the rows of
-        all blocks in one line and the place of each row there, it is `(blocks,)`, and no weights are returned.
+        row `key_value_index[b]` of them: computed once, copied for every row. With `blocks`, the rows of all blocks
+        `(blocks * size,)` and the place of each row there `(batch,)`, it is `(blocks,)`, and no weights are returned.
         """
         source = hidden_states if key_value_states is None else key_value_states
         query = self.q_proj(hidden_states)
@@ -179,15 +179,15 @@ class CADAAttention(nn.Module):
 
 def blocks_of_pairs(image_index: torch.LongTensor) -> torch.LongTensor | None:
     """
-    Pairs `(blocks, size)` of which pair p reads image `image_index[p]`: all of a block read one image. Where an image
-    has too few for its last block, its first pair stands there again. `None` if blocks would have one pair.
+    Pairs `(blocks, size)` that read one image each; pair p reads `image_index[p]` `(pairs,)`, which is on the CPU. A
+    last block of an image that is short repeats its first pair. `None` if blocks would have one pair.
     """
     counts = image_index.unique(return_counts=True)[1]
     size = min(8, len(image_index) // max(1, len(counts)))
     if size < 2:
         return None
     pairs = image_index.argsort(stable=True)
-    number = torch.arange(len(pairs)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # among the image's
+    number = torch.arange(len(pairs)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within its image
     place, first = number % size, number % size == 0
     blocks = pairs[first][:, None].repeat(1, size)
     blocks[first.cumsum(0) - 1, place] = pairs

@@ -369,7 +369,7 @@ def measure_training(device: str, dtype: torch.dtype, size: int, repeats: int, b
 
 
 @torch.no_grad()
-def operations_per_sample(size: int) -> dict[str, float]:
+def operations_per_sample(size: int, bar) -> dict[str, float]:
     """GFLOP per sample of a training step, of matrix products: of a forward pass, three times."""
     padded, own_length = make_model("eager"), make_model("eager", pool_padding=False)
     batch = make_batch(size, padded.config, "cpu")
@@ -383,6 +383,7 @@ def operations_per_sample(size: int) -> dict[str, float]:
         with FlopCounterMode(display=False) as counter:
             case()
         operations[name] = 3 * counter.get_total_flops() / size / 1e9
+        bar.update()
     return operations
 
 
@@ -551,15 +552,16 @@ def main() -> None:
     results: dict[str, dict[str, dict[str, float]]] = {}
     tests: dict[str, tuple[dict, dict]] = {}
     turns = options.repeats + 1
-    with tqdm(total=len(kinds) * (turns * 12 + 2) + 4 * 9, unit="measurement") as bar, TemporaryDirectory() as folder:
+    total = len(kinds) * (turns * 12 + 2) + 4 * 9 + 3
+    with tqdm(total=total, unit="measurement") as bar, TemporaryDirectory() as folder:
         data = measure_data(Path(folder), 64, bar)
         for name, dtype in kinds.items():
             results[name] = measure(options.device, dtype, sizes, options.repeats, bar)
             results[name].update(measure_training(options.device, dtype, batch, options.repeats, bar))
             tests[name] = measure_test(options.device, dtype, *test, bar)
+        training = operations_per_sample(8, bar)
     lengths = make_texts(sizes["texts"], CADAConfig().text_config.vocab_size)[1].sum(dim=1)
     operations = operations_per_pair(CADAConfig(), lengths, sizes["texts"] * sizes["k"] / sizes["images"])
-    training = operations_per_sample(8)
     where = environment()
     lines = [
         f"# Speed: {options.device}",

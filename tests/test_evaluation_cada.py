@@ -359,6 +359,7 @@ def test_match_candidates_does_not_depend_on_its_batches(small_model):
 def test_match_candidates_keeps_to_its_memory(small_model, monkeypatch, images_of_a_quarter):
     """A quarter for the keys and values of one group, of which there is one at a time, and a quarter for a batch."""
     small_model.eval()
+    torch.manual_seed(0)
     text = small_model.config.text_config
     layer = 2 * 9 * text.hidden_size * 4  # bytes of the keys and values of an image, 9 states, in one layer
     token = (2 * text.intermediate_size + 8 * text.hidden_size) * 4
