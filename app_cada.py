@@ -8,6 +8,8 @@ out small copies of the images in the index, no other file. Where the index is b
 goes on with the new one.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import csv
 import os
@@ -28,7 +30,7 @@ from data_cada import open_image
 from explain_cada import attribute_predictions, draw_explanation, word_attention
 from files_cada import Parser, one_line, run_command
 from gallery_cada import RECORD, GalleryIndex, Result, open_index
-from processing_cada import IMAGE_FORMATS, TAGGER, tagger_is_here
+from processing_cada import IMAGE_FORMATS
 from source_cada import GalleryError
 
 
@@ -269,13 +271,8 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
                 return None, _line("\n".join(said))
             inputs = gallery.model, gallery.processor, gallery.image(found[rank].path), sentence
             attention, predictions = word_attention(*inputs), []
-            if config.use_ara and tagger_is_here():
+            if config.use_ara:
                 predictions = attribute_predictions(*inputs)
-            elif config.use_ara:
-                said.append(
-                    "What the image suggests for the attributes is left out, as NLTK's tagger data are missing. "
-                    f"Download them (6 MB): python -m nltk.downloader {TAGGER}"
-                )
             return draw_explanation(inputs[2], sentence, attention, predictions), _line("\n".join(said))
 
         return attempt(question, [None])

@@ -2,6 +2,8 @@
 Checkpoints, loaded whole or not at all, from a folder or the Hub. Nothing is unpickled, and no code of theirs is run.
 """
 
+import cada  # noqa: F401  # checkpoints load with the code beside this file
+
 import os
 from pathlib import Path
 
@@ -11,7 +13,6 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
-import register_cada  # noqa: F401  # checkpoints load with the code beside this file
 from configuration_cada import CADAConfig
 from files_cada import CADAError, one_line, read_json
 from modeling_cada import CADAForTextToImageRetrieval

@@ -318,7 +318,7 @@ class CADAConfig(PreTrainedConfig):
         """As in every configuration, but fields in `kwargs` are checked, and fields that follow from them, follow."""
         config_dict = dict(config_dict)
         if not __package__:
-            # Not a checkpoint's copy of this file. `register_cada` registers the pipeline beside it; with this entry,
+            # Not a checkpoint's copy of this file. `import cada` registers the pipeline beside it; with this entry,
             # `pipeline` would ask to trust the checkpoint's own.
             config_dict.pop("custom_pipelines", None)
         for name in set(kwargs) & set(cls.__annotations__):

@@ -10,6 +10,8 @@ Every key of a checkpoint is converted or left out for a stated reason; an unkno
 files are read with `weights_only=True`.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import os
 import re

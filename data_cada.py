@@ -7,6 +7,8 @@ One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally
     python data_cada.py check --dataset path/to/own/data
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import hashlib
 import os

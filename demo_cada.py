@@ -7,6 +7,8 @@ Needs no download and no accelerator. Training goes through the same command as 
 the weights are random and the time is short, stands in `RECIPE` and `build_start`, each with its reason.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import shutil
 import sys

@@ -6,6 +6,8 @@ Why an image fits a sentence: where every word looks, and which words the image 
 The picture is for the reader; `--arrays why.npz` and the functions below give the numbers (Fig. 5 and 6 of the paper).
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import os
 import sys
@@ -280,9 +282,6 @@ def _explain(options: argparse.Namespace) -> None:
         predictions = attribute_predictions(model, processor, image, options.text) if model.config.use_ara else []
     except ValueError as error:
         raise ExplainError(str(error)) from error
-    except LookupError as error:
-        predictions = []
-        print(f"What the image suggests for attributes is left out. {error}", file=sys.stderr)
     with written_whole(options.output) as path:
         draw_explanation(image, options.text, attention, predictions).save(path)
     if options.arrays is not None:

@@ -11,6 +11,8 @@ An index is a folder. `index.json` names its present table, so replacing this on
 to the new one. Images are encoded in shards; finished ones wait in `pending/`, and the next run takes them up.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import datetime
 import json
 import os

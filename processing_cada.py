@@ -1,7 +1,10 @@
 """From images and captions to tensors: image transforms, caption cleaning, tokenizer, attribute masker."""
 
+import importlib.util
+import json
 import os
 import re
+import zipfile
 from io import BytesIO
 
 import numpy as np
@@ -24,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 DEC_TOKEN, ENC_TOKEN = "[DEC]", "[ENC]"
 TAGGER = "averaged_perceptron_tagger_eng"
+_TAGGER_PARTS = ("weights", "tagdict", "classes")
 
 _STRIPPED = re.compile(r'[.!"()*#:;~]')
 _WORD = re.compile(r"\w+(?:[-']\w+)*|[^\w\s]")
@@ -370,10 +374,8 @@ class AttributeMasker:
 _TAGGER_CACHE: list = []
 
 
-def tagger_is_here() -> bool:
-    """Whether NLTK and its tagger data are on this machine, so that attribute phrases are found without a download."""
-    if nltk is None:
-        return False
+def _own_tagger_data() -> bool:
+    """Whether NLTK finds its tagger data, in `NLTK_DATA` or where it downloads to."""
     try:
         nltk.data.find(f"taggers/{TAGGER}")
     except LookupError:
@@ -381,20 +383,38 @@ def tagger_is_here() -> bool:
     return True
 
 
+def _shipped_tagger():
+    """NLTK's tagger with the data that the package `cada` brings; `None` where only a checkpoint's files are here."""
+    package = importlib.util.find_spec("cada")
+    for folder in (package and package.submodule_search_locations) or ():
+        path = os.path.join(folder, "nltk_data", "taggers", f"{TAGGER}.zip")
+        if os.path.isfile(path):
+            # Not by NLTK, which reads nothing below a folder that a group may write to, as clones often are.
+            with zipfile.ZipFile(path) as data:
+                parts = [json.loads(data.read(f"{TAGGER}/{TAGGER}.{part}.json")) for part in _TAGGER_PARTS]
+            tagger = nltk.PerceptronTagger(load=False)
+            tagger.model.weights, tagger.tagdict, classes = parts
+            tagger.classes = tagger.model.classes = set(classes)
+            return tagger
+    return None
+
+
 def _tagger():
-    """NLTK's English perceptron tagger, loaded once; its data are downloaded where they are missing."""
+    """NLTK's English perceptron tagger, loaded once: from the user's own data, the package's, or after a download."""
     if not _TAGGER_CACHE:
         if nltk is None:
             raise ImportError("Attribute phrases need NLTK. Run: pip install nltk")
-        if not tagger_is_here():
+        tagger = None if _own_tagger_data() else _shipped_tagger()
+        if tagger is None and not _own_tagger_data():
             logger.warning(f"NLTK's tagger data are missing, downloading {TAGGER}.")
             nltk.download(TAGGER, quiet=True)
         try:
-            _TAGGER_CACHE.append(nltk.PerceptronTagger())
+            _TAGGER_CACHE.append(tagger or nltk.PerceptronTagger())
         except LookupError as error:
             raise LookupError(
-                "NLTK's tagger data are missing and could not be downloaded. On a machine with internet access run "
-                f"`python -m nltk.downloader {TAGGER}`, copy the folder nltk_data, and set NLTK_DATA to its path."
+                "NLTK's tagger data are missing and could not be downloaded. Install the package cada-transformers, "
+                f"which brings them. Or run `python -m nltk.downloader {TAGGER}` on a machine with internet access, "
+                "copy the folder nltk_data, and set NLTK_DATA to its path."
             ) from error
     return _TAGGER_CACHE[0]
 
@@ -501,6 +521,6 @@ CADAImageProcessor.register_for_auto_class("AutoImageProcessor")
 CADAProcessor.register_for_auto_class()
 
 __all__ = [
-    *("AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption", "read_image", "tagger_is_here"),
+    *("AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption", "read_image"),
     *("to_rgb", "upright"),
 ]

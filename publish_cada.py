@@ -8,6 +8,8 @@ evaluation counts only for the very weights that it was made with. Only the file
 pickles, no optimizer states.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import datetime
 import fnmatch

@@ -9,6 +9,8 @@ The defaults are the paper's recipe. Several processes: `accelerate launch train
 the batch size is then per process, and the paper's 96 is the product of both.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import json
 import os
 import sys

@@ -12,6 +12,8 @@ the command and type it again. Two commands with other seeds and the same `--out
 writes the report.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import json
 import shutil

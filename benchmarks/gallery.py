@@ -9,6 +9,8 @@ sentence and an image of the person that it describes). Every measurement has a 
 `benchmarks/gallery.md`.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import multiprocessing
 import os

@@ -13,6 +13,8 @@ With a GPU, the whole test of CUHK-PEDES is measured in its size: 3,074 images, 
 the patch states of all images on the GPU from the start, which is fast and takes 1.9 GB.
 """
 
+import cada  # noqa: F401  # before torch: it makes waiting threads sleep
+
 import argparse
 import copy
 import io

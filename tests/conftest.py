@@ -1,5 +1,7 @@
 """Tiny models and the reference numbers, shared by the tests."""
 
+import cada  # noqa: F401  # checkpoints load with the code of this folder
+
 import gc
 import json
 import multiprocessing
@@ -24,7 +26,6 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import BertTokenizer
 
-import register_cada  # noqa: F401  # checkpoints load with the code of this folder
 from configuration_cada import CADAConfig
 from convert_cada import convert_state_dict
 from modeling_cada import CADAForTextToImageRetrieval

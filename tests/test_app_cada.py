@@ -146,16 +146,6 @@ def test_sentence_ranks_images_and_a_click_explains(address, gallery):
     assert np.abs(np.asarray(shown, dtype=float) - np.asarray(picture, dtype=float)).mean() < 3  # WebP is lossy
 
 
-def test_without_tagger_data_the_maps_are_shown_and_nothing_is_downloaded(address, monkeypatch):
-    find(address)
-    whole, _ = click(address)
-    monkeypatch.setattr("nltk.data.path", [])
-    monkeypatch.setattr("nltk.download", lambda *_, **__: pytest.fail("downloads"))
-    why, note = click(address)
-    assert "are missing. Download them (6 MB): python -m nltk.downloader averaged_perceptron_tagger_eng" in note
-    assert 2 * 192 < Image.open(why["path"]).height < Image.open(whole["path"]).height  # no lines below the maps
-
-
 def test_metadata_are_shown_and_choose(address):
     images, _ = find(address)
     captions = {image["caption"].split("  ")[2] for image in images}

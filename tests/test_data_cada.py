@@ -541,6 +541,7 @@ def test_missing_tagger_is_an_error_of_the_data(laid_out, monkeypatch):
     rows = load_pairs_dataset("rstp_reid", laid_out["rstp_reid"])["train"]
     monkeypatch.setattr(processing_cada, "_TAGGER_CACHE", [])
     monkeypatch.setattr(processing_cada.nltk.data, "path", [])
+    monkeypatch.setattr(processing_cada, "_shipped_tagger", lambda: None)
     monkeypatch.setattr(processing_cada.nltk, "download", lambda name, quiet: False)
     with pytest.raises(DataError, match="Attribute phrases cannot be found: .*python -m nltk.downloader"):
         add_attribute_spans(rows, AttributeMasker("phrase"))

@@ -133,7 +133,7 @@ def test_saved_files_are_these(processor, tmp_path):
 
 
 def test_registered_classes_load_without_trusting_code(processor, tmp_path):
-    """`import register_cada` once (the tests' conftest does); the class is then the one beside this file."""
+    """`import cada` once (the tests' conftest does); the class is then the one beside this file."""
     from transformers import AutoModel, AutoProcessor
 
     model = save(tmp_path / "model", processor, 0)

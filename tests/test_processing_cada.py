@@ -1,15 +1,23 @@
 """Image transforms, caption cleaning, attribute masking, and the processor that joins them."""
 
+import cada
+
 import io
+import json
+import socket
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import processing_cada
+from data_cada import add_attribute_spans
 from processing_cada import AttributeMasker, CADAImageProcessor, CADAProcessor, clean_caption
 
 
@@ -183,9 +191,59 @@ def test_labels_and_masked_ids_restore_the_caption(processor, words):
     assert torch.equal(restored, inputs["input_ids"])
 
 
-def test_missing_tagger_data_say_what_to_run(monkeypatch):
+@pytest.fixture
+def empty_nltk(monkeypatch, tmp_path) -> Path:
+    """NLTK has no data of the user's and reaches no network. The folder where it looks for data."""
+
+    def refuse(*_, **__):
+        raise OSError("no network in this test")
+
     monkeypatch.setattr(processing_cada, "_TAGGER_CACHE", [])
-    monkeypatch.setattr(processing_cada.nltk.data, "path", [])
+    monkeypatch.setattr(processing_cada.nltk.data, "path", [str(tmp_path)])
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    return tmp_path
+
+
+def test_the_package_brings_the_tagger(empty_nltk, processor):
+    """Whoever uses the tagger, with nothing downloaded."""
+    caption = "A woman with long black hair in a red coat."
+    assert AttributeMasker().find_spans(caption) == [[13, 28], [34, 42]]  # long black hair, red coat
+    rows = Dataset.from_dict({"captions": [[caption]], "person_id": [1]})
+    processing_cada._TAGGER_CACHE.clear()
+    assert add_attribute_spans(rows, processor.attribute_masker)["attribute_spans"][0] == [[[13, 28], [34, 42]]]
+    processing_cada._TAGGER_CACHE.clear()
+    inputs = processor(text=[caption], attribute_spans=[AttributeMasker().find_spans(caption)], return_tensors="pt")
+    assert (inputs["labels"] >= 0).any()
+
+
+def test_the_tagger_of_the_package_is_nltk_s_own(empty_nltk):
+    """Loaded from the file of the package by NLTK itself, as from a folder that `nltk.download` has written."""
+    ours = processing_cada._tagger()
+    data = Path(cada.__file__).parent / "nltk_data"
+    with zipfile.ZipFile(data / "taggers" / f"{processing_cada.TAGGER}.zip") as file:
+        file.extractall(empty_nltk / "taggers")
+    theirs = processing_cada.nltk.PerceptronTagger()
+    assert (ours.model.weights, ours.tagdict, ours.classes) == (theirs.model.weights, theirs.tagdict, theirs.classes)
+    assert "MIT License" in (data / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_the_users_own_tagger_data_come_first(empty_nltk):
+    folder = empty_nltk / "taggers" / processing_cada.TAGGER
+    folder.mkdir(parents=True)
+    for part, content in {
+        "weights": {},
+        "tagdict": {"turquoise": "JJ", "coat": "NN"},
+        "classes": ["JJ", "NN"],
+    }.items():
+        (folder / f"{folder.name}.{part}.json").write_text(json.dumps(content))
+    assert processing_cada._tagger().tagdict == {"turquoise": "JJ", "coat": "NN"}
+    assert AttributeMasker().find_spans("turquoise coat") == [[0, 14]]
+
+
+def test_missing_tagger_data_say_what_to_run(empty_nltk, monkeypatch):
+    """A checkpoint that travels alone: no package beside it."""
+    monkeypatch.setattr(processing_cada, "_shipped_tagger", lambda: None)
     asked = []
     monkeypatch.setattr(processing_cada.nltk, "download", lambda name, quiet: asked.append(name))
     with pytest.raises(LookupError, match="python -m nltk.downloader averaged_perceptron_tagger_eng"):
@@ -274,12 +332,3 @@ def test_paths_and_contents_are_read_by_the_processor(processor, tmp_path):
         assert torch.equal(processor(images=form, return_tensors="pt")["pixel_values"], white)
     with pytest.raises(ValueError, match="there is no such file"):
         processor(images=str(tmp_path / "no.png"))
-
-
-def test_missing_tagger_data_are_noticed_without_a_download(monkeypatch):
-    assert processing_cada.tagger_is_here()
-    monkeypatch.setattr("nltk.download", lambda *_, **__: pytest.fail("downloads"))
-    monkeypatch.setattr("nltk.data.path", [])
-    assert not processing_cada.tagger_is_here()
-    monkeypatch.setattr(processing_cada, "nltk", None)
-    assert not processing_cada.tagger_is_here()
