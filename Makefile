@@ -12,7 +12,7 @@ export MALLOC_MMAP_MAX_ := 0
 .PHONY: demo test test-slow style clean
 
 demo: .venv/.installed-demo
-	$(BIN)/python demo_cada.py
+	$(BIN)/cada demo
 
 test: $(COMMON_TESTS)
 	$(BIN)/python -m pytest -m "not slow"

@@ -11,12 +11,15 @@ the batch size is then per process, and the paper's 96 is the product of both.
 
 import cada  # noqa: F401  # before torch: it makes waiting threads sleep
 
+
+# isort: split
 import json
 import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import transformers
 from datasets import Dataset, DatasetDict
@@ -25,7 +28,20 @@ from transformers import HfArgumentParser, set_seed
 from transformers.image_utils import SizeDict
 from transformers.utils import logging
 
-from checkpoint_cada import (
+from cada.data.loading import hold_out_persons, load_pairs_dataset, shared_persons
+from cada.data.pairs import PairCollator, PairDataset, add_attribute_spans
+from cada.data.pedes import PEDES_SETS
+from cada.files import (
+    CADAError,
+    checkpoint_written_whole,
+    make_output_folder,
+    only_writer,
+    parse_json,
+    read_json,
+    run_command,
+)
+from cada.hub.convert import SOURCES, convert, convert_processor, default_image_size, describe_origin
+from cada.hub.loading import (
     WEIGHTS,
     WEIGHTS_INDEX,
     check_processor,
@@ -34,58 +50,23 @@ from checkpoint_cada import (
     load_processor,
     load_tokenizer,
 )
-from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
-from convert_cada import (
-    SOURCES,
-    convert,
-    convert_processor,
-    default_image_size,
-    describe_origin,
-)
-from data_cada import (
-    PEDES_SETS,
-    DataError,
-    PairCollator,
-    PairDataset,
-    add_attribute_spans,
-    hold_out_persons,
-    load_pairs_dataset,
-    shared_persons,
-)
-from files_cada import (
-    FileError,
-    checkpoint_written_whole,
-    make_output_folder,
-    only_writer,
-    parse_json,
-    read_json,
-    report_argument,
-    run_command,
-)
-from modeling_cada import CADAForTextToImageRetrieval, resize_positions
-from processing_cada import CADAImageProcessor, CADAProcessor
-from publish_cada import (
+from cada.hub.publish import check_licence, open_repository
+from cada.hub.record import (
     RANDOM_START,
     after_training,
-    check_licence,
     checkpoint_digest,
     environment,
     model_digest,
-    open_repository,
     read_run,
     read_start,
     trained_on,
     write_run,
 )
-from resume_cada import find_checkpoint
-from trainer_cada import (
-    ArgumentError,
-    CADATrainer,
-    CADATrainingArguments,
-    check_processes,
-    made_of_arguments,
-    whole_model,
-)
+from cada.training.resume import find_checkpoint
+from cada.training.trainer import CADATrainer, CADATrainingArguments, check_processes, made_of_arguments, whole_model
+from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
+from modeling_cada import CADAForTextToImageRetrieval, resize_positions
+from processing_cada import CADAImageProcessor, CADAProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +85,7 @@ class ModelArguments:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "BLIP or another foreign checkpoint to start from, converted as by convert_cada.py: a folder or "
+            "help": "BLIP or another foreign checkpoint to start from, converted as by `cada convert`: a folder or "
             "Hub name for --init_source blip, a file for the others."
         },
     )
@@ -172,24 +153,24 @@ def read_overrides(text: str | None) -> dict:
     shown = text if len(text) <= 100 else f"{text[:100]} ..."
     is_file = not text.lstrip().startswith("{")
     if is_file and not os.path.isfile(text):
-        raise ArgumentError(f"--config_overrides {shown!r} is neither a JSON object nor a file.")
+        raise CADAError(f"--config_overrides {shown!r} is neither a JSON object nor a file.")
     try:
         overrides = read_json(text) if is_file else parse_json(text)
-    except FileError as error:
-        raise ArgumentError(f"--config_overrides: {error}") from error
+    except CADAError as error:
+        raise CADAError(f"--config_overrides: {error}") from error
     except ValueError as error:
-        raise ArgumentError(f"--config_overrides {shown!r} is not JSON: {error}.") from error
+        raise CADAError(f"--config_overrides {shown!r} is not JSON: {error}.") from error
     if not isinstance(overrides, dict):
-        raise ArgumentError(f"--config_overrides {shown!r} should be a JSON object with fields of CADAConfig.")
+        raise CADAError(f"--config_overrides {shown!r} should be a JSON object with fields of CADAConfig.")
     towers = {"vision_config": CADAVisionConfig, "text_config": CADATextConfig}
     for name in towers:
         if not isinstance(overrides.get(name, {}), dict):
-            raise ArgumentError(f"--config_overrides: `{name}` should be an object with fields of its own.")
+            raise CADAError(f"--config_overrides: `{name}` should be an object with fields of its own.")
     parts = [(CADAConfig, overrides), *((kind, overrides.get(name, {})) for name, kind in towers.items())]
     for kind, fields in parts:
         unknown = sorted(set(fields) - set(kind.__dataclass_fields__))
         if unknown:
-            raise ArgumentError(f"--config_overrides: {kind.__name__} has no field {', '.join(unknown)}.")
+            raise CADAError(f"--config_overrides: {kind.__name__} has no field {', '.join(unknown)}.")
     return overrides
 
 
@@ -200,10 +181,10 @@ def read_recipe(path: str, given: list[str]) -> list[str]:
     """
     try:
         recipe = read_json(path)
-    except FileError as error:
-        raise ArgumentError(f"The recipe: {error}") from error
+    except CADAError as error:
+        raise CADAError(f"The recipe: {error}") from error
     if not isinstance(recipe, dict):
-        raise ArgumentError(f"The recipe {path} should be a JSON object of arguments.")
+        raise CADAError(f"The recipe {path} should be a JSON object of arguments.")
     arguments = []
     left_out = {"init_from"} if any(word.split("=")[0] == "--model_name_or_path" for word in given) else set()
     for name, value in recipe.items():
@@ -237,9 +218,9 @@ def load_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
     """The model and its processor, from a checkpoint or with random weights."""
     overrides = read_overrides(arguments.config_overrides)
     if arguments.model_name_or_path is not None and arguments.init_from is not None:
-        raise ArgumentError("Choose one start: --model_name_or_path or --init_from.")
+        raise CADAError("Choose one start: --model_name_or_path or --init_from.")
     if arguments.vocabulary_head is not None and arguments.init_from is None:
-        raise ArgumentError("--vocabulary_head goes with --init_from, which is not given.")
+        raise CADAError("--vocabulary_head goes with --init_from, which is not given.")
     if arguments.init_from is not None:
         model, report = convert(
             arguments.init_source,
@@ -293,7 +274,7 @@ def prepare_data(
     """
     held_out = 0
     if data.holdout_persons < 0:
-        raise ArgumentError(f"--holdout_persons is {data.holdout_persons}. Give 0 or more.")
+        raise CADAError(f"--holdout_persons is {data.holdout_persons}. Give 0 or more.")
     with args.main_process_first(desc="loading the data set"):
         needed = {"train": args.do_train, "val": args.do_train or args.do_eval, "test": args.do_predict}
         splits = load_pairs_dataset(
@@ -313,7 +294,7 @@ def prepare_data(
                 "checkpoint (--holdout_persons)."
             )
         elif args.do_eval and not args.do_train and "val" not in splits:
-            raise DataError(f"{data.dataset} has no split 'val', and --holdout_persons 0 takes no persons of train.")
+            raise CADAError(f"{data.dataset} has no split 'val', and --holdout_persons 0 takes no persons of train.")
         if args.do_train and find_attributes:
             splits["train"] = add_attribute_spans(splits["train"], processor.attribute_masker)
     for split, count in shared_persons(splits).items() if args.do_train else ():
@@ -418,7 +399,7 @@ def check_hold_out(record: dict, dataset: str, held_out: int) -> None:
     """
     unseen = trained_on(record).get(dataset, held_out)
     if unseen < held_out:
-        raise ArgumentError(
+        raise CADAError(
             f"{held_out} persons of train would be the validation set, but the training of these weights on {dataset} "
             f"held out {unseen} only. Pass --holdout_persons {unseen}, or --do_predict alone."
         )
@@ -429,12 +410,12 @@ def holds_weights(folder: str, model: CADAForTextToImageRetrieval) -> bool:
     Whether the `--output_dir` of an evaluation holds the weights of `model`.
 
     Raises:
-        ArgumentError: where it holds others, whose record would be replaced.
+        CADAError: where it holds others, whose record would be replaced.
     """
     if not any((Path(folder) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         return False
     if checkpoint_digest(folder) != model_digest(model):
-        raise ArgumentError(
+        raise CADAError(
             f"--output_dir {folder} holds other weights than the evaluated ones, with a record of their own. Choose "
             "another --output_dir."
         )
@@ -444,7 +425,7 @@ def holds_weights(folder: str, model: CADAForTextToImageRetrieval) -> bool:
 def run(model_arguments: ModelArguments, data: DataArguments, args: CADATrainingArguments) -> dict[str, float]:
     """Train, evaluate on validation, test: what `args` asks for. Returns all metrics."""
     if not (args.do_train or args.do_eval or args.do_predict):
-        raise ArgumentError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
+        raise CADAError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
     check_processes(args)
     make_output_folder(args.output_dir)  # what keeps from saving shows now, not after days of training
     with only_writer(args.output_dir) if args.process_index == 0 else nullcontext():
@@ -462,7 +443,7 @@ def train_and_evaluate(
     try:
         model, processor = load_model_and_processor(model_arguments)
     except StrictDataclassError as error:
-        raise ArgumentError(f"The configuration does not hold together. {error}") from error
+        raise CADAError(f"The configuration does not hold together. {error}") from error
     if model_arguments.attn_implementation is not None:
         with made_of_arguments("The attention"):
             model.set_attn_implementation(model_arguments.attn_implementation)
@@ -482,7 +463,7 @@ def train_and_evaluate(
         args.eval_strategy, args.load_best_model_at_end, args.do_eval = "no", False, False
     if not model.config.use_atp and "local_" in (args.metric_for_best_model or ""):
         if args.metric_for_best_model != "local_R1":
-            raise ArgumentError(
+            raise CADAError(
                 f"--metric_for_best_model is {args.metric_for_best_model}, but without match heads (`use_atp`) there "
                 "is no local matching. Choose global_R1, say."
             )
@@ -545,7 +526,8 @@ def train_and_evaluate(
 
 
 class _Parser(HfArgumentParser):
-    error = report_argument
+    def error(self, message: str) -> NoReturn:  # in the form of all other errors
+        raise CADAError(f"{message} (`python train_cada.py --help` lists all arguments.)")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -559,7 +541,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             arguments += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
         parsed = parser.parse_args_into_dataclasses(arguments)
     except (ImportError, OSError, TypeError, ValueError) as error:  # unknown arguments, wrong values
-        raise ArgumentError(f"{error} (`python train_cada.py --help` lists all arguments.)") from error
+        raise CADAError(f"{error} (`python train_cada.py --help` lists all arguments.)") from error
     logging.set_verbosity(parsed[2].get_process_log_level())
     transformers.logging.enable_explicit_format()
     return run(*parsed)

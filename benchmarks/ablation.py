@@ -7,13 +7,15 @@ The paper's ablation (Tables IV to VII, Figures 3 and 4) as training runs, a rep
 
 The first line runs on the drawn set with the demo's training, and across its two domains: 17 trainings of each seed,
 of 5 to 11 minutes on one CPU core. What follows `--` goes to train_cada.py; `start` is a
-CADA checkpoint, such as `convert_cada.py` writes. A finished run is not repeated and an interrupted one goes on: stop
+CADA checkpoint, such as `cada convert` writes. A finished run is not repeated and an interrupted one goes on: stop
 the command and type it again. Two commands with other seeds and the same `--output_dir` share the work; the last one
 writes the report.
 """
 
 import cada  # noqa: F401  # before torch: it makes waiting threads sleep
 
+
+# isort: split
 import argparse
 import json
 import shutil
@@ -27,11 +29,11 @@ import matplotlib
 import torch
 from tqdm.auto import tqdm
 
-import demo_cada
+import cada.demo
+from cada.data.drawn import load_drawn
+from cada.hub.record import environment
 from configuration_cada import CADAConfig
-from drawn_cada import load_drawn
 from modeling_cada import CADAForTextToImageRetrieval
-from publish_cada import environment
 
 
 matplotlib.use("Agg")
@@ -45,7 +47,7 @@ MASK_RATES = (0.2, 0.4, 0.6, 0.8, 1.0)
 GROUPS = {"36/36": (2, 1 / 2), "36/18": (3, 1 / 4), "24/24": (3, 1 / 3), "48/24": (2, 1 / 3), "72/72": (1, 1)}
 LAYERS = (1 / 2, 2 / 3, 1)
 KEPT = ("full", "night")  # models that are evaluated again, with other K or on another set
-DRAWN_ARGUMENTS = ("--dataset", "demo", *demo_cada.RECIPE)
+DRAWN_ARGUMENTS = ("--dataset", "demo", *cada.demo.RECIPE)
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ def main() -> None:
         for seed in options.seeds:
             starts[seed] = str(output_dir / f"seed_{seed}" / "start")
             if not Path(starts[seed]).exists():
-                demo_cada.build_start(splits, Path(starts[seed]), seed)
+                cada.demo.build_start(splits, Path(starts[seed]), seed)
         train_arguments = list(DRAWN_ARGUMENTS)
     start = CADAConfig.from_pretrained(starts[options.seeds[0]])
     studies = {study: rows for study, rows in plan(start, not arguments).items() if study in options.studies}

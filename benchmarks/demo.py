@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from publish_cada import environment
+from cada.hub.record import environment
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ def run_demo(seed: int, folder: Path) -> tuple[dict[str, list[float]], float]:
     with tempfile.TemporaryDirectory() as cache:  # of its own: drawing the set is part of the time
         variables = {**os.environ, **MALLOC, "HF_DATASETS_CACHE": cache}
         started = time.monotonic()
-        command = [sys.executable, str(ROOT / "demo_cada.py"), "--seed", str(seed), "--output_dir", str(folder)]
+        command = [sys.executable, "-m", "cada", "demo", "--seed", str(seed), "--out", str(folder)]
         subprocess.run(command, check=True, env=variables, cwd=ROOT)
         minutes = (time.monotonic() - started) / 60
     lines = (folder / "table.md").read_text().splitlines()[2:]

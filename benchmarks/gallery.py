@@ -11,6 +11,8 @@ sentence and an image of the person that it describes). Every measurement has a 
 
 import cada  # noqa: F401  # before torch: it makes waiting threads sleep
 
+
+# isort: split
 import argparse
 import multiprocessing
 import os
@@ -29,9 +31,9 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from publish_cada import environment
-from source_cada import content_digest
-from store_cada import STORES, feature_column
+from cada.gallery.images import content_digest
+from cada.gallery.store import STORES, feature_column
+from cada.hub.record import environment
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,6 +15,8 @@ the patch states of all images on the GPU from the start, which is fast and take
 
 import cada  # noqa: F401  # before torch: it makes waiting threads sleep
 
+
+# isort: split
 import argparse
 import copy
 import io
@@ -34,24 +36,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
 
+from cada.data.drawn import load_drawn
+from cada.data.pairs import PairCollator, PairDataset
+from cada.evaluation.encoding import Gallery, Queries, encode_gallery, encode_queries
+from cada.evaluation.matching import match_candidates, score_gallery
+from cada.evaluation.metrics import rerank_scores, retrieval_metrics, top_candidates
+from cada.hub.record import environment
 from configuration_cada import CADAConfig
-from data_cada import PairCollator, PairDataset
-from drawn_cada import load_drawn
-from evaluation_cada import (
-    Gallery,
-    Queries,
-    encode_gallery,
-    encode_queries,
-    match_candidates,
-    rerank_scores,
-    retrieval_metrics,
-    score_gallery,
-    top_candidates,
-)
 from losses_cada import atp_loss, draw_negatives, group_states, ndf_loss, positive_pairs
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor, clean_caption
-from publish_cada import environment
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -542,7 +536,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--demo", type=Path, help="folder of results of demo_cada.py")
+    parser.add_argument("--demo", type=Path, help="folder of results of `cada demo`")
     options = parser.parse_args()
     small = options.device == "cpu"
     # A CUHK-PEDES test with K = 32 has 64 pairs per image; here 16 on a CPU, which is to our disadvantage.

@@ -1,7 +1,10 @@
 """Tiny models and the reference numbers, shared by the tests."""
 
-import cada  # noqa: F401  # checkpoints load with the code of this folder
+import cada  # noqa: F401  # before torch; checkpoints load with the code of this folder
+from cada.hub.convert import convert_state_dict
 
+
+# isort: split
 import gc
 import json
 import multiprocessing
@@ -27,7 +30,6 @@ from safetensors import safe_open
 from transformers import BertTokenizer
 
 from configuration_cada import CADAConfig
-from convert_cada import convert_state_dict
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
 
@@ -229,7 +231,7 @@ def free_port() -> int:
 
 def run_processes(run: Callable, *arguments, processes: int = 2) -> None:
     """`run(rank, *arguments)` in new processes. They fork from one that has imported the modules, and done no more."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["train_cada", "gallery_cada"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["train_cada", "cada.cli"])
     mp.start_processes(run, args=arguments, nprocs=processes, start_method="forkserver")
 
 

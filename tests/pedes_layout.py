@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from drawn_cada import draw_caption, draw_image, draw_persons
+from cada.data.drawn import draw_caption, draw_image, draw_persons
 
 
 CUHK_FOLDERS = ("cam_a", "cam_b", "CUHK01", "CUHK03", "Market", "test_query", "train_query")

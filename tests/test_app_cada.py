@@ -17,10 +17,12 @@ from conftest import bert_tokenizer, free_port, tiny_processor
 from PIL import Image
 from test_hub_cada import save
 
-import app_cada
-from explain_cada import attribute_predictions, draw_explanation, word_attention
-from gallery_cada import build_index, open_index
-from source_cada import GalleryError
+import cada.gallery.page
+from cada import cli
+from cada.drawing import draw_explanation
+from cada.explain import attribute_predictions, word_attention
+from cada.files import CADAError
+from cada.gallery.index import build_index, open_index
 
 
 pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
@@ -76,7 +78,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def address(gallery, hosts):
-    with app_cada.serve(gallery, free_port()) as address:
+    with cada.gallery.page.serve(gallery, free_port()) as address:
         yield address.rstrip("/")
 
 
@@ -142,7 +144,7 @@ def test_sentence_ranks_images_and_a_click_explains(address, gallery):
     picture = draw_explanation(*inputs[2:], word_attention(*inputs), attribute_predictions(*inputs))
     shown = Image.open(why["path"]).convert("RGB")
     assert shown.size == picture.size
-    assert note == app_cada._caption(2, expected[1]).split("  ", 2)[2].replace("\n", "  ")
+    assert note == cada.gallery.page._caption(2, expected[1]).split("  ", 2)[2].replace("\n", "  ")
     assert np.abs(np.asarray(shown, dtype=float) - np.asarray(picture, dtype=float)).mean() < 3  # WebP is lossy
 
 
@@ -233,7 +235,7 @@ def test_an_index_that_is_updated_goes_on(folder, tmp_path):
     """The page stays open while an image comes, one goes, and the index is deleted."""
     shutil.copytree(folder / "images" / "more", tmp_path / "images")
     build_index(tmp_path / "images", tmp_path / "index", str(folder / "model"), progress=False)
-    with app_cada.serve(open_index(tmp_path / "index", device="cpu"), free_port()) as address:
+    with cada.gallery.page.serve(open_index(tmp_path / "index", device="cpu"), free_port()) as address:
         address = address.rstrip("/")
         assert find(address)[1].startswith("The best 5 of 5 images.")
         Image.new("RGB", (24, 48), "yellow").save(tmp_path / "images" / "new.png")
@@ -250,15 +252,19 @@ def test_an_index_that_is_updated_goes_on(folder, tmp_path):
 
 
 def test_conditions_stand_between_semicolons():
-    assert app_cada._conditions('camera=3; "place=hall; left" ;time>2;') == ["camera=3", "place=hall; left", "time>2"]
-    assert app_cada._conditions('say="a"\nb=1') == ['say="a"', "b=1"]
-    assert app_cada._conditions(" ; ") == app_cada._conditions(None) == []
+    assert cada.gallery.page._conditions('camera=3; "place=hall; left" ;time>2;') == [
+        "camera=3",
+        "place=hall; left",
+        "time>2",
+    ]
+    assert cada.gallery.page._conditions('say="a"\nb=1') == ['say="a"', "b=1"]
+    assert cada.gallery.page._conditions(" ; ") == cada.gallery.page._conditions(None) == []
 
 
 def test_a_question_is_asked_again_where_the_index_was_replaced_meanwhile(folder, tmp_path):
     shutil.copytree(folder / "images" / "more", tmp_path / "images")
     build_index(tmp_path / "images", tmp_path / "index", str(folder / "model"), progress=False)
-    latest, asked = app_cada.LatestIndex(open_index(tmp_path / "index", device="cpu")), []
+    latest, asked = cada.gallery.page.LatestIndex(open_index(tmp_path / "index", device="cpu")), []
 
     def question(gallery):
         asked.append(len(gallery))
@@ -294,15 +300,15 @@ def test_an_uploaded_image_finds_the_same(address, folder):
 
 
 def test_uploads_are_limited(address, tmp_path):
-    status, _, _ = upload(address, bytes(app_cada.MAX_UPLOAD + 1))
+    status, _, _ = upload(address, bytes(cada.gallery.page.MAX_UPLOAD + 1))
     assert status == 413
     with pytest.raises(ValueError, match="no image that can be read"):
         (tmp_path / "no.png").write_bytes(b"no image")
-        app_cada.open_upload(tmp_path / "no.png")
+        cada.gallery.page.open_upload(tmp_path / "no.png")
     Image.new("1", (10_000, 5_001)).save(tmp_path / "huge.png")
     assert (tmp_path / "huge.png").stat().st_size < 10_000
     with pytest.raises(ValueError, match="has 50,010,000 pixels. Use 50,000,000 at most"):
-        app_cada.open_upload(tmp_path / "huge.png")
+        cada.gallery.page.open_upload(tmp_path / "huge.png")
     status, _, reply = upload(address, (tmp_path / "huge.png").read_bytes())
     status, _, damaged = upload(address, b"no image")
     for sent, problem in ((damaged, "no image that can be read"), (reply, "50,010,000 pixels")):
@@ -327,7 +333,13 @@ def test_no_other_file_is_handed_out(address, folder):
     """Of the machine, of the package, of the index, and of the gallery itself: copies are shown, not its files."""
     images, _ = find(address, top=1)
     cache = Path(images[0]["image"]["path"]).parent
-    outside = ["/etc/passwd", "/proc/self/environ", app_cada.__file__, Path.cwd() / "README.md", folder / "beside.png"]
+    outside = [
+        "/etc/passwd",
+        "/proc/self/environ",
+        cada.gallery.page.__file__,
+        Path.cwd() / "README.md",
+        folder / "beside.png",
+    ]
     outside += [
         folder / "images" / "notes.txt",
         folder / "images" / "more" / "0.png",
@@ -419,8 +431,8 @@ def test_command_serves_until_it_is_interrupted(folder, tmp_path, monkeypatch, c
         assert len(list(tmp_path.glob("cada_app_*"))) == 1
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app_cada, "_wait", interrupted)
-    assert app_cada.main(["--index", str(folder / "index"), "--port", str(port)]) == 0
+    monkeypatch.setattr(cada.gallery.page, "_wait", interrupted)
+    assert cli.main(["page", str(folder / "index"), "--port", str(port)]) == 0
     assert capsys.readouterr().out == f"Open http://127.0.0.1:{port}/ in a browser. Ctrl+C ends the page.\n"
     assert not list(tmp_path.glob("cada_app_*"))
     assert os.environ.get("GRADIO_TEMP_DIR") == before
@@ -430,7 +442,7 @@ def test_command_serves_until_it_is_interrupted(folder, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_command_runs_until_it_is_interrupted(folder, tmp_path, sent):
     port = free_port()
-    command = [sys.executable, app_cada.__file__, "--index", str(folder / "index"), "--port", str(port)]
+    command = [sys.executable, cada.gallery.page.__file__, "--index", str(folder / "index"), "--port", str(port)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as page:
         try:
@@ -446,20 +458,20 @@ def test_command_runs_until_it_is_interrupted(folder, tmp_path, sent):
 def test_ports_that_cannot_be_used_are_named(address, folder, gallery, capsys, monkeypatch):
     monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
     port = urlsplit(address).port
-    with pytest.raises(GalleryError, match=f"Port {port} cannot be used: .*Choose another --port"):
-        with app_cada.serve(gallery, port):
+    with pytest.raises(CADAError, match=f"Port {port} cannot be used: .*Choose another --port"):
+        with cada.gallery.page.serve(gallery, port):
             pass
     assert "GRADIO_TEMP_DIR" not in os.environ
     for number in ("0", "65536", "-1"):
-        assert app_cada.main(["--index", str(folder / "index"), "--port", number]) == 1
+        assert cli.main(["page", str(folder / "index"), "--port", number]) == 1
         assert capsys.readouterr().err == f"error: --port is {number}. Choose one from 1 to 65535.\n"
 
 
 def test_errors_are_one_line(folder, tmp_path, capsys, monkeypatch):
-    assert app_cada.main(["--index", str(tmp_path)]) == 1
+    assert cli.main(["page", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no index")
-    monkeypatch.setattr(app_cada, "gr", None)
-    assert app_cada.main(["--index", str(folder / "index")]) == 1
+    monkeypatch.setattr(cada.gallery.page, "gr", None)
+    assert cli.main(["page", str(folder / "index")]) == 1
     assert 'The page needs Gradio. In the folder of this file run: pip install -e ".[app]"' in capsys.readouterr().err
 
 
@@ -484,7 +496,7 @@ def test_in_a_browser(address, gallery, tmp_path):
         playwright.expect(captions).to_have_count(6)
         shown = [" ".join(text.split()) for text in captions.all_inner_texts()]
         assert shown == [
-            " ".join(app_cada._caption(rank, each).split()) for rank, each in enumerate(expected, start=1)
+            " ".join(cada.gallery.page._caption(rank, each).split()) for rank, each in enumerate(expected, start=1)
         ]
         sentence.fill("")
         sentence.press("Enter")

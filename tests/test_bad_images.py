@@ -16,8 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data_cada
-from data_cada import DataError, load_pairs_dataset, open_image, read_row
+from cada import cli
+from cada.data.images import open_image
+from cada.data.loading import load_pairs_dataset
+from cada.data.pairs import read_row
+from cada.files import CADAError
 from processing_cada import MAX_PIXELS, upright
 
 
@@ -198,7 +201,7 @@ BAD_IMAGES = {
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_is_no_image_is_said(case):
     content, message = BAD_IMAGES[case]
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(CADAError, match=message):
         opened(content)
 
 
@@ -212,11 +215,11 @@ def test_folders_pipes_and_devices_are_no_images(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     os.symlink("/dev/zero", tmp_path / "device.png")
     for name in ("pipe.png", "device.png", "."):
-        with pytest.raises(DataError, match="not a file but a folder or a device"):
+        with pytest.raises(CADAError, match="not a file but a folder or a device"):
             open_image({"path": str(tmp_path / name), "bytes": None})
-    with pytest.raises(DataError, match="there is no such file"):
+    with pytest.raises(CADAError, match="there is no such file"):
         open_image({"path": str(tmp_path / "nowhere.png"), "bytes": None})
-    with pytest.raises(DataError, match="neither a file name nor content"):
+    with pytest.raises(CADAError, match="neither a file name nor content"):
         open_image({"path": None, "bytes": None})
 
 
@@ -249,7 +252,7 @@ def test_a_truncated_file_gives_the_whole_image_or_an_error(name):
     for length in range(len(content)):
         try:
             image = np.asarray(opened(content[:length]))
-        except DataError:
+        except CADAError:
             continue
         read += 1
         assert np.array_equal(image, whole), f"{length} of {len(content)} bytes"
@@ -271,7 +274,7 @@ def test_any_damage_gives_an_image_or_a_data_error(trials):
                 break
         try:
             image = opened(bytes(content))
-        except DataError as error:
+        except CADAError as error:
             assert str(error)
             return
         assert image.mode == "RGB" and image.width * image.height <= MAX_PIXELS
@@ -290,7 +293,7 @@ def test_every_bad_file_is_found_by_check(cuhk, capsys):
         (cuhk / "imgs" / names[number]).unlink()
         make(cuhk / "imgs" / names[number])
         problems[names[number]] = "is not a file"
-    assert data_cada.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk)]) == 1
+    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk)]) == 1
     printed = capsys.readouterr().out
     for name, problem in problems.items():
         assert re.search(rf"{re.escape(name)} \(row \d+\) {problem}", printed), name
@@ -302,5 +305,5 @@ def test_an_image_without_a_defined_white_stops_training_with_its_row(cuhk):
     name = json.loads((cuhk / "reid_raw.json").read_text())[2]["file_path"]
     (cuhk / "imgs" / name).write_bytes(BAD_IMAGES["floating-point numbers"][0])
     rows = load_pairs_dataset("cuhk_pedes", cuhk)["train"]
-    with pytest.raises(DataError, match=f"image '{name}' in row 2 cannot be decoded: pixels are floating-point"):
+    with pytest.raises(CADAError, match=f"image '{name}' in row 2 cannot be decoded: pixels are floating-point"):
         read_row(rows, 2)

@@ -20,16 +20,21 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-import convert_cada
-import data_cada
-import explain_cada
-import publish_cada
+import cada.data.check
+import cada.explain
+import cada.hub.convert
+import cada.hub.publish
+import cada.hub.record
 import train_cada
-from convert_cada import ConversionError, convert, read_checkpoint
-from data_cada import DataError, add_attribute_spans, load_pairs_dataset, read_annotations, read_row
-from files_cada import CADAError, run_command
+from cada import cli
+from cada.data.loading import load_pairs_dataset
+from cada.data.pairs import add_attribute_spans, read_row
+from cada.data.pedes import read_annotations
+from cada.files import CADAError, run_command
+from cada.hub.card import model_card
+from cada.hub.convert import convert, read_checkpoint
+from cada.hub.record import read_run, write_run
 from processing_cada import AttributeMasker, clean_caption
-from publish_cada import PublishError, model_card, read_run, write_run
 
 
 # Annotations
@@ -62,10 +67,10 @@ def test_names_never_leave_the_data_folder(cuhk, name):
     records = json.loads((cuhk / "reid_raw.json").read_text())
     records[1]["file_path"] = name
     if name == "loop/a.png":  # inside, but no file
-        with pytest.raises(DataError, match=r"cuhk_pedes, split 'train': .*loop/a.png \(row 1\) is missing"):
+        with pytest.raises(CADAError, match=r"cuhk_pedes, split 'train': .*loop/a.png \(row 1\) is missing"):
             load_pairs_dataset("cuhk_pedes", written(cuhk, records))
         return
-    with pytest.raises(DataError, match="row 1: the (image )?path"):
+    with pytest.raises(CADAError, match="row 1: the (image )?path"):
         read_annotations("cuhk_pedes", written(cuhk, records))
 
 
@@ -73,7 +78,7 @@ def test_names_never_leave_the_data_folder(cuhk, name):
 def test_a_person_is_a_whole_number(cuhk, person):
     records = json.loads((cuhk / "reid_raw.json").read_text())
     records[1]["id"] = person
-    with pytest.raises(DataError, match="row 1: the person id|Infinity is no number"):
+    with pytest.raises(CADAError, match="row 1: the person id|Infinity is no number"):
         read_annotations("cuhk_pedes", written(cuhk, records))
 
 
@@ -93,7 +98,7 @@ def test_a_person_is_a_whole_number(cuhk, person):
 def test_a_caption_is_a_sentence(cuhk, caption, message):
     records = json.loads((cuhk / "reid_raw.json").read_text())
     records[1]["captions"][1] = caption
-    with pytest.raises(DataError, match=f"row 1: .*{message}"):
+    with pytest.raises(CADAError, match=f"row 1: .*{message}"):
         read_annotations("cuhk_pedes", written(cuhk, records))
 
 
@@ -133,7 +138,7 @@ def test_any_annotation_file_is_read_right_or_named(laid_out, tmp_path_factory, 
         (root / "reid_raw.json").write_bytes(content)
         try:
             splits = read_annotations("cuhk_pedes", root)
-        except DataError as error:
+        except CADAError as error:
             assert "reid_raw.json" in str(error)
             return
         for rows in splits.values():
@@ -170,26 +175,26 @@ def saved_rows(folder: Path, **columns) -> str:
     ],
 )
 def test_own_data_of_another_form(tmp_path, columns, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(CADAError, match=message):
         load_pairs_dataset(saved_rows(tmp_path, **columns))
 
 
 def test_own_data_with_a_row_without_image(tmp_path, caplog):
     images = [Image.new("RGB", (2, 2), "red"), None]
     folder = saved_rows(tmp_path, image=images, file_name=["a.png", "b.png"])
-    with pytest.raises(DataError, match=r"b.png \(row 1\) is missing; 1 such"):
+    with pytest.raises(CADAError, match=r"b.png \(row 1\) is missing; 1 such"):
         load_pairs_dataset(folder)
     rows = load_pairs_dataset(folder, skip_unreadable=True)["train"]
     assert list(rows["person_id"]) == [1]
     assert "train: left out 1 of 2 images" in caplog.text and "b.png (row 1) is missing" in caplog.text
-    with pytest.raises(DataError, match="The image 'b.png' in row 1 cannot be decoded: there is neither"):
+    with pytest.raises(CADAError, match="The image 'b.png' in row 1 cannot be decoded: there is neither"):
         read_row(load_from_disk(folder)["train"], 1)
 
 
 def test_own_data_with_two_validation_splits(tmp_path):
     rows = Dataset.from_dict({"image": [b""], "captions": [["a man"]], "person_id": [1]})
     DatasetDict(train=rows, val=rows, validation=rows).save_to_disk(tmp_path / "own")
-    with pytest.raises(DataError, match="both splits, 'val' and 'validation'"):
+    with pytest.raises(CADAError, match="both splits, 'val' and 'validation'"):
         load_pairs_dataset(str(tmp_path / "own"))
 
 
@@ -205,28 +210,28 @@ def test_own_data_in_the_format_of_another_library(tmp_path):
 
 def test_own_data_that_is_damaged_or_empty(tmp_path):
     name = saved_rows(tmp_path)
-    with pytest.raises(DataError, match="No image of split 'train' can be read"):
+    with pytest.raises(CADAError, match="No image of split 'train' can be read"):
         load_pairs_dataset(name, skip_unreadable=True)
     for path in (Path(name) / "train").glob("*.arrow"):
         path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(DataError, match="is damaged or empty .*Write it again with `save_to_disk`"):
+    with pytest.raises(CADAError, match="is damaged or empty .*Write it again with `save_to_disk`"):
         rows = load_pairs_dataset(name)["train"]
         rows[1]
     (Path(name) / "dataset_dict.json").write_text("{")
-    with pytest.raises(DataError, match="is damaged or empty .*Write it again with `save_to_disk`"):
+    with pytest.raises(CADAError, match="is damaged or empty .*Write it again with `save_to_disk`"):
         load_pairs_dataset(name)
     empty = Dataset.from_dict({"image": [], "captions": [], "person_id": []})
     DatasetDict(train=empty).save_to_disk(tmp_path / "empty")
-    with pytest.raises(DataError, match="is damaged or empty"):
+    with pytest.raises(CADAError, match="is damaged or empty"):
         load_pairs_dataset(str(tmp_path / "empty"))
 
 
 def test_own_data_that_names_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     folder = saved_rows(tmp_path, image=[str(tmp_path / "pipe.png")] * 2)
-    with pytest.raises(DataError, match=r"row 0\) is not a file; 2 such"):
+    with pytest.raises(CADAError, match=r"row 0\) is not a file; 2 such"):
         load_pairs_dataset(folder)
-    with pytest.raises(DataError, match=r"No image of split 'train' can be read: .*pipe.png \(row 0\) is not a file"):
+    with pytest.raises(CADAError, match=r"No image of split 'train' can be read: .*pipe.png \(row 0\) is not a file"):
         load_pairs_dataset(folder, skip_unreadable=True)
 
 
@@ -237,7 +242,7 @@ def test_pickled_data_sets_are_refused(tmp_path):
     with open(tmp_path / "rows" / "train.pkl", "wb") as file:
         pickle.dump(Bomb(marker), file)
     for name, data_dir in ((str(tmp_path / "rows"), None), ("pandas", str(tmp_path / "rows"))):
-        with pytest.raises(DataError, match="Cannot load the data set|Unknown data set"):
+        with pytest.raises(CADAError, match="Cannot load the data set|Unknown data set"):
             load_pairs_dataset(name, data_dir)
         assert not marker.exists()
 
@@ -256,12 +261,12 @@ def test_no_space_for_the_tables(cuhk, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = load_pairs_dataset("cuhk_pedes", cuhk)["train"]
     with small_disk(100):
-        with pytest.raises(DataError, match="table of attribute phrases cannot be written to the cache .*Free some"):
+        with pytest.raises(CADAError, match="table of attribute phrases cannot be written to the cache .*Free some"):
             add_attribute_spans(rows, AttributeMasker())
-        with pytest.raises(DataError, match="table of captions cannot be written to the cache .*Free some space"):
+        with pytest.raises(CADAError, match="table of captions cannot be written to the cache .*Free some space"):
             load_pairs_dataset("cuhk_pedes", cuhk, captions_per_image=1)
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "another cache")
-        with pytest.raises(DataError, match="table of split 'train' cannot be written to the cache .*Free some space"):
+        with pytest.raises(CADAError, match="table of split 'train' cannot be written to the cache .*Free some space"):
             load_pairs_dataset("cuhk_pedes", cuhk)
 
 
@@ -381,7 +386,7 @@ CLS, PATCH, POSITIONS = (
 )
 def test_a_tensor_that_does_not_fit_is_named(foreign, tmp_path, key, value, message):
     path = saved(tmp_path, {**foreign, key: value})
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(CADAError, match=message):
         convert("cada_original", path, num_attention_heads=2)
 
 
@@ -400,13 +405,13 @@ def test_a_tensor_that_does_not_fit_is_named(foreign, tmp_path, key, value, mess
     ids=str,
 )
 def test_a_file_of_other_things_is_named(tmp_path, content):
-    with pytest.raises(ConversionError, match="weights.pth holds"):
+    with pytest.raises(CADAError, match="weights.pth holds"):
         read_checkpoint(saved(tmp_path, content))
 
 
 @pytest.mark.parametrize("arguments", [(0, 0), (16, 17), (10**9, 10**9), (-16, 16)])
 def test_sizes_that_give_no_model(foreign, tmp_path, arguments):
-    with pytest.raises(ConversionError, match="give no model|sizes"):
+    with pytest.raises(CADAError, match="give no model|sizes"):
         convert("cada_original", saved(tmp_path, foreign), num_attention_heads=2, image_size=arguments)
 
 
@@ -433,7 +438,7 @@ def test_any_damage_to_a_foreign_file_is_named(tmp_path_factory, trials):
         path.write_bytes(content)
         try:
             read = read_checkpoint(path)
-        except ConversionError as error:
+        except CADAError as error:
             assert path.name in str(error)
             return
         assert all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in read.items())
@@ -460,7 +465,7 @@ def test_any_tensor_in_any_place_is_named_or_fits(foreign, tmp_path_factory, tri
         source = data.draw(st.sampled_from(["blip_original", "cada_original"]))
         try:
             model, _ = convert(source, path, num_attention_heads=2)
-        except ConversionError as error:
+        except CADAError as error:
             assert str(error)
             return
         assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
@@ -475,14 +480,14 @@ def test_any_tensor_in_any_place_is_named_or_fits(foreign, tmp_path_factory, tri
 def released(tmp_path_factory) -> Path:
     """A checkpoint with a full record."""
     folder = save_tiny_start(tmp_path_factory.mktemp("released"))
-    where = {**publish_cada.environment(), "dataset": "rstp_reid", "captions_per_image": 2}
-    metrics = {f"{stage}_{name}": 50.0 for stage in ("global", "local") for name in publish_cada.METRICS}
+    where = {**cada.hub.record.environment(), "dataset": "rstp_reid", "captions_per_image": 2}
+    metrics = {f"{stage}_{name}": 50.0 for stage in ("global", "local") for name in cada.hub.publish.METRICS}
     evaluation = {**where, "split": "test", "metrics": {**metrics, "queries": 12, "gallery": 6, "rerank_k": 3}}
-    evaluation |= {"weights": publish_cada.checkpoint_digest(folder), "unreadable_images_skipped": False}
+    evaluation |= {"weights": cada.hub.record.checkpoint_digest(folder), "unreadable_images_skipped": False}
     evaluation["precision"] = "float32"
     training = {**where, "start": "random weights", "seed": 0, "minutes": 1.5, "selected_by": None}
     training |= {"recipe": {"epochs": 1}, "data": {"persons": 6, "images": 18, "pairs": 36}}
-    write_run(folder, {**publish_cada.RANDOM_START, "trained_on": {"cuhk_pedes": 0}}, training, [evaluation])
+    write_run(folder, {**cada.hub.record.RANDOM_START, "trained_on": {"cuhk_pedes": 0}}, training, [evaluation])
     return folder
 
 
@@ -512,11 +517,11 @@ def test_any_record_gives_a_card_or_is_named(released, tmp_path_factory, trials)
         else:
             part[place[-1]] = junk
         text = json.dumps(changed)
-        (folder / publish_cada.RUN_FILE).write_text(text, encoding="utf-8")
+        (folder / cada.hub.record.RUN_FILE).write_text(text, encoding="utf-8")
         try:
             model_card(folder, "org/name", "main")
-        except PublishError as error:
-            assert publish_cada.RUN_FILE in str(error)
+        except CADAError as error:
+            assert cada.hub.record.RUN_FILE in str(error)
             return
         json.loads(text, parse_constant=pytest.fail)  # NaN and infinity are no results
 
@@ -558,10 +563,10 @@ def word(start, foreign, tmp_path) -> dict[str, str]:
 
 
 COMMANDS = {
-    "explain": explain_cada.main,
-    "convert": convert_cada.main,
-    "publish": lambda words: publish_cada.main([*words, "--card_only"]),
-    "check": lambda words: data_cada.main(["check", *words]),
+    "explain": cada.explain.main,
+    "convert": cada.hub.convert.main,
+    "publish": lambda words: cli.main(["publish", *words, "--card_only"]),
+    "check": lambda words: cli.main(["check", *words]),
     "train": lambda words: run_command(
         lambda: train_cada.main([*words, "--do_predict", "--use_cpu", "--disable_tqdm", "true"])
     ),
@@ -726,5 +731,5 @@ def test_any_sentence_is_explained(word, text, tmp_path, monkeypatch, capsys):
 
 def test_every_error_of_the_project_is_one_kind():
     """So that each command line catches all of them."""
-    kinds = (DataError, ConversionError, PublishError, train_cada.ArgumentError, explain_cada.ExplainError)
+    kinds = (CADAError, CADAError, train_cada.CADAError, cada.explain.CADAError)
     assert all(issubclass(kind, CADAError) and issubclass(kind, ValueError) for kind in kinds)

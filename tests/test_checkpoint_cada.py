@@ -17,20 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers.image_utils import SizeDict
 
-import convert_cada
-import explain_cada
-import publish_cada
+import cada.explain
+import cada.hub.convert
+import cada.hub.publish
 import train_cada
-from checkpoint_cada import (
-    CheckpointError,
-    check_processor,
-    load_config,
-    load_model,
-    load_processor,
-    load_tokenizer,
-    weight_files,
-)
-from files_cada import CADAError, run_command
+from cada import cli
+from cada.files import CADAError, run_command
+from cada.hub.loading import check_processor, load_config, load_model, load_processor, load_tokenizer, weight_files
 from modeling_cada import CADAForTextToImageRetrieval
 
 
@@ -214,18 +207,18 @@ DAMAGED_PROCESSORS = {
 @pytest.mark.parametrize("case", DAMAGED_PROCESSORS)
 def test_damaged_processor_is_named(start, case):
     DAMAGED_PROCESSORS[case](start)
-    with pytest.raises(CheckpointError, match=f"The processor of {start} cannot be loaded: .*Save it again"):
+    with pytest.raises(CADAError, match=f"The processor of {start} cannot be loaded: .*Save it again"):
         load_processor(start)
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file.pth").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="file.pth is a file. Give the folder of a checkpoint"):
+    with pytest.raises(CADAError, match="file.pth is a file. Give the folder of a checkpoint"):
         load_model(tmp_path / "file.pth")
     for name in ("runs/no/such/run", "no such run", "a\0b"):
         for load in (load_model, load_config, load_processor, load_tokenizer):
-            with pytest.raises(CheckpointError, match="a name on the Hub, which has to be reachable"):
+            with pytest.raises(CADAError, match="a name on the Hub, which has to be reachable"):
                 load(name)
 
 
@@ -236,7 +229,7 @@ def test_new_heads_are_random_but_what_was_there_has_to_be_there(tmp_path):
     model = train_cada.load_start(str(tmp_path), {"use_ara": True})
     assert hasattr(model, "vocabulary_head")
     change_weights(tmp_path, lambda tensors: tensors.pop(BIAS))
-    with pytest.raises(CheckpointError, match=f"lack {BIAS}"):
+    with pytest.raises(CADAError, match=f"lack {BIAS}"):
         train_cada.load_start(str(tmp_path), {"use_ara": True})
 
 
@@ -274,23 +267,33 @@ def trap(saved, tmp_path, monkeypatch) -> tuple[Path, Path]:
 def commands(folder: Path, tmp_path: Path) -> dict:
     """Every command that reads a checkpoint, on this one."""
     bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    image = Path(explain_cada.__file__).parent / "docs" / "why.png"
+    image = Path(cada.explain.__file__).parent / "docs" / "why.png"
     output = ["--output_dir", str(tmp_path / "out")]
     convert = ["--tokenizer_name", str(tmp_path / "tokenizer"), *output]
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = json.dumps({"vision_config": tower, "text_config": tower})
     train = ["--dataset", "rstp_reid", "--data_dir", str(tmp_path / "nowhere"), "--do_predict", "--use_cpu", *output]
     return {
-        "explain": lambda: explain_cada.main(
-            ["--model", str(folder), "--image", str(image), "--text", "a man", "--output", str(tmp_path / "out.png")]
+        "explain": lambda: cli.main(
+            [
+                "explain",
+                "--model",
+                str(folder),
+                "--image",
+                str(image),
+                "--text",
+                "a man",
+                "--output",
+                str(tmp_path / "out.png"),
+            ]
         ),
-        "publish": lambda: publish_cada.main(["--checkpoint", str(folder), "--repo_id", "a/b", "--card_only"]),
-        "convert blip": lambda: convert_cada.main(["--source", "blip", "--checkpoint", str(folder), *convert]),
-        "convert file": lambda: convert_cada.main(
-            ["--source", "cada_original", "--checkpoint", str(folder / "weights.pth"), *convert]
+        "publish": lambda: cli.main(["publish", "--checkpoint", str(folder), "--repo_id", "a/b", "--card_only"]),
+        "convert blip": lambda: cli.main(["convert", "--source", "blip", "--checkpoint", str(folder), *convert]),
+        "convert file": lambda: cli.main(
+            ["convert", "--source", "cada_original", "--checkpoint", str(folder / "weights.pth"), *convert]
         ),
-        "convert safetensors": lambda: convert_cada.main(
-            ["--source", "blip_original", "--checkpoint", str(folder / "model.safetensors"), *convert]
+        "convert safetensors": lambda: cli.main(
+            ["convert", "--source", "blip_original", "--checkpoint", str(folder / "model.safetensors"), *convert]
         ),
         "train": lambda: run_command(lambda: train_cada.main(["--model_name_or_path", str(folder), *train])),
         "train from blip": lambda: run_command(
@@ -356,7 +359,7 @@ def test_code_of_a_tokenizer_is_refused_unasked(trap, saved, sound_weights):
     for load in (load_processor, load_tokenizer):
         try:
             load(folder)
-        except CheckpointError:
+        except CADAError:
             pass
         assert not marker.exists()
 
@@ -399,8 +402,8 @@ def test_a_revision_is_what_is_loaded(saved, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     second["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
     code = (
-        "import json, sys; from checkpoint_cada import load_model, load_processor\n"
-        "from publish_cada import read_start\n"
+        "import json, sys; from cada.hub.loading import load_model, load_processor\n"
+        "from cada.hub.record import read_start\n"
         "for revision in (sys.argv[1], None):\n"
         "    model = load_model('tester/model', revision)\n"
         "    bias = model.match_head.bias.tolist()\n"
@@ -436,7 +439,7 @@ def test_a_processor_of_another_model_is_refused(start, tmp_path, change, messag
     processor = load_processor(start)
     check_processor(processor, load_config(start))
     change(processor)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CADAError, match=message):
         check_processor(processor, load_config(start))
     processor.save_pretrained(start)
     assert commands(start, tmp_path)["explain"]() == 1

@@ -5,10 +5,13 @@ import torch
 from conftest import bert_tokenizer, reference_config
 from transformers import AutoModel, AutoProcessor, BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-import convert_cada
+import cada.hub.convert
 import train_cada
-from convert_cada import ConversionError, convert, convert_state_dict, grow_vocabulary
-from publish_cada import read_run, release_files
+from cada import cli
+from cada.files import CADAError
+from cada.hub.convert import convert, convert_state_dict, grow_vocabulary
+from cada.hub.publish import release_files
+from cada.hub.record import read_run
 from train_cada import ModelArguments, load_model_and_processor
 
 
@@ -165,22 +168,22 @@ def test_blip_file_without_local_head(reference, tmp_path):
     more = {"num_attention_heads": 2, "config_overrides": reference_fields(reference)}
     _, report = convert("blip_original", tmp_path / "weights.pth", **more)
     assert report.new == ["group_match_head.weight", "group_match_head.bias"]
-    with pytest.raises(ConversionError, match="has no tensor for group_match_head.weight"):
+    with pytest.raises(CADAError, match="has no tensor for group_match_head.weight"):
         convert("cada_original", tmp_path / "weights.pth", **more)
 
 
 def test_separate_ara_stack_is_left_out_with_a_word(reference):
     weights = {"text_decoder.bert.embeddings.word_embeddings.weight": torch.zeros(2, 2), **reference["weights"]}
-    report = convert_cada.ConversionReport()
+    report = cada.hub.convert.ConversionReport()
     converted = convert_state_dict(weights, "cada_original", report)
     assert not any("bert" in name for name in converted)
     assert "a separate decoder; here the text stack is the decoder" in str(report)
 
 
 def test_unknown_key_is_named():
-    with pytest.raises(ConversionError, match="No rule for the key 'visual_encoder.extra'"):
+    with pytest.raises(CADAError, match="No rule for the key 'visual_encoder.extra'"):
         convert_state_dict({"visual_encoder.extra": torch.zeros(1)}, "cada_original")
-    with pytest.raises(ConversionError, match="Unknown source 'clip'. Known: blip"):
+    with pytest.raises(CADAError, match="Unknown source 'clip'. Known: blip"):
         convert_state_dict({}, "clip")
 
 
@@ -189,9 +192,9 @@ def test_missing_key_is_named(reference, tmp_path):
     del weights["text_encoder.encoder.layer.0.crossattention.self.key.bias"]
     torch.save(weights, tmp_path / "weights.pth")
     more = {"num_attention_heads": 2, "config_overrides": reference_fields(reference)}
-    with pytest.raises(ConversionError, match=r"no tensor for cada.text_model.layers.0.cross_attn.k_proj.bias"):
+    with pytest.raises(CADAError, match=r"no tensor for cada.text_model.layers.0.cross_attn.k_proj.bias"):
         convert("cada_original", tmp_path / "weights.pth", **more)
-    with pytest.raises(ConversionError, match="lacks 'cada.vision_model.embeddings.patch_embedding.weight'"):
+    with pytest.raises(CADAError, match="lacks 'cada.vision_model.embeddings.patch_embedding.weight'"):
         torch.save({"temp": torch.zeros(1)}, tmp_path / "empty.pth")
         convert("blip_original", tmp_path / "empty.pth")
 
@@ -202,12 +205,12 @@ class Payload:
 
 def test_pickles_are_not_executed(tmp_path):
     torch.save({"model": Payload()}, tmp_path / "weights.pth")
-    with pytest.raises(ConversionError, match="cannot be read with weights_only=True"):
+    with pytest.raises(CADAError, match="cannot be read with weights_only=True"):
         convert("cada_original", tmp_path / "weights.pth")
     (tmp_path / "damaged.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(ConversionError, match="damaged.pth cannot be read"):
+    with pytest.raises(CADAError, match="damaged.pth cannot be read"):
         convert("cada_original", tmp_path / "damaged.pth")
-    with pytest.raises(ConversionError, match="does not exist"):
+    with pytest.raises(CADAError, match="does not exist"):
         convert("cada_original", tmp_path / "nowhere.pth")
 
 
@@ -240,7 +243,7 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
     bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
     arguments = ["--source", "blip", "--checkpoint", str(tmp_path / "blip"), "--output_dir", str(tmp_path / "start")]
     arguments += ["--tokenizer_name", str(tmp_path / "tokenizer"), "--image_size", "64", "32"]
-    assert convert_cada.main(arguments) == 0
+    assert cli.main(["convert", *arguments]) == 0
     assert "tensors converted" in capsys.readouterr().out
     assert "pipeline_cada.py" in release_files(tmp_path / "start")
     model = AutoModel.from_pretrained(tmp_path / "start")
@@ -252,14 +255,14 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
         "licence": "BSD-3-Clause (BLIP, Salesforce)",
     }
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert convert_cada.main(arguments) == 0  # new weights are drawn from the seed
+    assert cli.main(["convert", *arguments]) == 0  # new weights are drawn from the seed
     again = AutoModel.from_pretrained(tmp_path / "start").state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_command_reports_an_error_in_one_line(tmp_path, capsys):
     arguments = ["--source", "cada_original", "--checkpoint", str(tmp_path / "no.pth"), "--output_dir", str(tmp_path)]
-    assert convert_cada.main(arguments) == 1
+    assert cli.main(["convert", *arguments]) == 1
     assert capsys.readouterr().err.startswith("error: The checkpoint")
 
 

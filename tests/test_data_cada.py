@@ -15,22 +15,16 @@ from hypothesis import strategies as st
 from pedes_layout import ANNOTATIONS, LAYOUTS, lay_out_icfg
 from PIL import Image
 
-import data_cada
+import cada.data.check
+import cada.data.loading
+import cada.data.pedes
 import processing_cada
-from data_cada import (
-    PEDES_SETS,
-    DataError,
-    GlobalBatches,
-    PairCollator,
-    PairDataset,
-    add_attribute_spans,
-    hold_out_persons,
-    load_pairs_dataset,
-    open_image,
-    read_annotations,
-    read_row,
-    shared_persons,
-)
+from cada import cli
+from cada.data.images import open_image
+from cada.data.loading import hold_out_persons, load_pairs_dataset, shared_persons
+from cada.data.pairs import GlobalBatches, PairCollator, PairDataset, add_attribute_spans, read_row
+from cada.data.pedes import PEDES_SETS, read_annotations
+from cada.files import CADAError
 from processing_cada import AttributeMasker, clean_caption
 
 
@@ -100,7 +94,7 @@ def test_captions_per_image(laid_out, count, captions):
 
 
 def test_captions_per_image_has_to_be_positive(laid_out):
-    with pytest.raises(DataError, match="captions_per_image"):
+    with pytest.raises(CADAError, match="captions_per_image"):
         load_pairs_dataset("cuhk_pedes", laid_out["cuhk_pedes"], captions_per_image=0)
 
 
@@ -131,7 +125,7 @@ def set_value(row, key, value):
 )
 def test_damaged_row_is_named_with_file_and_remedy(cuhk, change, row, reason, remedy):
     change_annotations(cuhk, change)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(CADAError) as error:
         load_pairs_dataset("cuhk_pedes", cuhk)
     message = str(error.value)
     assert f"{cuhk / 'reid_raw.json'}, row {row}" in message
@@ -144,27 +138,27 @@ def test_link_that_leaves_the_data_folder(cuhk, tmp_path_factory):
     Image.new("RGB", (8, 8)).save(outside)
     os.symlink(outside, cuhk / "imgs" / "cam_a" / "link.png")
     change_annotations(cuhk, set_value(1, "file_path", "cam_a/link.png"))
-    with pytest.raises(DataError, match="row 1: the path 'cam_a/link.png' leaves the data folder"):
+    with pytest.raises(CADAError, match="row 1: the path 'cam_a/link.png' leaves the data folder"):
         load_pairs_dataset("cuhk_pedes", cuhk)
 
 
 def test_file_without_splits_names_the_right_one(cuhk):
     change_annotations(cuhk, lambda records: [record.pop("split") for record in records])
     (cuhk / "reid_raw.json").rename(cuhk / "caption_all.json")
-    with pytest.raises(DataError, match="caption_all.json, row 0 has no `split`.*use reid_raw.json"):
+    with pytest.raises(CADAError, match="caption_all.json, row 0 has no `split`.*use reid_raw.json"):
         load_pairs_dataset("cuhk_pedes", cuhk)
 
 
 @pytest.mark.parametrize("content", ["", "[", '{"a": 1}', "[]"])
 def test_damaged_annotation_file(cuhk, content):
     (cuhk / "reid_raw.json").write_text(content)
-    with pytest.raises(DataError, match=r"reid_raw\.json.*(etch it again)"):
+    with pytest.raises(CADAError, match=r"reid_raw\.json.*(etch it again)"):
         load_pairs_dataset("cuhk_pedes", cuhk)
 
 
 def test_missing_split(cuhk):
     change_annotations(cuhk, lambda records: [record.update(split="train") for record in records])
-    with pytest.raises(DataError, match="no row of split 'val'"):
+    with pytest.raises(CADAError, match="no row of split 'val'"):
         load_pairs_dataset("cuhk_pedes", cuhk)
 
 
@@ -176,24 +170,24 @@ def test_old_rstp_file_is_refused(tmp_path):
         for person, split in enumerate(["train"] * 3901 + ["val"] * 100 + ["test"] * 100)
     ]
     (tmp_path / "data_captions.json").write_text(json.dumps(records))
-    with pytest.raises(DataError, match="before October 2022.*3701/200/200"):
+    with pytest.raises(CADAError, match="before October 2022.*3701/200/200"):
         read_annotations("rstp_reid", tmp_path)
 
 
 def test_missing_folders(tmp_path):
-    with pytest.raises(DataError, match="needs --data_dir"):
+    with pytest.raises(CADAError, match="needs --data_dir"):
         load_pairs_dataset("cuhk_pedes")
-    with pytest.raises(DataError, match="nowhere does not exist.*reid_raw.json"):
+    with pytest.raises(CADAError, match="nowhere does not exist.*reid_raw.json"):
         load_pairs_dataset("cuhk_pedes", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no annotation file of CUHK-PEDES: looked for reid_raw.json"):
+    with pytest.raises(CADAError, match="no annotation file of CUHK-PEDES: looked for reid_raw.json"):
         load_pairs_dataset("cuhk_pedes", tmp_path)
     (tmp_path / "reid_raw.json").write_text("[]")
-    with pytest.raises(DataError, match="no folder imgs/"):
+    with pytest.raises(CADAError, match="no folder imgs/"):
         load_pairs_dataset("cuhk_pedes", tmp_path)
 
 
 def test_unknown_dataset():
-    with pytest.raises(DataError, match="Unknown data set 'cuhk-pedes'.*cuhk_pedes, icfg_pedes, rstp_reid, demo"):
+    with pytest.raises(CADAError, match="Unknown data set 'cuhk-pedes'.*cuhk_pedes, icfg_pedes, rstp_reid, demo"):
         load_pairs_dataset("cuhk-pedes")
 
 
@@ -210,11 +204,11 @@ def damage(cuhk: Path) -> dict[int, str]:
 def test_missing_image_is_an_error(cuhk):
     damage(cuhk)
     name = json.loads((cuhk / "reid_raw.json").read_text())[1]["file_path"]
-    with pytest.raises(DataError) as error:
+    with pytest.raises(CADAError) as error:
         load_pairs_dataset("cuhk_pedes", cuhk)
     expected = f"cuhk_pedes, split 'train': {cuhk / 'imgs' / name} (row 1) is missing; 2 such"
     assert str(error.value).startswith(expected)
-    assert f"python data_cada.py check --dataset cuhk_pedes --data_dir {cuhk})" in str(error.value)
+    assert f"cada check --dataset cuhk_pedes --data_dir {cuhk})" in str(error.value)
     assert "--skip_unreadable" in str(error.value)
 
 
@@ -224,13 +218,13 @@ def test_truncated_image_is_an_error_where_it_is_read(cuhk):
     (cuhk / "imgs" / name).write_bytes(content[: len(content) // 2])
     rows = load_pairs_dataset("cuhk_pedes", cuhk)["train"]
     assert isinstance(read_row(rows, 3)["image"], Image.Image)
-    with pytest.raises(DataError, match=f"image '{name}' in row 4 cannot be decoded.*--skip_unreadable"):
+    with pytest.raises(CADAError, match=f"image '{name}' in row 4 cannot be decoded.*--skip_unreadable"):
         read_row(rows, 4)
 
 
 def test_skip_unreadable_leaves_out_counts_and_lists(cuhk, caplog, monkeypatch):
     problems = damage(cuhk)
-    monkeypatch.setattr(data_cada.logger.parent, "propagate", True)  # else the messages stop there
+    monkeypatch.setattr(cada.data.loading.logger.parent, "propagate", True)  # else the messages stop there
     rows = load_pairs_dataset("cuhk_pedes", cuhk, skip_unreadable=True)["train"]
     assert len(rows) == 15
     assert "left out 3 of 18 images" in caplog.text
@@ -243,11 +237,11 @@ def test_skip_unreadable_leaves_out_counts_and_lists(cuhk, caplog, monkeypatch):
 def test_only_the_splits_that_are_asked_for_are_loaded_and_checked(cuhk, laid_out):
     damage(cuhk)  # in train
     assert set(load_pairs_dataset("cuhk_pedes", cuhk, splits=["val", "test"])) == {"val", "test"}
-    with pytest.raises(DataError, match="split 'train'"):
+    with pytest.raises(CADAError, match="split 'train'"):
         load_pairs_dataset("cuhk_pedes", cuhk, splits=["train", "test"])
     # A set without val: its persons come from train.
     assert set(load_pairs_dataset("icfg_pedes", laid_out["icfg_pedes"], splits=["val"])) == {"train"}
-    with pytest.raises(DataError, match="icfg_pedes has no split 'query'; it has train, test"):
+    with pytest.raises(CADAError, match="icfg_pedes has no split 'query'; it has train, test"):
         load_pairs_dataset("icfg_pedes", laid_out["icfg_pedes"], splits=["test", "query"])
 
 
@@ -257,11 +251,11 @@ def test_splits_of_own_data(tmp_path):
     DatasetDict(train=bad, test=good).save_to_disk(tmp_path / "own")
     assert set(load_pairs_dataset(str(tmp_path / "own"), splits=["test"])) == {"test"}
     for splits in (["val"], ["train", "test"], None):
-        with pytest.raises(DataError, match="split 'train', row 0: `captions`"):
+        with pytest.raises(CADAError, match="split 'train', row 0: `captions`"):
             load_pairs_dataset(str(tmp_path / "own"), splits=splits)
     DatasetDict(test=good).save_to_disk(tmp_path / "test alone")
     for split in ("train", "val"):
-        with pytest.raises(DataError, match=f"test alone has no split '{split}'; it has test"):
+        with pytest.raises(CADAError, match=f"test alone has no split '{split}'; it has test"):
             load_pairs_dataset(str(tmp_path / "test alone"), splits=[split])
 
 
@@ -272,7 +266,7 @@ def test_hold_out_persons_splits_by_person(laid_out):
     assert not set(splits["val"]["person_id"]) & set(splits["train"]["person_id"])
     assert sorted([*splits["val"]["file_name"], *splits["train"]["file_name"]]) == sorted(train["file_name"])
     assert list(hold_out_persons(train, 2)["val"]["file_name"]) == list(splits["val"]["file_name"])
-    with pytest.raises(DataError, match="Cannot hold out 6 of 6"):
+    with pytest.raises(CADAError, match="Cannot hold out 6 of 6"):
         hold_out_persons(train, 6)
 
 
@@ -300,16 +294,16 @@ def test_own_data_with_file_names_of_images(laid_out, tmp_path, caplog, monkeypa
     DatasetDict(train=rows).save_to_disk(tmp_path / "own")
     rows = load_pairs_dataset(str(tmp_path / "own"))["train"]
     assert isinstance(read_row(rows, 0)["image"], Image.Image)
-    with pytest.raises(DataError, match="row 3 cannot be decoded"):
+    with pytest.raises(CADAError, match="row 3 cannot be decoded"):
         read_row(rows, 3)
-    monkeypatch.setattr(data_cada.logger.parent, "propagate", True)  # else the messages stop there
+    monkeypatch.setattr(cada.data.loading.logger.parent, "propagate", True)  # else the messages stop there
     rows = load_pairs_dataset(str(tmp_path / "own"), skip_unreadable=True)["train"]
     assert list(rows["person_id"]) == [0, 0, 0]
     assert "left out 1 of 4 images" in caplog.text
     assert "damaged.jpg (row 3) cannot be decoded" in caplog.text
     damaged.unlink()
     with pytest.raises(
-        DataError, match=r"split 'train': .*damaged.jpg \(row 3\) is missing; 1 such.*--skip_unreadable"
+        CADAError, match=r"split 'train': .*damaged.jpg \(row 3\) is missing; 1 such.*--skip_unreadable"
     ):
         load_pairs_dataset(str(tmp_path / "own"))
     assert len(load_pairs_dataset(str(tmp_path / "own"), skip_unreadable=True)["train"]) == 3
@@ -317,14 +311,14 @@ def test_own_data_with_file_names_of_images(laid_out, tmp_path, caplog, monkeypa
 
 def test_own_data_without_a_column(tmp_path):
     DatasetDict(train=Dataset.from_dict({"image": ["a.png"], "caption": ["a man"]})).save_to_disk(tmp_path / "own")
-    with pytest.raises(DataError, match="split 'train' lacks the column.*captions, person_id"):
+    with pytest.raises(CADAError, match="split 'train' lacks the column.*captions, person_id"):
         load_pairs_dataset(str(tmp_path / "own"))
 
 
 def test_own_data_with_an_empty_caption(tmp_path):
     rows = Dataset.from_dict({"image": [b"", b""], "captions": [["a man"], ["!"]], "person_id": [1, 2]})
     DatasetDict(train=rows).save_to_disk(tmp_path / "own")
-    with pytest.raises(DataError, match="split 'train', row 1: caption 0 is empty"):
+    with pytest.raises(CADAError, match="split 'train', row 1: caption 0 is empty"):
         load_pairs_dataset(str(tmp_path / "own"))
 
 
@@ -459,7 +453,7 @@ def test_large_photographs_are_decoded_at_reduced_size(tmp_path, scale, expected
 def test_check_command_compares_with_the_official_numbers(cuhk):
     """Run as a user would, on a small copy with a missing image: exit status 1 and every fact on the screen."""
     damage(cuhk)
-    command = [sys.executable, data_cada.__file__, "check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk)]
+    command = [sys.executable, cada.data.loading.__file__, "check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -481,7 +475,7 @@ def test_check_of_own_data(tmp_path, capsys):
     test = Dataset.from_dict({"image": inside, "captions": [["e"], ["f"]], "person_id": [3, 3]})
     DatasetDict(train=train, validation=test).save_to_disk(tmp_path / "own")
     arguments = ["check", "--dataset", str(tmp_path / "own")]
-    assert data_cada.main(arguments) == 1
+    assert cli.main(arguments) == 1
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[:5] == [str(tmp_path / "own"), "", "split found", "train persons 2", "train images 3"]
     assert {"train captions 4", "train 1 person(s) with a single image", "val persons 1", "val captions 2"} < set(
@@ -491,13 +485,13 @@ def test_check_of_own_data(tmp_path, capsys):
     assert "train: The image (row 2) is missing" in lines
     assert sum(line.startswith("val: The image (row 1) cannot be decoded") for line in lines) == 1
     assert lines[-1] == "3 bad image file(s)."
-    assert data_cada.main([*arguments, "--quick"]) == 1
+    assert cli.main([*arguments, "--quick"]) == 1
     assert "2 bad image file(s)." in capsys.readouterr().out
     sound = test.select([0])
     DatasetDict(train=sound).save_to_disk(tmp_path / "own")
-    assert data_cada.main(arguments) == 0
+    assert cli.main(arguments) == 0
     DatasetDict(train=sound, gallery=sound).save_to_disk(tmp_path / "own")
-    assert data_cada.main(arguments) == 1
+    assert cli.main(arguments) == 1
     assert "1 person(s) are both in train and in gallery." in capsys.readouterr().out
 
 
@@ -506,27 +500,27 @@ def test_check_is_content_with_a_complete_set(laid_out, monkeypatch, capsys):
     monkeypatch.setitem(
         PEDES_SETS,
         "icfg_pedes",
-        data_cada.PedesSet("ICFG-PEDES", (ANNOTATIONS["icfg_pedes"],), "file_path", small),
+        cada.data.pedes.PedesSet("ICFG-PEDES", (ANNOTATIONS["icfg_pedes"],), "file_path", small),
     )
     arguments = ["check", "--dataset", "icfg_pedes", "--data_dir", str(laid_out["icfg_pedes"])]
-    assert data_cada.main(arguments) == 0
+    assert cli.main(arguments) == 0
     assert "0 bad image file(s). Numbers are official." in capsys.readouterr().out
 
 
 def test_check_command_reports_errors_without_a_traceback(tmp_path, capsys):
-    assert data_cada.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(tmp_path / "nowhere")]) == 1
+    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(tmp_path / "nowhere")]) == 1
     assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_person_in_two_splits_is_reported(cuhk, capsys):
     change_annotations(cuhk, set_value(0, "split", "test"))
-    assert data_cada.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk), "--quick"]) == 1
+    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk), "--quick"]) == 1
     assert "1 person(s) are both in train and in test." in capsys.readouterr().out
 
 
 def test_drawn_set_is_known_by_name(monkeypatch):
     small = DatasetDict(train=Dataset.from_dict({"captions": [["a", "b"]], "attribute_spans": [[[], []]]}))
-    monkeypatch.setattr(data_cada, "load_drawn", lambda domain: small)
+    monkeypatch.setattr(cada.data.loading, "load_drawn", lambda domain: small)
     first = load_pairs_dataset("demo", captions_per_image=1)["train"]
     assert (first["captions"][0], first["attribute_spans"][0]) == (["a"], [[]])
 
@@ -543,5 +537,5 @@ def test_missing_tagger_is_an_error_of_the_data(laid_out, monkeypatch):
     monkeypatch.setattr(processing_cada.nltk.data, "path", [])
     monkeypatch.setattr(processing_cada, "_shipped_tagger", lambda: None)
     monkeypatch.setattr(processing_cada.nltk, "download", lambda name, quiet: False)
-    with pytest.raises(DataError, match="Attribute phrases cannot be found: .*python -m nltk.downloader"):
+    with pytest.raises(CADAError, match="Attribute phrases cannot be found: .*python -m nltk.downloader"):
         add_attribute_spans(rows, AttributeMasker("phrase"))

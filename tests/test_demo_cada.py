@@ -5,13 +5,14 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-import demo_cada
-from demo_cada import SENTENCES, build_start, compare, search, what_is_wrong
-from drawn_cada import ATTRIBUTES, IMAGE_SIZE, load_drawn
-from gallery_cada import Result
+import cada.demo
+from cada import cli
+from cada.data.drawn import ATTRIBUTES, IMAGE_SIZE, load_drawn
+from cada.demo import SENTENCES, build_start, compare, search, what_is_wrong
+from cada.gallery.index import Result
+from cada.hub.publish import release_files
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
-from publish_cada import release_files
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_picture_shows_ranked_images_of_every_sentence(splits, tmp_path):
     search(tmp_path)
     with Image.open(tmp_path / "results.png") as picture:
         pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.shape[1] > demo_cada.TOP * 2 * IMAGE_SIZE[1]
+    assert pixels.shape[1] > cada.demo.TOP * 2 * IMAGE_SIZE[1]
     # Each sentence has its row of images, and none of them is blank.
     rows = np.array_split(pixels, len(SENTENCES))
     assert all(row.std() > 30 for row in rows)
@@ -88,7 +89,7 @@ def test_caption_names_what_is_wrong():
 
 @pytest.mark.slow
 def test_demo_learns_and_local_beats_global(tmp_path, capsys):
-    demo_cada.main(["--output_dir", str(tmp_path / "demo")])
+    cli.main(["demo", "--out", str(tmp_path / "demo")])
     printed = capsys.readouterr().out
     table = (tmp_path / "demo" / "table.md").read_text()
     assert table.strip() in printed
@@ -99,5 +100,5 @@ def test_demo_learns_and_local_beats_global(tmp_path, capsys):
     assert (tmp_path / "demo" / "results.png").is_file()
     assert (tmp_path / "demo" / "index" / "index.json").is_file()
     images = sorted((tmp_path / "demo" / "images").glob("*.png"))
-    assert len(images) == demo_cada.SAVED_IMAGES
+    assert len(images) == cada.demo.SAVED_IMAGES
     assert {Image.open(path).size for path in images} == {(IMAGE_SIZE[1], IMAGE_SIZE[0])}

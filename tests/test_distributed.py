@@ -26,13 +26,13 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import evaluation_cada
+import cada.evaluation.matching
 import modeling_cada
 import train_cada
-from evaluation_cada import evaluate_retrieval
+from cada.evaluation.matching import evaluate_retrieval
+from cada.hub.record import model_digest
+from cada.training.trainer import whole_model
 from modeling_cada import CADAForTextToImageRetrieval
-from publish_cada import model_digest
-from trainer_cada import whole_model
 
 
 RECIPES = Path(train_cada.__file__).parent / "recipes"
@@ -148,7 +148,7 @@ def killed_process(
 ) -> None:
     """The second process gets SIGNAL in the second evaluation, when it enters the function MOMENT."""
     name, calls = variables["MOMENT"], []
-    function = getattr(evaluation_cada, name)
+    function = getattr(cada.evaluation.matching, name)
 
     def counted(*args, **kwargs):
         calls.append(name)
@@ -156,7 +156,7 @@ def killed_process(
             os.kill(os.getpid(), signal.Signals[variables["SIGNAL"]])
         return function(*args, **kwargs)
 
-    setattr(evaluation_cada, name, counted)
+    setattr(cada.evaluation.matching, name, counted)
     one_process(rank, processes, ports, runs, variables)
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drawn_cada import (
+from cada.data.drawn import (
     ATTRIBUTES,
     DOMAINS,
     IMAGE_SIZE,

@@ -11,22 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import evaluation_cada
-from evaluation_cada import (
-    METRICS,
-    Gallery,
-    Queries,
-    RetrievalMetric,
-    encode_gallery,
-    encode_queries,
-    evaluate_retrieval,
-    in_doubt,
-    match_candidates,
-    rerank_scores,
-    retrieval_metrics,
-    score_gallery,
-    top_candidates,
-)
+import cada.evaluation.matching
+from cada.evaluation.encoding import Gallery, Queries, encode_gallery, encode_queries
+from cada.evaluation.matching import evaluate_retrieval, in_doubt, match_candidates, score_gallery
+from cada.evaluation.metrics import METRICS, RetrievalMetric, rerank_scores, retrieval_metrics, top_candidates
 from modeling_cada import CADAForTextToImageRetrieval, blocks_of_pairs
 
 
@@ -341,7 +329,7 @@ def test_match_candidates_does_not_depend_on_its_batches(small_model):
     with pytest.MonkeyPatch.context() as patch:
         # As on an accelerator; then several groups and batches, with blocks of pairs.
         for batches in ({}, {"cpu": (60, 1)}):
-            patch.setattr(evaluation_cada, "_BATCHES", batches)
+            patch.setattr(cada.evaluation.matching, "_BATCHES", batches)
             torch.testing.assert_close(whole, match_candidates(small_model, queries, gallery, candidates))
     chosen = torch.tensor([[True, False, False], [False, False, False], [False, True, True]]).repeat(2, 1)
     some = match_candidates(small_model, queries, gallery, candidates, chosen=chosen)
@@ -367,7 +355,7 @@ def test_match_candidates_keeps_to_its_memory(small_model, monkeypatch, images_o
     gallery = Gallery(torch.randn(40, 8), torch.randn(40, 9, 16))
     mask = (torch.arange(9)[None] < torch.randint(3, 10, (20, 1))).long()
     queries = Queries(torch.randn(20, 8), torch.randint(5, 1000, (20, 9)) * mask, mask)
-    monkeypatch.setattr(evaluation_cada, "_BATCHES", {"cpu": (10**9, 10**3)})  # so that memory alone bounds
+    monkeypatch.setattr(cada.evaluation.matching, "_BATCHES", {"cpu": (10**9, 10**3)})  # so that memory alone bounds
     project, match, groups, batches, last = small_model.project_images, small_model.match, [], [], []
 
     def project_images(states):

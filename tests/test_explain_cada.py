@@ -6,8 +6,11 @@ import torch
 from conftest import save_tiny_start, tiny_config
 from PIL import Image
 
-import explain_cada
-from explain_cada import attribute_predictions, draw_explanation, word_attention
+import cada.drawing
+import cada.explain
+from cada import cli
+from cada.drawing import draw_explanation
+from cada.explain import attribute_predictions, word_attention
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 
@@ -140,10 +143,10 @@ def test_letters_of_all_kinds_are_drawn_and_no_boxes(model, processor, image, mo
     def title(text):
         return np.asarray(draw_explanation(image, text, attention, []))[:40]
 
-    if explain_cada._system_font(17) is not None:
+    if cada.drawing._system_font(17) is not None:
         drawn = [title(text) for text in ("ä", "ö", "ł", "Ж", "a", "o", "l", "?")]
         assert all((drawn[one] != drawn[two]).any() for one in range(8) for two in range(one))
-    monkeypatch.setattr(explain_cada, "_system_font", lambda size: None)
+    monkeypatch.setattr(cada.drawing, "_system_font", lambda size: None)
     np.testing.assert_array_equal(title("Ä grün Mäntel, Ж"), title("A grun Mantel, ?"))
 
 
@@ -152,7 +155,7 @@ def test_command_writes_picture_and_arrays(start, image, tmp_path, capsys):
     arguments = ["--model", str(start), "--image", str(tmp_path / "person.png")]
     arguments += ["--text", "A man in a red coat."]
     arguments += ["--output", str(tmp_path / "why.png"), "--arrays", str(tmp_path / "why.npz")]
-    assert explain_cada.main(arguments) == 0
+    assert cli.main(["explain", *arguments]) == 0
     assert "red coat: the image suggests" in capsys.readouterr().out
     arrays = np.load(tmp_path / "why.npz")
     assert arrays["words"].tolist()[1] == "man" and arrays["maps"].shape == (6, 4, 2)
@@ -160,5 +163,5 @@ def test_command_writes_picture_and_arrays(start, image, tmp_path, capsys):
         assert picture.format == "PNG"
     (tmp_path / "broken.png").write_bytes(b"x")
     arguments[3] = str(tmp_path / "broken.png")
-    assert explain_cada.main(arguments) == 1
+    assert cli.main(["explain", *arguments]) == 1
     assert "broken.png cannot be read" in capsys.readouterr().err

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-import files_cada
-from files_cada import (
+import cada.files
+from cada.files import (
     CADAError,
-    FileError,
     Parser,
     checkpoint_written_whole,
     make_output_folder,
@@ -29,7 +28,7 @@ from files_cada import (
 )
 
 
-ROOT = Path(files_cada.__file__).parent
+ROOT = Path(cada.files.__file__).parent
 
 
 @pytest.fixture
@@ -63,16 +62,16 @@ def test_json_in_each_unicode_encoding(tmp_path, encoding):
 )
 def test_damaged_json_is_named(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(FileError, match=f"a.json {message}" if message.startswith("is") else message):
+    with pytest.raises(CADAError, match=f"a.json {message}" if message.startswith("is") else message):
         read_json(tmp_path / "a.json")
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("pipe", "."):
-        with pytest.raises(FileError, match="is not a file"):
+        with pytest.raises(CADAError, match="is not a file"):
             read_json(tmp_path / name)
-    with pytest.raises(FileError, match="nowhere does not exist"):
+    with pytest.raises(CADAError, match="nowhere does not exist"):
         read_json(tmp_path / "nowhere")
 
 
@@ -80,7 +79,7 @@ def test_file_without_the_right_to_read(closed_folder):
     os.chmod(closed_folder, 0o755)
     (closed_folder / "a.json").write_text("[]")
     os.chmod(closed_folder / "a.json", 0)
-    with without_rights(), pytest.raises(FileError, match="a.json cannot be read: Permission denied"):
+    with without_rights(), pytest.raises(CADAError, match="a.json cannot be read: Permission denied"):
         read_json(closed_folder / "a.json")
 
 
@@ -109,7 +108,7 @@ def test_written_whole_replaces_at_the_end_only(tmp_path):
 def test_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(FileError, match="a.txt cannot be written: File too large"), small_disk(1000):
+    with pytest.raises(CADAError, match="a.txt cannot be written: File too large"), small_disk(1000):
         with written_whole(path) as temporary:
             temporary.write_bytes(bytes(5000))
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -126,7 +125,7 @@ def save_checkpoint(folder: Path, value: float, shards: int = 1) -> None:
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(FileError, match="cannot take their places.*config.json.*is not whole"):
+    with pytest.raises(CADAError, match="cannot take their places.*config.json.*is not whole"):
         with checkpoint_written_whole(tmp_path) as folder:
             (folder / "config.json").write_text("{}")
 
@@ -148,7 +147,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
     with checkpoint_written_whole(tmp_path) as folder:
         save_checkpoint(folder, 1.0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileError, match="cannot be written: .*Nothing was replaced"), small_disk(1000):
+    with pytest.raises(CADAError, match="cannot be written: .*Nothing was replaced"), small_disk(1000):
         with checkpoint_written_whole(tmp_path) as folder:
             save_checkpoint(folder, 2.0)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -159,7 +158,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
     with checkpoint_written_whole(tmp_path) as folder:
         save_checkpoint(folder, 1.0)
     code = (
-        "import os, signal, sys; from pathlib import Path; from files_cada import checkpoint_written_whole\n"
+        "import os, signal, sys; from pathlib import Path; from cada.files import checkpoint_written_whole\n"
         "with checkpoint_written_whole(sys.argv[1]) as folder:\n"
         "    (folder / 'config.json').write_text('2.0'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -174,11 +173,11 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
 def test_output_folder_is_tried_first(tmp_path, closed_folder):
     assert make_output_folder(tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FileError, match="file is a file. Choose another"):
+    with pytest.raises(CADAError, match="file is a file. Choose another"):
         make_output_folder(tmp_path / "file")
-    with pytest.raises(FileError, match="cannot be written to: Not a directory"):
+    with pytest.raises(CADAError, match="cannot be written to: Not a directory"):
         make_output_folder(tmp_path / "file" / "below")
-    with without_rights(), pytest.raises(FileError, match="cannot be written to: Permission denied"):
+    with without_rights(), pytest.raises(CADAError, match="cannot be written to: Permission denied"):
         make_output_folder(closed_folder)
 
 

@@ -23,15 +23,17 @@ from PIL import Image
 from torch.multiprocessing import ProcessExitedException
 from transformers.testing_utils import CaptureLogger
 
-import explain_cada
-import gallery_cada
-from checkpoint_cada import CheckpointError
-from evaluation_cada import encode_gallery, encode_queries, score_gallery
-from files_cada import FileError
-from gallery_cada import GalleryError, build_index, draw_results, main, open_index
+import cada.drawing
+import cada.gallery.index
+from cada.cli import main
+from cada.drawing import draw_results
+from cada.evaluation.encoding import encode_gallery, encode_queries
+from cada.evaluation.matching import score_gallery
+from cada.files import CADAError
+from cada.gallery.index import build_index, open_index
+from cada.hub.record import search_digest
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
-from publish_cada import search_digest
 
 
 ROOT = Path(__file__).parent.parent
@@ -155,12 +157,12 @@ def test_damaged_images_are_named_and_do_not_stop_the_run(checkpoint, folder, tm
 
 def test_a_folder_of_damaged_images_changes_nothing(checkpoint, tmp_path):
     (tmp_path / "images").mkdir()
-    with pytest.raises(GalleryError, match="holds no image"):
+    with pytest.raises(CADAError, match="holds no image"):
         build(tmp_path / "images", tmp_path / "index", checkpoint)
     (tmp_path / "images" / "text.png").write_text("no image")
-    with pytest.raises(GalleryError, match="None of the 1 images can be read.*text.png"):
+    with pytest.raises(CADAError, match="None of the 1 images can be read.*text.png"):
         build(tmp_path / "images", tmp_path / "index", checkpoint)
-    with pytest.raises(GalleryError, match="holds no index"):
+    with pytest.raises(CADAError, match="holds no index"):
         open_index(tmp_path / "index")
 
 
@@ -242,7 +244,7 @@ def test_a_kill_at_every_moment_leaves_the_old_or_the_new_index(checkpoint, fold
 def test_runs_that_are_killed_at_random_times_end_in_the_right_index(checkpoint, tmp_path):
     folder, index = tmp_path / "images", tmp_path / "index"
     save_images(folder, [f"{number:03}.png" for number in range(120)])
-    command = [sys.executable, "gallery_cada.py", "index", str(folder), "--out", str(index), "--shard-size", "1"]
+    command = [sys.executable, "-m", "cada", "index", str(folder), "--out", str(index), "--shard-size", "1"]
     rng, killed = random.Random(0), 0
     for _ in range(8):
         run = subprocess.Popen([*command, "--model", str(checkpoint)], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -259,7 +261,7 @@ def test_runs_that_are_killed_at_random_times_end_in_the_right_index(checkpoint,
 
 
 def launched(rank: int, port: int, command: list[str], folder: str) -> None:
-    """A process of `accelerate launch --cpu gallery_cada.py`."""
+    """A process of `accelerate launch --cpu -m cada index`."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"})
     torch.set_num_threads(1)
@@ -285,11 +287,11 @@ def test_another_model_is_refused(checkpoint, folder, tmp_path):
     config = tiny_config(text_config={"vocab_size": 30524, "enc_token_id": processor.enc_token_id})
     CADAForTextToImageRetrieval(config).save_pretrained(other)
     processor.save_pretrained(other)
-    with pytest.raises(GalleryError, match="holds features of .* other weights"):
+    with pytest.raises(CADAError, match="holds features of .* other weights"):
         build(folder, index, other)
-    with pytest.raises(GalleryError, match="other weights"):
+    with pytest.raises(CADAError, match="other weights"):
         open_index(index, model=str(other)).search(SENTENCES)
-    with pytest.raises(CheckpointError, match="The configuration of .*missing cannot be used"):
+    with pytest.raises(CADAError, match="The configuration of .*missing cannot be used"):
         open_index(index, model=str(tmp_path / "missing")).search(SENTENCES)
 
 
@@ -302,7 +304,7 @@ def test_shards_without_patch_states_are_not_taken_up_where_they_are_wanted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(gallery_cada._Update, "commit", interrupt)
+        patch.setattr(cada.gallery.index._Update, "commit", interrupt)
         build(folder, index, checkpoint, shard_size=5)
     assert sum(encoded) == 12
     build(folder, index, checkpoint, keep_patches=True)
@@ -357,7 +359,7 @@ def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, cap
         assert [result.path for result in after][: len(kept_paths)] == kept_paths
         assert len(after) == 3 and gone not in {result.path for result in after}
     assert left.left_out == {gone: "No such file or directory"}
-    with pytest.raises(GalleryError, match=f"{gone} cannot be shown: No such file.*gallery_cada.py index"):
+    with pytest.raises(CADAError, match=f"{gone} cannot be shown: No such file.*cada index"):
         left.image(gone)
     # An update drops shards of which no image is left.
     for path in [*folder.glob("0*.png")]:
@@ -440,13 +442,13 @@ def test_the_picture_shows_every_result(checkpoint, folder, tmp_path):
     rows = np.array_split(pixels, len(SENTENCES))
     assert all(row.std() > 30 for row in rows)
     assert pixels.shape[1] >= 4 * 96
-    with pytest.raises(GalleryError, match="holds no image '../x.png'"):
+    with pytest.raises(CADAError, match="holds no image '../x.png'"):
         gallery.image("../x.png")
 
 
 def test_one_run_at_a_time(checkpoint, folder, tmp_path):
     (tmp_path / "index").mkdir()
-    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(FileError, match="Another process is writing"):
+    with FileLock(tmp_path / "index" / ".lock"), pytest.raises(CADAError, match="Another process is writing"):
         build(folder, tmp_path / "index", checkpoint)
 
 
@@ -505,7 +507,7 @@ def test_usage_errors_end_with_status_2(capsys):
 def test_a_damaged_record_is_reported(checkpoint, folder, tmp_path):
     build(folder, tmp_path / "index", checkpoint)
     (tmp_path / "index" / "index.json").write_text('{"format": 1')
-    with pytest.raises(GalleryError, match="index.json is damaged.*another folder"):
+    with pytest.raises(CADAError, match="index.json is damaged.*another folder"):
         open_index(tmp_path / "index")
 
 
@@ -522,7 +524,7 @@ def test_a_moved_folder_is_not_encoded_again(copied, tmp_path, encoded):
     index, folder = copied
     assert encoded == []  # not even the copies that the fixture makes
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(GalleryError, match="Is its disk mounted.*--moved-source"):
+    with pytest.raises(CADAError, match="Is its disk mounted.*--moved-source"):
         open_index(index).search("a man")
     changes = build(tmp_path / "elsewhere", index, moved_source=True)
     assert (changes.unchanged, changes.changed, encoded) == (2, 0, [])
@@ -548,14 +550,14 @@ def test_an_exchange_of_two_files_is_noticed(copied, encoded):
     # A file system that tells nothing: only the content does.
     stamps = {name: row[0] for name, row in after.items()}
     (folder / "a.png").write_bytes((folder / "b.png").read_bytes())
-    listing = gallery_cada.ImageFiles.listing
+    listing = cada.gallery.index.ImageFiles.listing
 
     def stale(self):
         table, problems = listing(self)
         return table.set_column(1, "stamp", [[stamps[path] for path in table["path"].to_pylist()]]), problems
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gallery_cada.ImageFiles, "listing", stale)
+        patch.setattr(cada.gallery.index.ImageFiles, "listing", stale)
         assert build(folder, index).changed == 0
         assert build(folder, index, check_content=True).changed == 1
     assert contents(index)["a.png"][1:] == contents(index)["b.png"][1:]
@@ -565,12 +567,12 @@ def test_changed_and_lost_images_are_left_out_with_a_warning(copied, capsys):
     index, folder = copied
     gallery = open_index(index)
     save_images(folder, ["a.png"], seed=5)
-    with CaptureLogger(gallery_cada.logger) as captured:
+    with CaptureLogger(cada.gallery.index.logger) as captured:
         assert [result.path for result in gallery.search("a man")[0]] == ["b.png"]
     assert gallery.left_out == {"a.png": "has changed since it was indexed"}
     assert "1 image left out: a.png (has changed since it was indexed). Bring the index up to date" in captured.out
-    assert f"python gallery_cada.py index {folder} --out {index}" in captured.out
-    with pytest.raises(GalleryError, match="a.png cannot be shown: has changed"):
+    assert f"cada index {folder} --out {index}" in captured.out
+    with pytest.raises(CADAError, match="a.png cannot be shown: has changed"):
         gallery.image("a.png")
     grey = np.asarray(draw_results(gallery, {"x": gallery.search("a man", rerank=0)[0]}))
     assert (grey == (0xD0, 0xD7, 0xDE)).all(axis=2).sum() >= 96 * 192
@@ -586,7 +588,7 @@ def test_settings_of_the_model_belong_to_the_index(copied, checkpoint, tmp_path)
     settings = json.loads((other / "processor_config.json").read_text())
     settings["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
     (other / "processor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(GalleryError, match="other settings for images and texts"):
+    with pytest.raises(CADAError, match="other settings for images and texts"):
         build(folder, index, other)
     model, processor = (
         CADAForTextToImageRetrieval.from_pretrained(checkpoint),
@@ -626,7 +628,7 @@ def test_damaged_tables_and_patch_states_are_mended(checkpoint, small_index, tmp
     assert (sum(encoded), contents(index)) == (2, whole)
     (table,) = index.glob("table-*")
     table.write_bytes(b"no table")
-    with pytest.raises(GalleryError, match="table-.*run `index` again"):
+    with pytest.raises(CADAError, match="table-.*run `index` again"):
         open_index(index)
     build(folder, index)
     assert open_index(index).search(SENTENCES) == ranking
@@ -684,7 +686,7 @@ def test_an_image_that_is_gone_is_left_out_for_every_sentence(checkpoint, folder
 def test_an_index_that_another_run_changes_meanwhile_is_left_alone(copied, monkeypatch):
     """The other run ends while this one loads the model."""
     index, folder = copied
-    load, other = gallery_cada._load, []
+    load, other = cada.gallery.index._load, []
 
     def slowly(*arguments):
         if not other:
@@ -693,8 +695,8 @@ def test_an_index_that_another_run_changes_meanwhile_is_left_alone(copied, monke
             build_index(folder, index, progress=False)
         return load(*arguments)
 
-    monkeypatch.setattr(gallery_cada, "_load", slowly)
-    with pytest.raises(GalleryError, match="Another process has changed .* meanwhile. Run the command again"):
+    monkeypatch.setattr(cada.gallery.index, "_load", slowly)
+    with pytest.raises(CADAError, match="Another process has changed .* meanwhile. Run the command again"):
         build_index(folder, index, progress=False)
     assert "new.png" in {result.path for result in open_index(index).search("a man", top=99)[0]}
 
@@ -725,7 +727,7 @@ def test_json_is_whole_also_where_the_picture_is_not(checkpoint, tmp_path, capsy
 
 def test_an_index_is_opened_while_it_is_brought_up_to_date(copied, monkeypatch):
     index, folder = copied
-    reads, read = [], gallery_cada.read_record
+    reads, read = [], cada.gallery.index.read_record
 
     def late(path):
         record = read(path)
@@ -735,7 +737,7 @@ def test_an_index_is_opened_while_it_is_brought_up_to_date(copied, monkeypatch):
             build(folder, index)
         return record
 
-    monkeypatch.setattr(gallery_cada, "read_record", late)
+    monkeypatch.setattr(cada.gallery.index, "read_record", late)
     assert len(open_index(index)) == 3
 
 
@@ -747,7 +749,7 @@ def test_an_interrupted_first_run_says_how_to_go_on(checkpoint, small_index, tmp
         def interrupt(self, shards):
             raise KeyboardInterrupt
 
-        patch.setattr(gallery_cada._Update, "commit", interrupt)
+        patch.setattr(cada.gallery.index._Update, "commit", interrupt)
         assert main(arguments) == 130
     assert "Interrupted. 2 finished shards kept; run the same command to go on." in capsys.readouterr().err
     assert main(["info", index]) == 1
@@ -764,7 +766,7 @@ def test_a_moved_milvus_file_is_found_and_a_lost_one_told(checkpoint, small_inde
     moved = open_index(tmp_path / "moved")
     assert len(moved) == 2 and moved.store.find("a.png") is not None
     moved.store.drop()
-    with pytest.raises(GalleryError, match="holds 0 images, and 2 were written"):
+    with pytest.raises(CADAError, match="holds 0 images, and 2 were written"):
         open_index(tmp_path / "moved")
     # The folder is deleted, the collection outside it stays: its rows name patch states that are gone.
     uri = str(tmp_path / "outside.db")
@@ -776,7 +778,7 @@ def test_a_moved_milvus_file_is_found_and_a_lost_one_told(checkpoint, small_inde
 
 def test_the_picture_goes_on_in_the_next_line_and_has_no_boxes(copied, monkeypatch):
     """No boxes where the system has no font for the letters."""
-    monkeypatch.setattr(explain_cada, "_system_font", lambda size: None)
+    monkeypatch.setattr(cada.drawing, "_system_font", lambda size: None)
     gallery = open_index(copied[0])
     results = gallery.search("a man", rerank=0)[0] * 3
     pictures = [draw_results(gallery, {title: results}, height=64, columns=4) for title in ("Süße Öde", "Susse Ode")]
@@ -808,5 +810,5 @@ def test_a_missing_model_is_told(copied, tmp_path):
     index, _ = copied
     record = json.loads((index / "index.json").read_text())
     (index / "index.json").write_text(json.dumps({**record, "model": str(tmp_path / "gone")}))
-    with pytest.raises(GalleryError, match="model of this index was in .*gone, which is not there.*--model"):
+    with pytest.raises(CADAError, match="model of this index was in .*gone, which is not there.*--model"):
         open_index(index).search("a man")

@@ -314,12 +314,13 @@ def test_trainer_pushes_a_checkpoint_that_loads(released):
 
 DATA = """
 import json, sys
-from data_cada import DataError, load_pairs_dataset
+from cada.data.loading import load_pairs_dataset
+from cada.files import CADAError
 
 counts = [len(load_pairs_dataset("tester/people", revision=revision)["test"]) for revision in sys.argv[1:]]
 try:
     load_pairs_dataset("tester/people", revision="v9")
-except DataError as error:
+except CADAError as error:
     json.dump([counts, str(error)], open("results.json", "w"))
 """
 
@@ -340,7 +341,7 @@ INDEX = """
 import json, shutil, sys
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
-from gallery_cada import build_index, open_index
+from cada.gallery.index import build_index, open_index
 
 def look(model=None):
     build_index(sys.argv[1], "index", model)

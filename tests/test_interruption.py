@@ -18,10 +18,10 @@ from conftest import save_colour_set, save_tiny_start
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+import cada.training.trainer
 import train_cada
-import trainer_cada
-from files_cada import CADAError
-from trainer_cada import CADATrainer, TrainingError
+from cada.files import CADAError
+from cada.training.trainer import CADATrainer
 
 
 # Checkpoints at the end of an epoch of three steps, the best is kept; or every two steps, the last is kept.
@@ -125,7 +125,7 @@ def test_a_checkpoint_is_complete_or_absent(folder, writer, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     output = f"full_{writer}"
-    with monkeypatch.context() as patch, pytest.raises(TrainingError) as problem:
+    with monkeypatch.context() as patch, pytest.raises(CADAError) as problem:
         patch.setattr(CADATrainer, writer, full)
         train_cada.main(arguments(folder, output, "epoch"))
     assert isinstance(problem.value, CADAError)
@@ -154,8 +154,8 @@ def test_old_checkpoints_are_deleted(folder):
 def test_one_checkpoint_is_the_best(folder, monkeypatch):
     """With a limit of 1 the last one goes at the end of training, by its name first."""
     deleted = []
-    remove = trainer_cada.remove_folder
-    monkeypatch.setattr(trainer_cada, "remove_folder", lambda path: (deleted.append(path.name), remove(path)))
+    remove = cada.training.trainer.remove_folder
+    monkeypatch.setattr(cada.training.trainer, "remove_folder", lambda path: (deleted.append(path.name), remove(path)))
     output = folder / "limit"
     train_cada.main([*arguments(folder, output.name, "epoch"), "--save_total_limit", "1"])
     state = json.loads((output / "trainer_state.json").read_text())
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_ends_training(folder, monkeypatch):
         return batch
 
     monkeypatch.setattr(train_cada.PairCollator, "__call__", damaged)
-    with pytest.raises(TrainingError) as problem:
+    with pytest.raises(CADAError) as problem:
         train_cada.main(arguments(folder, "nan", "epoch"))
     message = str(problem.value)
     assert "loss_ndf nan" in message and "(row 4, person 4, caption 1)" in message

@@ -20,8 +20,9 @@ from PIL import Image
 from test_hub_cada import save
 from transformers import pipeline
 
+from cada.evaluation.encoding import Gallery, encode_queries
+from cada.evaluation.matching import score_gallery
 from configuration_cada import TASK
-from evaluation_cada import Gallery, encode_queries, score_gallery
 from modeling_cada import CADAForTextToImageRetrieval
 from pipeline_cada import CADAPipeline
 from processing_cada import CADAProcessor

@@ -1,7 +1,5 @@
 """Image transforms, caption cleaning, attribute masking, and the processor that joins them."""
 
-import cada
-
 import io
 import json
 import socket
@@ -16,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import cada
 import processing_cada
-from data_cada import add_attribute_spans
+from cada.data.pairs import add_attribute_spans
 from processing_cada import AttributeMasker, CADAImageProcessor, CADAProcessor, clean_caption
 
 

@@ -16,15 +16,20 @@ from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from pedes_layout import LAYOUTS
 
-import publish_cada
+import cada.hub.card
+import cada.hub.publish
+import cada.hub.record
 import train_cada
-from evaluation_cada import METRICS
+from cada import cli
+from cada.evaluation.metrics import METRICS
+from cada.files import CADAError
+from cada.hub.card import CARDS, model_card
+from cada.hub.publish import release_files
+from cada.hub.record import RUN_FILE, read_run, write_run
 from modeling_cada import CADAForTextToImageRetrieval
-from publish_cada import CARDS, RUN_FILE, PublishError, model_card, read_run, release_files, write_run
-from trainer_cada import ArgumentError
 
 
-ROOT = Path(publish_cada.__file__).parent
+ROOT = Path(cada.hub.publish.__file__).parent
 PAPER = {
     "cada-cuhk": "73.48 89.57 94.10 65.82 78.37 91.57 94.58 68.87",
     "cada-icfg": "62.54 79.46 85.14 37.07 67.81 82.34 87.14 39.85",
@@ -56,7 +61,7 @@ def run(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-def rename(folder: Path, dataset: str, origin: dict = publish_cada.RANDOM_START) -> dict:
+def rename(folder: Path, dataset: str, origin: dict = cada.hub.record.RANDOM_START) -> dict:
     """Let the record say that the run was on another set, from another start."""
     record = read_run(folder)
     for part in (record["training"], *record["evaluations"]):
@@ -109,7 +114,7 @@ def test_evaluation_replaces_no_record_of_other_weights(trained, run, tmp_path):
     """A folder with other weights is refused before the evaluation; one with the same weights keeps its record."""
     save_tiny_start(tmp_path / "other", initializer_range=0.2)
     record, results = read_run(run), (run / "test_results.json").read_text()
-    with pytest.raises(ArgumentError, match="holds other weights than the evaluated ones.* Choose another"):
+    with pytest.raises(CADAError, match="holds other weights than the evaluated ones.* Choose another"):
         evaluate(tmp_path / "other", run, trained.parent)
     assert (read_run(run), (run / "test_results.json").read_text()) == (record, results)
     checkpoint = next(run.glob("checkpoint-*"))  # the one step's checkpoint has these weights and no record
@@ -188,7 +193,7 @@ def test_figures_of_the_paper_are_marked_as_the_papers(template, run):
 
 
 def test_every_template_is_used():
-    used = {"base.md", *publish_cada.TEMPLATES.values()}
+    used = {"base.md", *cada.hub.card.TEMPLATES.values()}
     assert {path.name for path in CARDS.glob("*.md")} == used
 
 
@@ -250,18 +255,18 @@ def test_incomplete_folders_are_named(name, content, message, run):
         (run / name).unlink()
     else:
         (run / name).write_bytes(content)
-    with pytest.raises(PublishError, match=message):
+    with pytest.raises(CADAError, match=message):
         release_files(run)
         model_card(run, "org/name", "main")
 
 
 def test_folder_that_does_not_exist(tmp_path, capsys):
-    assert publish_cada.main(["--checkpoint", str(tmp_path / "no"), "--repo_id", "a/b", "--card_only"]) == 1
+    assert cli.main(["publish", "--checkpoint", str(tmp_path / "no"), "--repo_id", "a/b", "--card_only"]) == 1
     assert "does not exist. Give the --output_dir of a training run" in capsys.readouterr().err
 
 
 def test_card_only_writes_the_card_and_pushes_nothing(run, capsys):
-    assert publish_cada.main(["--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]) == 0
+    assert cli.main(["publish", "--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
     assert "# name" in (run / "README.md").read_text(encoding="utf-8")
 
@@ -274,24 +279,24 @@ def test_further_evaluations_join_the_table(run, trained, tmp_path, caplog, caps
         (tmp_path / name).mkdir()
         write_run(tmp_path / name, None, None, rows)
     arguments = ["--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]
-    assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "cross")]) == 0
+    assert cli.main(["publish", *arguments, "--evaluations", str(tmp_path / "cross")]) == 0
     assert "left out 1 evaluation of other weights" in caplog.text
     assert "| ICFG-PEDES, NOT the official split (6 of 19,848 images) | test | local |" in (
         run / "README.md"
     ).read_text(encoding="utf-8")
-    assert publish_cada.main([*arguments, "--evaluations", str(tmp_path)]) == 1
-    assert publish_cada.main([*arguments, "--evaluations", str(tmp_path / "foreign")]) == 1
+    assert cli.main(["publish", *arguments, "--evaluations", str(tmp_path)]) == 1
+    assert cli.main(["publish", *arguments, "--evaluations", str(tmp_path / "foreign")]) == 1
     assert f"with an evaluation of the weights in {run}. Run train_cada.py --do_predict" in capsys.readouterr().err
 
 
 def test_figures_of_other_weights_stay_out_of_the_card(run):
     """The record says 50 %, but the weights beside it have changed since."""
     model = CADAForTextToImageRetrieval.from_pretrained(run)
-    assert {row["weights"] for row in read_run(run)["evaluations"]} == {publish_cada.model_digest(model)}
+    assert {row["weights"] for row in read_run(run)["evaluations"]} == {cada.hub.record.model_digest(model)}
     with torch.no_grad():
         model.match_head.bias.fill_(3.0)
     model.save_pretrained(run)
-    assert publish_cada.checkpoint_digest(run) == publish_cada.model_digest(model)
+    assert cada.hub.record.checkpoint_digest(run) == cada.hub.record.model_digest(model)
     content = model_card(run, "org/name", "main").content
     assert "No evaluation was recorded with this model." in content
     assert ModelCard(content).data.eval_results is None
@@ -310,16 +315,16 @@ def test_drawn_model_is_open_only_from_random_weights(start, run):
 def test_card_names_every_set_that_the_weights_have_seen(run, trained):
     """Trained on CUHK-PEDES, then on drawings: research only, and no word of random weights alone."""
     rename(run, "cuhk_pedes")
-    origin = publish_cada.after_training(read_run(run))
+    origin = cada.hub.record.after_training(read_run(run))
     assert origin == {"start": "random weights", "licence": None, "trained_on": {"cuhk_pedes": 0}}
 
     def after(origin, dataset, held_out):
         training = {"dataset": dataset, "recipe": {"persons_held_out_of_train": held_out}}
-        return publish_cada.after_training({"origin": origin, "training": training})
+        return cada.hub.record.after_training({"origin": origin, "training": training})
 
     assert after(origin, "cuhk_pedes", 0) == origin  # a set is named once
     unknown = after(None, "drawn", 5)
-    assert unknown == {**publish_cada.UNKNOWN_START, "trained_on": {"drawn": 5}}
+    assert unknown == {**cada.hub.record.UNKNOWN_START, "trained_on": {"drawn": 5}}
     assert after(unknown, "drawn", 3)["trained_on"] == {"drawn": 3}
     assert after(unknown, "drawn", 7)["trained_on"] == {"drawn": 5}  # two of the seven were seen before
     rename(run, "drawn", origin)
@@ -327,16 +332,16 @@ def test_card_names_every_set_that_the_weights_have_seen(run, trained):
     assert (card.data.license, card.data.license_name) == ("other", "research-only")
     assert "| start | random weights, then trained on CUHK-PEDES |" in card.content
     assert "No image of a person was used" not in card.content
-    rename(run, "drawn", {**publish_cada.RANDOM_START, "trained_on": {"drawn": 0}})
+    rename(run, "drawn", {**cada.hub.record.RANDOM_START, "trained_on": {"drawn": 0}})
     assert model_card(run, "org/name", "main").data.license == "apache-2.0"
 
 
 def test_record_of_a_start_comes_from_its_folder_or_the_hub(run, monkeypatch, tmp_path):
-    assert publish_cada.read_start(str(run)) == read_run(run)
-    monkeypatch.setattr(publish_cada, "cached_file", lambda name, file, **_: str(run / file))
-    assert publish_cada.read_start("org/cada-cuhk") == read_run(run)
-    monkeypatch.setattr(publish_cada, "cached_file", lambda *_, **__: None)
-    assert publish_cada.read_start("org/cada-cuhk")["training"] is None
+    assert cada.hub.record.read_start(str(run)) == read_run(run)
+    monkeypatch.setattr(cada.hub.publish, "cached_file", lambda name, file, **_: str(run / file))
+    assert cada.hub.record.read_start("org/cada-cuhk") == read_run(run)
+    monkeypatch.setattr(cada.hub.publish, "cached_file", lambda *_, **__: None)
+    assert cada.hub.record.read_start("org/cada-cuhk")["training"] is None
 
 
 def test_evaluation_without_the_bad_images_does_not_take_the_place_of_the_whole(run):
@@ -360,7 +365,7 @@ def test_figures_of_a_part_are_not_called_those_of_the_set(run, queries, gallery
         row["captions_per_image"] = captions
         row["metrics"].update(queries=queries, gallery=gallery)
     rows = [row for row in record["evaluations"] if row["split"] == "test"]
-    write_run(run, publish_cada.RANDOM_START, record["training"], rows)
+    write_run(run, cada.hub.record.RANDOM_START, record["training"], rows)
     assert ("NOT the official split" not in model_card(run, "org/name", "main").content) == official
 
 
@@ -386,7 +391,7 @@ def test_own_sets_of_one_name_stay_apart(run):
     ],
 )
 def test_names_that_the_hub_refuses(names, message, run, capsys):
-    assert publish_cada.main(["--checkpoint", str(run), "--repo_id", "org/name", "--card_only", *names]) == 1
+    assert cli.main(["publish", "--checkpoint", str(run), "--repo_id", "org/name", "--card_only", *names]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (run / "README.md").exists()
@@ -394,31 +399,33 @@ def test_names_that_the_hub_refuses(names, message, run, capsys):
 
 @pytest.mark.parametrize("tag", ["v1.0", "1", "release/2026-01", "v1.0-rc.1+cpu", "a_b", None])
 def test_names_that_the_hub_takes(tag):
-    publish_cada.check_names("org/Some-name_1.0", tag)
+    cada.hub.publish.check_names("org/Some-name_1.0", tag)
 
 
 def test_weights_without_licence_are_not_published(run, capsys):
-    rename(run, "cuhk_pedes", {"start": "cuhk.pth (cada_original)", "licence": publish_cada.NO_LICENCE})
-    with pytest.raises(PublishError, match="comes without a licence: you may use them, not publish them"):
-        publish_cada.publish(run, "org/name")
+    rename(run, "cuhk_pedes", {"start": "cuhk.pth (cada_original)", "licence": cada.hub.record.NO_LICENCE})
+    with pytest.raises(CADAError, match="comes without a licence: you may use them, not publish them"):
+        cada.hub.publish.publish(run, "org/name")
 
 
 PUBLISHER = """
 import contextlib, io, json, sys
-import publish_cada
+import cada.hub.card
+import cada.hub.publish
+import cada.hub.record
 
 answers = sys.stdout
 for line in sys.stdin:
     function, argument = json.loads(line)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        result = getattr(publish_cada, function)(argument)
+        result = getattr(cada.hub.publish, function)(argument)
     print(json.dumps([result, out.getvalue(), err.getvalue()]), file=answers, flush=True)
 """
 
 
 @contextmanager
 def publisher(hub: HubStandIn, home: Path):
-    """Calls of functions of `publish_cada`, in a process whose Hub is the stand-in: result, and what was printed."""
+    """Calls of functions of `cada.hub.publish` in a process whose Hub is the stand-in: result, what was printed."""
     with subprocess.Popen(
         [sys.executable, "-c", PUBLISHER],
         env={**hub.environment(home), "PYTHONPATH": str(ROOT)},
@@ -486,7 +493,7 @@ def test_wrong_token_is_one_line(run, tmp_path):
         environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": "hf_wrong"}
         arguments = ["--checkpoint", str(run), "--repo_id", "tester/cada"]
         result = subprocess.run(
-            [sys.executable, str(ROOT / "publish_cada.py"), *arguments],
+            [sys.executable, "-m", "cada", "publish", *arguments],
             env=environment,
             capture_output=True,
             text=True,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import load_reference, reference_config
 
-from convert_cada import convert_state_dict
+from cada.hub.convert import convert_state_dict
 from losses_cada import draw_negatives, group_states, positive_pairs
 from modeling_cada import CADAForTextToImageRetrieval
 

@@ -19,12 +19,11 @@ from test_bad_input import Bomb
 from test_interruption import Stop, arguments, assert_same_end, folder, stop_at  # noqa: F401  # `folder` is a fixture
 from transformers import TrainerCallback
 
+import cada.training.trainer
 import train_cada
-import trainer_cada
-from files_cada import FileError, run_command
-from publish_cada import read_run
-from resume_cada import ResumeError
-from trainer_cada import ArgumentError, CADATrainer, TrainingError
+from cada.files import CADAError, run_command
+from cada.hub.record import read_run
+from cada.training.trainer import CADATrainer
 
 
 def without_resuming(words: list[str]) -> list[str]:
@@ -44,7 +43,7 @@ def stopped(folder, tmp_path, monkeypatch) -> Path:  # noqa: F811
 
 
 def test_a_new_training_leaves_the_checkpoints_of_another_alone(folder, stopped):  # noqa: F811
-    with pytest.raises(ResumeError, match=r"checkpoint-3 is there.*--resume_from_checkpoint last.*--output_dir"):
+    with pytest.raises(CADAError, match=r"checkpoint-3 is there.*--resume_from_checkpoint last.*--output_dir"):
         train_cada.main(without_resuming(arguments(folder, stopped.name, "epoch")))
 
 
@@ -76,19 +75,19 @@ def test_another_training_does_not_go_on(folder, stopped, tmp_path, more, messag
             splits.save_to_disk(more[1])
         else:
             save_tiny_start(Path(more[1]), initializer_range=0.1)
-    with pytest.raises(ResumeError, match=message):
+    with pytest.raises(CADAError, match=message):
         train_cada.main([*arguments(folder, stopped.name, "epoch"), *more])
 
 
 def test_a_checkpoint_that_is_not_whole(folder, stopped):  # noqa: F811
     checkpoint = stopped / "checkpoint-3"
     (checkpoint / "optimizer.pt").rename(stopped / "kept")
-    with pytest.raises(ResumeError, match=r"lacks optimizer\.pt"):
+    with pytest.raises(CADAError, match=r"lacks optimizer\.pt"):
         train_cada.main(arguments(folder, stopped.name, "epoch"))
     (stopped / "kept").rename(checkpoint / "optimizer.pt")
     weights = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(weights[:-100])
-    with pytest.raises(ResumeError, match=r"model\.safetensors is damaged.*another checkpoint"):
+    with pytest.raises(CADAError, match=r"model\.safetensors is damaged.*another checkpoint"):
         train_cada.main(arguments(folder, stopped.name, "epoch"))
 
 
@@ -102,7 +101,7 @@ def test_damaged_files_of_a_checkpoint_are_named(folder, stopped, tmp_path, name
     messages = []
     for damage in (lambda: None, lambda: torch.save(Bomb(tmp_path / "marker"), path), path.unlink):
         damage()
-        with pytest.raises(ResumeError, match=name.replace(".", r"\.")) as error:
+        with pytest.raises(CADAError, match=name.replace(".", r"\.")) as error:
             train_cada.main(arguments(folder, stopped.name, "epoch"))
         messages.append(str(error.value))
     assert not (tmp_path / "marker").exists()
@@ -117,14 +116,14 @@ def test_weights_that_a_checkpoint_lacks(folder, stopped):  # noqa: F811
     weights = load_file(path)
     del weights["match_head.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ResumeError, match=r"lack match_head\.weight"):
+    with pytest.raises(CADAError, match=r"lack match_head\.weight"):
         train_cada.main(arguments(folder, stopped.name, "epoch"))
     path.write_bytes(whole)
     train_cada.main(arguments(folder, stopped.name, "epoch"))
     best = Path(json.loads((stopped / "trainer_state.json").read_text())["best_model_checkpoint"])
     last = stopped / "checkpoint-9"
     (best / "model.safetensors").unlink()
-    with pytest.raises(ResumeError, match="best checkpoint so far is damaged" if best != last else "checkpoint-9"):
+    with pytest.raises(CADAError, match="best checkpoint so far is damaged" if best != last else "checkpoint-9"):
         train_cada.main(arguments(folder, stopped.name, "epoch"))
 
 
@@ -136,14 +135,14 @@ def test_a_checkpoint_holds_the_record_of_its_run(folder, stopped):  # noqa: F81
 
 
 def test_one_training_at_a_time(folder, stopped):  # noqa: F811
-    with FileLock(stopped / ".lock"), pytest.raises(FileError, match="Another process is writing"):
+    with FileLock(stopped / ".lock"), pytest.raises(CADAError, match="Another process is writing"):
         train_cada.main(arguments(folder, stopped.name, "epoch"))
 
 
 def test_weights_that_are_no_numbers_are_not_saved(folder, stopped):  # noqa: F811
     words = [*arguments(folder, f"{stopped.name}_nan", "steps"), "--max_steps", "1", "--eval_strategy", "no"]
     words += ["--optim", "sgd", "--learning_rate", "1e38", "--max_grad_norm", "0", "--warmup_steps", "0"]
-    with pytest.raises(TrainingError, match="not finite after step 1"):
+    with pytest.raises(CADAError, match="not finite after step 1"):
         train_cada.main(words)
     assert not (folder / f"{stopped.name}_nan" / "model.safetensors").exists()
 
@@ -162,7 +161,7 @@ def test_a_full_disk_at_the_end_leaves_the_old_model(folder, monkeypatch):  # no
             save(self, *args, **kwargs)
 
     monkeypatch.setattr(CADATrainer, "save_model", on_a_full_disk)
-    with pytest.raises(FileError, match="cannot be written.*Nothing was replaced"):
+    with pytest.raises(CADAError, match="cannot be written.*Nothing was replaced"):
         train_cada.main([*words, "--seed", "1"])
     after = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
     assert after == before
@@ -173,7 +172,7 @@ def test_too_little_memory_ends_with_a_remedy(folder, monkeypatch):  # noqa: F81
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(CADATrainer, "training_step", training_step)
-    with pytest.raises(TrainingError, match="Step 1 failed: CUDA out of memory.*--chunk_size"):
+    with pytest.raises(CADAError, match="Step 1 failed: CUDA out of memory.*--chunk_size"):
         train_cada.main(arguments(folder, "no_memory", "epoch"))
 
 
@@ -186,7 +185,7 @@ def test_a_lost_worker_ends_with_a_remedy(folder, monkeypatch):  # noqa: F811
         return build(self, samples)
 
     monkeypatch.setattr(train_cada.PairCollator, "__call__", killed)
-    with pytest.raises(TrainingError, match="Step 1 failed: DataLoader worker.*--dataloader_num_workers"):
+    with pytest.raises(CADAError, match="Step 1 failed: DataLoader worker.*--dataloader_num_workers"):
         train_cada.main([*arguments(folder, "lost_worker", "epoch"), "--dataloader_num_workers", "1"])
 
 
@@ -218,7 +217,7 @@ def test_a_moved_output_folder(folder, stopped):  # noqa: F811
     best = Path(state["best_model_checkpoint"])
     assert best.parent == moved
     shutil.rmtree(moved / best.name)
-    with pytest.raises(ResumeError, match=rf"{best.name}, is gone"):
+    with pytest.raises(CADAError, match=rf"{best.name}, is gone"):
         train_cada.main(arguments(folder, moved.name, "epoch"))
 
 
@@ -271,8 +270,8 @@ def test_the_record_is_there_before_an_evaluation_that_fails(folder, monkeypatch
 
 def test_processes_that_the_trainer_does_not_know(folder, monkeypatch):  # noqa: F811
     """As with `accelerate launch --multi_gpu` on a machine without GPU: each would train on the same batch."""
-    monkeypatch.setattr(trainer_cada, "rank_and_size", lambda: (0, 2))
-    with pytest.raises(ArgumentError, match="2 processes were started.*--use_cpu --ddp_backend gloo"):
+    monkeypatch.setattr(cada.training.trainer, "rank_and_size", lambda: (0, 2))
+    with pytest.raises(CADAError, match="2 processes were started.*--use_cpu --ddp_backend gloo"):
         train_cada.main(arguments(folder, "unknown", "epoch"))
 
 

@@ -9,8 +9,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-import source_cada
-from source_cada import GalleryError, content_digest, describe_source, open_source, source_arguments
+import cada.gallery.images
+from cada.files import CADAError
+from cada.gallery.images import content_digest, describe_source, open_source, source_arguments
 
 
 def picture(path, colour: str = "red") -> None:
@@ -100,19 +101,19 @@ def test_lists_bring_metadata(tmp_path):
 )
 def test_wrong_lists_are_explained(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
-    with pytest.raises(GalleryError, match=message):
+    with pytest.raises(CADAError, match=message):
         source(tmp_path / "list.csv").listing()
 
 
 def test_wrong_places_are_explained(tmp_path):
     picture(tmp_path / "x.png")
-    with pytest.raises(GalleryError, match="neither a folder nor a list"):
+    with pytest.raises(CADAError, match="neither a folder nor a list"):
         source(tmp_path / "x.png")
-    with pytest.raises(GalleryError, match="--root is for a list"):
+    with pytest.raises(CADAError, match="--root is for a list"):
         source(tmp_path, root=tmp_path)
-    with pytest.raises(GalleryError, match="--split is for a data set"):
+    with pytest.raises(CADAError, match="--split is for a data set"):
         source(tmp_path, split="test")
-    with pytest.raises(GalleryError, match="no folder, no CSV or JSONL file, and no data set"):
+    with pytest.raises(CADAError, match="no folder, no CSV or JSONL file, and no data set"):
         source(tmp_path / "missing")
 
 
@@ -145,13 +146,13 @@ def test_a_data_set_gives_rows(tmp_path):
         {"path": "a", "stamp": content_digest(content), "person_id": 0, "attributes.sex": "woman"}
     ]
     assert images.read("a") == content
-    with pytest.raises(GalleryError, match="has the splits test.*--split"):
+    with pytest.raises(CADAError, match="has the splits test.*--split"):
         source(tmp_path / "saved")
     dataset.remove_columns(["file_name"]).save_to_disk(tmp_path / "unnamed")
     listing, _ = source(tmp_path / "unnamed").listing()
     assert listing["path"].to_pylist() == ["00000000", "00000001", "00000002"]
     dataset.remove_columns(["image"]).save_to_disk(tmp_path / "blind")
-    with pytest.raises(GalleryError, match="no column `image`"):
+    with pytest.raises(CADAError, match="no column `image`"):
         source(tmp_path / "blind")
 
 
@@ -194,7 +195,7 @@ def test_a_list_in_another_encoding_is_refused(tmp_path):
     picture(tmp_path / "x.png")
     for text in ("path,ort\nx.png,Süd\n", "path,örtlich\nx.png,1\n"):
         (tmp_path / "list.csv").write_bytes(text.encode("latin-1"))
-        with pytest.raises(GalleryError, match="UTF-8"):
+        with pytest.raises(CADAError, match="UTF-8"):
             source(tmp_path / "list.csv").listing()
 
 
@@ -228,9 +229,9 @@ def test_what_a_folder_holds_besides_images_is_named_and_not_read(tmp_path, monk
     assert problems.keys() == {"more", "film.mpg", "phone.HEIC"}
     assert "link to a folder" in problems["more"] and "MPEG" in problems["film.mpg"]
     assert "does not read" in problems["phone.HEIC"]
-    monkeypatch.setattr(source_cada, "MAX_BYTES", (folder / "x.png").stat().st_size)
+    monkeypatch.setattr(cada.gallery.images, "MAX_BYTES", (folder / "x.png").stat().st_size)
     assert images.read("x.png") == (folder / "x.png").read_bytes()
-    monkeypatch.setattr(source_cada, "MAX_BYTES", (folder / "x.png").stat().st_size - 1)
+    monkeypatch.setattr(cada.gallery.images, "MAX_BYTES", (folder / "x.png").stat().st_size - 1)
     with pytest.raises(OSError, match="bytes, more than"):
         images.read("x.png")
 
@@ -258,9 +259,9 @@ def test_odd_data_sets(tmp_path):
         )
     )
     assert images.listing()[0]["path"].to_pylist() == ["00000000", "00000001"]
-    with pytest.raises(GalleryError, match="no images.*cast_column"):
+    with pytest.raises(CADAError, match="no images.*cast_column"):
         source(saved(tmp_path / "text", {"image": Value("string")}, image=["x.png"]))
-    with pytest.raises(GalleryError, match="has no splits.*--split"):
+    with pytest.raises(CADAError, match="has no splits.*--split"):
         source(tmp_path / "named", split="nonsense")
 
 
@@ -273,14 +274,14 @@ def test_an_old_index_knows_its_source(tmp_path):
     assert recorded == {"location": given[0], "split": None, "root": str(tmp_path / "images")}
     assert describe_source(given[0], None, None, recorded, False) == recorded  # the root need not be said again
     assert source_arguments(recorded) == f"{tmp_path}/list.csv --root {tmp_path}/images"
-    with pytest.raises(GalleryError, match="other location and root.*--moved-source"):
+    with pytest.raises(CADAError, match="other location and root.*--moved-source"):
         describe_source(str(tmp_path / "other"), None, None, recorded, False)
     moved = describe_source(str(tmp_path / "other"), None, None, recorded, True)
     assert moved == {"location": str(tmp_path / "other"), "split": None, "root": None}
     # A data set on the Hub: the split of the record counts.
     hub = {"location": "org/set", "split": "test", "root": None}
     assert describe_source("org/set", None, None, hub, False) == hub
-    with pytest.raises(GalleryError, match="other split"):
+    with pytest.raises(CADAError, match="other split"):
         describe_source("org/set", "train", None, hub, False)
-    with pytest.raises(GalleryError, match="which is not there. Is its disk mounted.*--moved-source"):
+    with pytest.raises(CADAError, match="which is not there. Is its disk mounted.*--moved-source"):
         open_source({**recorded, "root": str(tmp_path / "gone")}, tmp_path / "index")

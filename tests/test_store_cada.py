@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import store_cada
-from source_cada import GalleryError
-from store_cada import (
+import cada.gallery.store
+from cada.files import CADAError
+from cada.gallery.store import (
     ArrowStore,
     Condition,
     MilvusStore,
@@ -82,7 +82,7 @@ def test_exact_search_is_a_sorted_matrix_product(count, queries, k, rows_at_once
     features, asked = unit_vectors(count, seed), torch.from_numpy(unit_vectors(queries, seed + 1))
     paths = [f"{number:03}.png" for number in range(count)]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_cada, "_ROWS_AT_ONCE", rows_at_once)
+        patch.setattr(cada.gallery.store, "_ROWS_AT_ONCE", rows_at_once)
         store = written(new_store(ArrowStore, Path(folder)), *tables(paths, features))
         found = store.search(asked, k)
     expected = asked.numpy() @ features.T
@@ -142,7 +142,7 @@ def test_conditions_are_typed():
     ],
 )
 def test_wrong_conditions_are_explained(condition, message):
-    with pytest.raises(GalleryError, match=message):
+    with pytest.raises(CADAError, match=message):
         parse_conditions([condition], {"camera": "int64", "indoors": "bool", "height": "float64"})
 
 
@@ -272,7 +272,7 @@ def test_faiss_is_quiet_and_read_when_an_index_is_opened(tmp_path, capfd):
     path.unlink()  # by an update
     assert len(store.search(torch.from_numpy(unit_vectors(1, 1)), 5)[0]) == 5
     path.write_bytes(content[:100])
-    with pytest.raises(GalleryError, match="faiss is missing or damaged.*run `index` again"):
+    with pytest.raises(CADAError, match="faiss is missing or damaged.*run `index` again"):
         ArrowStore(tmp_path, store.record).ready()
 
 
@@ -280,16 +280,16 @@ def test_fewer_rows_than_were_written_are_reported(kind, tmp_path):
     store = written(new_store(kind, tmp_path, images=2), *tables(["a", "b"], unit_vectors(2, 0)))
     store.ready()
     store.record["images"] = 3
-    with pytest.raises(GalleryError, match="(2 images|2 rows), and 3 were written.*run `index` again"):
+    with pytest.raises(CADAError, match="(2 images|2 rows), and 3 were written.*run `index` again"):
         store.ready()
 
 
 def test_milvus_errors_are_explained(tmp_path):
     pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
-    with pytest.raises(GalleryError, match="no index 'FOO', but FLAT"):
+    with pytest.raises(CADAError, match="no index 'FOO', but FLAT"):
         new_store(MilvusStore, tmp_path, approximate="FOO").prepare()
     store = written(new_store(MilvusStore, tmp_path), *tables(["a"], unit_vectors(1, 0)))
-    with pytest.raises(GalleryError, match="Milvus at .*milvus.db"):
+    with pytest.raises(CADAError, match="Milvus at .*milvus.db"):
         store.search(torch.ones(1, DIMENSION + 1), 1)
     store.drop()
     assert len(new_store(MilvusStore, tmp_path)) == 0
@@ -329,27 +329,27 @@ def test_damaged_shards_are_dropped(tmp_path, damage):
 def test_faiss_errors_name_the_factory(tmp_path):
     pytest.importorskip("faiss", reason="the extra gallery is not installed")
     data = tables(["a", "b"], unit_vectors(2, 0))
-    with pytest.raises(GalleryError, match="(?s)'IVF1024,Flat' over 2 images.*--approximate"):
+    with pytest.raises(CADAError, match="(?s)'IVF1024,Flat' over 2 images.*--approximate"):
         new_store(ArrowStore, tmp_path, approximate="IVF1024,Flat").write(*data)
-    with pytest.raises(GalleryError, match="(?s)no index 'Nonsense'.*--approximate"):  # before the images are encoded
+    with pytest.raises(CADAError, match="(?s)no index 'Nonsense'.*--approximate"):  # before the images are encoded
         new_store(ArrowStore, tmp_path, approximate="Nonsense").prepare()
 
 
 def test_a_damaged_table_is_reported(tmp_path):
     store = written(new_store(ArrowStore, tmp_path), *tables(["a"], unit_vectors(1, 0)))
     (tmp_path / store.record["table"]).write_bytes(b"no table")
-    with pytest.raises(GalleryError, match="table-.*damaged.*run `index` again"):
+    with pytest.raises(CADAError, match="table-.*damaged.*run `index` again"):
         ArrowStore(tmp_path, store.record)
 
 
 def test_milvus_that_cannot_be_reached_is_reported(tmp_path):
     pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
-    with pytest.raises(GalleryError, match="Cannot open Milvus at .*--uri"):
+    with pytest.raises(CADAError, match="Cannot open Milvus at .*--uri"):
         new_store(MilvusStore, tmp_path, uri=str(tmp_path / "missing" / "folder" / "x.db"))
 
 
 @pytest.mark.parametrize("text", ['{"format": 3}', "[]", '{"format": 1}', '{"name": "a web page"}'])
 def test_what_is_no_record_is_reported(tmp_path, text):
     (tmp_path / "index.json").write_text(text)
-    with pytest.raises(GalleryError, match="another folder"):
+    with pytest.raises(CADAError, match="another folder"):
         read_record(tmp_path)

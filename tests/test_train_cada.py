@@ -18,12 +18,11 @@ from PIL import Image
 from transformers import HfArgumentParser, TrainerState
 
 import train_cada
-from data_cada import DataError
-from files_cada import run_command
+from cada.files import CADAError, run_command
+from cada.hub.record import RANDOM_START, after_training, read_run, write_run
+from cada.training.trainer import CADATrainingArguments
 from modeling_cada import CADAForTextToImageRetrieval
-from publish_cada import RANDOM_START, after_training, read_run, write_run
 from train_cada import ModelArguments, load_model_and_processor, read_overrides
-from trainer_cada import ArgumentError, CADATrainingArguments
 
 
 ROOT = Path(train_cada.__file__).parent
@@ -186,7 +185,7 @@ def test_held_out_persons_are_compared_by_the_recorded_name_of_the_set():
     train_cada.check_hold_out(record, "mine (own data)", 4)
     train_cada.check_hold_out(record, "icfg_pedes", 200)
     train_cada.check_hold_out({"origin": RANDOM_START, "training": None}, "icfg_pedes", 200)
-    with pytest.raises(ArgumentError, match="Pass --holdout_persons 5"):
+    with pytest.raises(CADAError, match="Pass --holdout_persons 5"):
         train_cada.check_hold_out(record, "mine (own data)", 7)
 
 
@@ -254,7 +253,7 @@ def test_image_that_breaks_during_training_is_named(start, tmp_path):
     content = (tmp_path / "imgs" / name).read_bytes()
     (tmp_path / "imgs" / name).write_bytes(content[: len(content) // 2])
     arguments = training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train")
-    with pytest.raises(DataError, match=f"image '{name}' in row 3 cannot be decoded"):
+    with pytest.raises(CADAError, match=f"image '{name}' in row 3 cannot be decoded"):
         train_cada.main(arguments)
     metrics = train_cada.main([*arguments, "--skip_unreadable", "--do_predict"])
     assert metrics["test_queries"] == 12
@@ -281,7 +280,7 @@ def test_recipe_is_a_file_of_arguments(tmp_path):
         assert "--init_from" not in train_cada.read_recipe(str(path), ["--model_name_or_path=runs/x"])
     (tmp_path / "bad.json").write_text("[1]")
     for name, message in (("bad.json", "JSON object of arguments"), ("none.json", "does not exist")):
-        with pytest.raises(ArgumentError, match=message):
+        with pytest.raises(CADAError, match=message):
             train_cada.read_recipe(str(tmp_path / name), [])
 
 
@@ -295,16 +294,16 @@ def test_recipe_runs(start, tmp_path):
 
 
 def test_typing_errors_inside_the_towers_are_named():
-    with pytest.raises(ArgumentError, match="CADATextConfig has no field dropout"):
+    with pytest.raises(CADAError, match="CADATextConfig has no field dropout"):
         read_overrides('{"text_config": {"dropout": 0.3}}')
-    with pytest.raises(ArgumentError, match="CADAConfig has no field mask_ratio"):
+    with pytest.raises(CADAError, match="CADAConfig has no field mask_ratio"):
         read_overrides('{"mask_ratio": 0.3}')
 
 
 def test_one_process_with_several_gpus_is_refused(start, tmp_path, monkeypatch):
     """`Trainer` would fall back to DataParallel, where every replica sees its own part of the batch only."""
     monkeypatch.setattr(CADATrainingArguments, "n_gpu", 2)
-    with pytest.raises(ArgumentError, match="One process sees 2 GPUs. Start one process for each"):
+    with pytest.raises(CADAError, match="One process sees 2 GPUs. Start one process for each"):
         train_cada.main(training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_predict"))
 
 
@@ -318,7 +317,7 @@ def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
 
     def assert_refused():
         for task in ("--do_eval", "--do_train"):
-            with pytest.raises(ArgumentError, match="on icfg_pedes held out 0 only.* --do_predict alone"):
+            with pytest.raises(CADAError, match="on icfg_pedes held out 0 only.* --do_predict alone"):
                 train_cada.main([*again, task])
 
     assert_refused()
@@ -355,16 +354,16 @@ def test_an_evaluation_needs_its_own_split_alone(start, tmp_path):
     words = training_command(start, tmp_path / "run", "rstp_reid", tmp_path)
     assert train_cada.main([*words, "--do_predict"])["test_queries"] == 12
     for more, split in (("--do_eval", "val"), ("--do_train", "train")):
-        with pytest.raises(DataError, match=f"split '{split}': .* is missing"):
+        with pytest.raises(CADAError, match=f"split '{split}': .* is missing"):
             train_cada.main([*words, more])
     own = str(save_colour_set(tmp_path / "own", test=7))
     words = ["--model_name_or_path", str(start), "--output_dir", str(tmp_path / "run"), "--dataset", own]
     assert train_cada.main([*words, "--do_predict", "--disable_tqdm", "true"])["test_queries"] == 7
     for more, split in (("--do_eval", "val"), ("--do_train", "train")):
-        with pytest.raises(DataError, match=f"own has no split '{split}'; it has test"):
+        with pytest.raises(CADAError, match=f"own has no split '{split}'; it has test"):
             train_cada.main([*words, more])
     save_colour_set(tmp_path / "own", train=7)
-    with pytest.raises(DataError, match="own has no split 'val', and --holdout_persons 0 takes no persons of train"):
+    with pytest.raises(CADAError, match="own has no split 'val', and --holdout_persons 0 takes no persons of train"):
         train_cada.main([*words, "--do_eval", "--holdout_persons", "0"])
     metrics = train_cada.main([*words, "--do_eval", "--holdout_persons", "2", "--disable_tqdm", "true"])
     assert metrics["eval_queries"] == 2

@@ -10,10 +10,12 @@ from conftest import save_colour_set, tiny_config, training_command
 from pedes_layout import LAYOUTS
 
 import train_cada
-from data_cada import DataError, PairCollator, PairDataset, add_attribute_spans, load_pairs_dataset
+from cada.data.loading import load_pairs_dataset
+from cada.data.pairs import PairCollator, PairDataset, add_attribute_spans
+from cada.files import CADAError
+from cada.training.trainer import CADATrainer, CADATrainingArguments
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import AttributeMasker, CADAProcessor
-from trainer_cada import ArgumentError, CADATrainer, CADATrainingArguments
 
 
 def test_defaults_are_the_recipe_of_the_paper(tmp_path):
@@ -80,7 +82,7 @@ def test_mistakes_that_show_in_a_part_alone_are_named(start, tmp_path):
         "The learning rate schedule": ["--lr_scheduler_kwargs", '{"no_such_argument": 1}'],
     }
     for part, more in mistakes.items():
-        with pytest.raises(ArgumentError, match=f"{part} cannot be made of these arguments"):
+        with pytest.raises(CADAError, match=f"{part} cannot be made of these arguments"):
             train_cada.main([*training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train"), *more])
 
 
@@ -191,24 +193,24 @@ def test_several_sets_and_none_are_evaluated(trainer, tmp_path):
     assert both["eval_one_local_mAP"] == both["eval_two_local_mAP"] == alone["eval_local_mAP"]
     assert several.predict(several.eval_dataset).metrics["test_local_mAP"] == alone["eval_local_mAP"]
     without = trainer(args=arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False), eval_dataset=None)
-    with pytest.raises(ArgumentError, match="no set to evaluate on"):
+    with pytest.raises(CADAError, match="no set to evaluate on"):
         without.evaluate()
 
 
 def test_what_a_trainer_cannot_take_is_named(trainer, start, tmp_path):
-    with pytest.raises(ArgumentError, match="17 pairs, less than one batch of 18"):
+    with pytest.raises(CADAError, match="17 pairs, less than one batch of 18"):
         trainer(args=arguments(tmp_path, per_device_train_batch_size=18))
-    with pytest.raises(ArgumentError, match="Several sets choose no checkpoint"):
+    with pytest.raises(CADAError, match="Several sets choose no checkpoint"):
         trainer(eval_dataset={"one": trainer().eval_dataset})
-    with pytest.raises(ArgumentError, match="compute_metrics"):
+    with pytest.raises(CADAError, match="compute_metrics"):
         trainer(compute_metrics=lambda _: {})
     processor = CADAProcessor.from_pretrained(start)
     processor.attribute_masker = AttributeMasker("phrase", 0.1)
-    with pytest.raises(ArgumentError, match="masks phrases at a rate of 0.1, and the model's configuration says"):
+    with pytest.raises(CADAError, match="masks phrases at a rate of 0.1, and the model's configuration says"):
         trainer(processing_class=processor)
-    with pytest.raises(ArgumentError, match="Name it by `hub_tag`"):
+    with pytest.raises(CADAError, match="Name it by `hub_tag`"):
         trainer().push_to_hub(revision="dev")
-    with pytest.raises(DataError, match="no `attribute_spans`.*add_attribute_spans"):
+    with pytest.raises(CADAError, match="no `attribute_spans`.*add_attribute_spans"):
         PairCollator(processor)([{"image": None, "caption": "a red coat"}])
 
 

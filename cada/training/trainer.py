@@ -27,15 +27,16 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging
 
-from checkpoint_cada import check_processor
-from data_cada import GlobalBatches, outlive_sigterm
-from evaluation_cada import METRICS, RERANK_MEMORY, evaluate_retrieval
-from files_cada import CADAError, one_line, remove_folder, replace_folder
+from cada.data.pairs import GlobalBatches, outlive_sigterm
+from cada.evaluation.matching import RERANK_MEMORY, evaluate_retrieval
+from cada.evaluation.metrics import METRICS
+from cada.files import CADAError, one_line, remove_folder, replace_folder
+from cada.hub.loading import check_processor
+from cada.hub.publish import publish
+from cada.training.resume import RECIPE_FILE, SaveOnSigterm, best_checkpoint, recipe_of
 from losses_cada import rank_and_size
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
-from publish_cada import publish
-from resume_cada import RECIPE_FILE, SaveOnSigterm, best_checkpoint, recipe_of
 
 
 logger = logging.get_logger(__name__)
@@ -57,14 +58,6 @@ NO_PLACE = {
     "use_liger_kernel": False,
 }
 UNFINISHED = ".unfinished"  # folder of the checkpoint that is being written, beside the others
-
-
-class TrainingError(CADAError):
-    """Training cannot go on. The message says where it stands and what to do."""
-
-
-class ArgumentError(CADAError):
-    """Arguments that do not go together. The message names them and the remedy."""
 
 
 @dataclass
@@ -180,7 +173,7 @@ def made_of_arguments(what: str) -> Iterator[None]:
     except CADAError:
         raise
     except (ImportError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ArgumentError(f"{what} cannot be made of these arguments: {one_line(error)}") from error
+        raise CADAError(f"{what} cannot be made of these arguments: {one_line(error)}") from error
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -188,15 +181,15 @@ def check_processes(args: TrainingArguments) -> None:
     Every GPU needs a process of its own, and the Trainer has to know all processes.
 
     Raises:
-        ArgumentError: where it is not so.
+        CADAError: where it is not so.
     """
     if args.n_gpu > 1:
-        raise ArgumentError(
+        raise CADAError(
             f"One process sees {args.n_gpu} GPUs. Start one process for each (`accelerate launch ...`), or choose one "
             "with CUDA_VISIBLE_DEVICES=0."
         )
     if rank_and_size()[1] != args.world_size:
-        raise ArgumentError(
+        raise CADAError(
             f"{rank_and_size()[1]} processes were started, and the Trainer knows of {args.world_size}. On a machine "
             "without GPU add --use_cpu --ddp_backend gloo."
         )
@@ -240,7 +233,7 @@ class CADATrainer(Trainer):
         processing_class ([`CADAProcessor`]): the processor, saved with every checkpoint.
 
     Raises:
-        ArgumentError: for what would train or choose otherwise than it seems: several GPUs in one process, less than a
+        CADAError: for what would train or choose otherwise than it seems: several GPUs in one process, less than a
             batch of pairs, another masking than the configuration's, `compute_metrics`.
     """
 
@@ -248,14 +241,12 @@ class CADATrainer(Trainer):
         super().__init__(*args, **kwargs)
         check_processes(self.args)
         if self.compute_metrics is not None:
-            raise ArgumentError(
-                "`compute_metrics` has no place: the evaluation is `evaluate_retrieval`. Leave it out."
-            )
+            raise CADAError("`compute_metrics` has no place: the evaluation is `evaluate_retrieval`. Leave it out.")
         if isinstance(self.processing_class, CADAProcessor):
             check_processor(self.processing_class, self.model.config)
             masker, config = self.processing_class.attribute_masker, self.model.config
             if config.use_ara and (masker.unit, masker.rate) != (config.mask_unit, config.mask_rate):
-                raise ArgumentError(
+                raise CADAError(
                     f"The processor masks {masker.unit}s at a rate of {masker.rate}, and the model's configuration "
                     f"says {config.mask_unit}s and {config.mask_rate}. Make the processor with these."
                 )
@@ -263,15 +254,13 @@ class CADATrainer(Trainer):
         if self.train_dataset is not None:
             batch, pairs = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
             if self.args.dataloader_drop_last and pairs < batch:
-                raise ArgumentError(
+                raise CADAError(
                     f"The training set has {pairs} pairs, less than one batch of {batch}. Lower "
                     "--per_device_train_batch_size."
                 )
             several = isinstance(self.eval_dataset, dict)
             if several and self.args.load_best_model_at_end:
-                raise ArgumentError(
-                    "Several sets choose no checkpoint: pass `load_best_model_at_end=False`, or one set."
-                )
+                raise CADAError("Several sets choose no checkpoint: pass `load_best_model_at_end=False`, or one set.")
             others = self.eval_dataset if several else {"val": self.eval_dataset}
             splits = {"train": self.train_dataset.dataset, **others}
             self.recipe = recipe_of(self.args, self.model, splits)
@@ -336,7 +325,7 @@ class CADATrainer(Trainer):
             chunk_size=self.args.chunk_size,
         )
         if not torch.isfinite(outputs.loss):
-            raise TrainingError(self._describe_divergence(outputs, inputs))
+            raise CADAError(self._describe_divergence(outputs, inputs))
         self._part_count += 1
         for name in LOSS_PARTS:
             part = outputs.get(name)
@@ -377,7 +366,7 @@ class CADATrainer(Trainer):
                 remedy = "Choose another --attn_implementation, or leave out what this machine cannot do."
             else:
                 raise
-            raise TrainingError(f"Step {self.state.global_step + 1} failed: {one_line(error)} {remedy}") from error
+            raise CADAError(f"Step {self.state.global_step + 1} failed: {one_line(error)} {remedy}") from error
         finally:
             self._sigterm.restore()
 
@@ -385,7 +374,7 @@ class CADATrainer(Trainer):
         """Weights are kept only where they are numbers; the loss tells one step later."""
         for name, weight in self.model.named_parameters():
             if not torch.isfinite(weight.to_local() if isinstance(weight, DTensor) else weight).all():
-                raise TrainingError(
+                raise CADAError(
                     f"The weights are not finite after step {self.state.global_step}: {name}. Nothing of this step is "
                     "saved. Lower --learning_rate, or train in float32."
                 )
@@ -428,7 +417,7 @@ class CADATrainer(Trainer):
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             last = get_last_checkpoint(folder)
-            raise TrainingError(
+            raise CADAError(
                 f"The checkpoint of step {self.state.global_step} cannot be written to {folder}: {error}. "
                 f"{'None is complete yet' if last is None else f'The last complete one is {last}'}. Make room, or "
                 "give access, and run again with --resume_from_checkpoint last."
@@ -483,7 +472,7 @@ class CADATrainer(Trainer):
     def push_to_hub(self, commit_message=None, blocking=True, token=None, revision=None, private=None, **kwargs):
         """Model, processor, record of the run and model card, by [`publish`]. Always waits for the end."""
         if commit_message is not None or revision is not None:
-            raise ArgumentError("A release goes to `main` with a message of its own. Name it by `hub_tag`.")
+            raise CADAError("A release goes to `main` with a message of its own. Name it by `hub_tag`.")
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
             repo_id = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -508,7 +497,7 @@ class CADATrainer(Trainer):
         started = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
-            raise ArgumentError("There is no set to evaluate on. Give `eval_dataset`.")
+            raise CADAError("There is no set to evaluate on. Give `eval_dataset`.")
         if isinstance(dataset, dict):
             metrics = {}
             for name, one in dataset.items():
@@ -529,7 +518,7 @@ class CADATrainer(Trainer):
         except CADAError:
             raise
         except ValueError as error:  # scores that are not numbers
-            raise TrainingError(
+            raise CADAError(
                 f"The evaluation after step {self.state.global_step} failed: {one_line(error)} Has the training "
                 "diverged?"
             ) from error

@@ -1,21 +1,17 @@
 """
 A page to search one's own images: type a sentence and see who fits; click an image and see why.
 
-    python app_cada.py --index INDEX
+    cada page INDEX
 
 It is for the person in front of this machine: it listens on the loopback address only, needs no internet, and hands
 out small copies of the images in the index, no other file. Where the index is brought up to date meanwhile, the page
 goes on with the new one.
 """
 
-import cada  # noqa: F401  # before torch: it makes waiting threads sleep
-
-import argparse
 import csv
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -26,12 +22,13 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from data_cada import open_image
-from explain_cada import attribute_predictions, draw_explanation, word_attention
-from files_cada import Parser, one_line, run_command
-from gallery_cada import RECORD, GalleryIndex, Result, open_index
+from cada.data.images import open_image
+from cada.drawing import draw_explanation
+from cada.explain import attribute_predictions, word_attention
+from cada.files import CADAError, one_line
+from cada.gallery.index import GalleryIndex, Result, open_index
+from cada.gallery.store import RECORD
 from processing_cada import IMAGE_FORMATS
-from source_cada import GalleryError
 
 
 try:
@@ -108,7 +105,7 @@ class _Guard:
 
 class LatestIndex:
     """
-    An open index, opened again once `gallery_cada.py index` has brought its folder up to date.
+    An open index, opened again once `cada index` has brought its folder up to date.
 
     Args:
         gallery: the index as it was opened.
@@ -131,7 +128,7 @@ class LatestIndex:
         The index in its present state.
 
         Raises:
-            GalleryError: where the folder no longer holds one.
+            CADAError: where the folder no longer holds one.
         """
         stamp = self._stamp(self.gallery)
         if stamp != self.stamp:
@@ -205,7 +202,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
     The page for an open index.
 
     Raises:
-        GalleryError: where the model of the index cannot be loaded.
+        CADAError: where the model of the index cannot be loaded.
     """
     config, latest = gallery.model.config, LatestIndex(gallery)
 
@@ -217,7 +214,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             problem = one_line(error)
         except Exception as error:  # of Milvus or the GPU, say
             traceback.print_exc()
-            problem = f"This failed: {one_line(error)} More stands where app_cada.py was started."
+            problem = f"This failed: {one_line(error)} More stands where `cada page` was started."
         return *otherwise, _line(problem)
 
     def show(gallery: GalleryIndex, results: list[Result], sentence: str | None, conditions: list[str]) -> tuple:
@@ -226,7 +223,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         for result in results:
             try:
                 image = gallery.image(result.path)
-            except GalleryError as error:
+            except CADAError as error:
                 missing[result.path] = str(error)
                 continue
             image.thumbnail(THUMBNAIL)
@@ -350,10 +347,10 @@ def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
     The page at work, on the loopback address; gives its address. Its copies of images are deleted at the end.
 
     Raises:
-        GalleryError: where the port is taken or none, or the model cannot be loaded.
+        CADAError: where the port is taken or none, or the model cannot be loaded.
     """
     if not 1 <= port <= 65_535:
-        raise GalleryError(f"--port is {port}. Choose one from 1 to 65535.")
+        raise CADAError(f"--port is {port}. Choose one from 1 to 65535.")
     with tempfile.TemporaryDirectory(prefix="cada_app_") as folder, _files_of_gradio_in(folder):
         page = build_page(gallery)
         guards = [
@@ -379,7 +376,7 @@ def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
                 pwa=False,
             )
         except OSError as error:
-            raise GalleryError(f"Port {port} cannot be used: {error} Choose another --port.") from error
+            raise CADAError(f"Port {port} cannot be used: {error} Choose another --port.") from error
         try:
             yield address
         finally:
@@ -391,26 +388,17 @@ def _wait() -> None:
         time.sleep(3600)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--index", required=True, type=Path, help="folder of an index, written by gallery_cada.py")
-    parser.add_argument("--model", help="the checkpoint, where it is no longer where the index was made")
-    parser.add_argument("--port", type=int, default=7860, help="1 to 65535; 7860 by default")
-    parser.add_argument("--device", help="of the model; the GPU where there is one")
-    options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that also then the copies of images are deleted
-    return run_command(lambda: _run(options))
+def serve_until_interrupted(index: Path, model: str | None, device: str | None, port: int) -> None:
+    """
+    The page of an index, until Ctrl+C or SIGTERM.
 
-
-def _run(options: argparse.Namespace) -> None:
+    Raises:
+        CADAError: where Gradio is missing, or as [`open_index`] and [`serve`].
+    """
     if gr is None:
-        raise GalleryError('The page needs Gradio. In the folder of this file run: pip install -e ".[app]"')
-    with serve(open_index(options.index, options.model, options.device), options.port) as address:
+        raise CADAError('The page needs Gradio. In a clone of this repository run: pip install -e ".[app]"')
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that also then the copies of images are deleted
+    with serve(open_index(index, model, device), port) as address:
         print(f"Open {address} in a browser. Ctrl+C ends the page.", flush=True)
         with suppress(KeyboardInterrupt):  # the way to end it
             _wait()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

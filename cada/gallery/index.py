@@ -1,8 +1,8 @@
 """
 Index person images, and find among them who fits a sentence, or who is on another image.
 
-    python gallery_cada.py index FOLDER --model demo/model --out INDEX
-    python gallery_cada.py search INDEX "a man in a red coat" --picture out.png
+    cada index FOLDER --model demo/model --out INDEX
+    cada search INDEX "a man in a red coat" --picture out.png
 
 The images may lie in a folder (with subfolders), be named by a CSV or JSONL file together with metadata, or be the
 column `image` of a data set. The same as a library: [`build_index`], [`open_index`], [`GalleryIndex`].
@@ -11,46 +11,44 @@ An index is a folder. `index.json` names its present table, so replacing this on
 to the new one. Images are encoded in shards; finished ones wait in `pending/`, and the next run takes them up.
 """
 
-import cada  # noqa: F401  # before torch: it makes waiting threads sleep
-
 import datetime
 import json
 import os
 import platform
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import parse_flag_from_env
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from checkpoint_cada import check_processor, commit_of, load_model, load_processor
-from data_cada import DataError, open_image
-from evaluation_cada import Gallery, encode_queries, match_candidates
-from explain_cada import drawable, shortened
-from files_cada import counted, make_output_folder, only_writer, printable, problem_of, run_command, written_whole
-from modeling_cada import CADAForTextToImageRetrieval
-from processing_cada import CADAProcessor, clean_caption
-from publish_cada import search_digest
-from source_cada import (
-    GalleryError,
+from cada.data.images import open_image
+from cada.evaluation.encoding import Gallery, encode_queries
+from cada.evaluation.matching import match_candidates
+from cada.files import (
+    CADAError,
+    counted,
+    make_output_folder,
+    only_writer,
+    printable,
+    problem_of,
+    written_whole,
+)
+from cada.gallery.images import (
     ImageFiles,
     ImageRows,
     ImageSamples,
@@ -60,7 +58,7 @@ from source_cada import (
     open_source,
     source_arguments,
 )
-from store_cada import (
+from cada.gallery.store import (
     FORMAT,
     PATCHES,
     PENDING,
@@ -79,6 +77,10 @@ from store_cada import (
     stamps_of_now,
     write_table,
 )
+from cada.hub.loading import check_processor, commit_of, load_model, load_processor
+from cada.hub.record import search_digest
+from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import CADAProcessor, clean_caption
 
 
 logger = logging.get_logger(__name__)
@@ -123,18 +125,16 @@ def _load(
     Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on.
 
     Raises:
-        CheckpointError: where one cannot be loaded whole, or they do not belong together.
-        GalleryError: where `record` has another digest, or the model is no longer where it was, or for the device.
+        CADAError: where one cannot be loaded whole, or they do not belong together.
+        CADAError: where `record` has another digest, or the model is no longer where it was, or for the device.
     """
     if record is not None and name == record["model"] and os.path.isabs(name) and not os.path.exists(name):
-        raise GalleryError(
-            f"The model of this index was in {name}, which is not there. Say where it is: --model NAME."
-        )
+        raise CADAError(f"The model of this index was in {name}, which is not there. Say where it is: --model NAME.")
     model, processor = load_model(name, revision), load_processor(name, revision)
     check_processor(processor, model.config)
     digest = search_digest(model, processor)
     if record is not None and digest != record["digest"]:
-        raise GalleryError(
+        raise CADAError(
             f"The index holds features of {record['model']} as it was then, and {name} has other weights, or other "
             "settings for images and texts. Give the same --model, or make another index."
         )
@@ -142,7 +142,7 @@ def _load(
     try:
         return model.to(device), processor, digest
     except (AssertionError, RuntimeError) as error:  # PyTorch raises the first where it was built without CUDA
-        raise GalleryError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
+        raise CADAError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
 
 
 def build_index(
@@ -192,12 +192,12 @@ def build_index(
         shard_size: images per shard: what an interruption costs at most.
 
     Raises:
-        GalleryError: where `source` holds no image, the index belongs to another model or source, `index` holds other
+        CADAError: where `source` holds no image, the index belongs to another model or source, `index` holds other
             files, or another run is at work.
-        CheckpointError: where the model cannot be loaded.
+        CADAError: where the model cannot be loaded.
     """
     if min(batch_size, shard_size) < 1 or workers < 0:
-        raise GalleryError(
+        raise CADAError(
             f"batch_size is {batch_size}, shard_size {shard_size}, workers {workers}. Give 1, 1 and 0, or more."
         )
     state = PartialState(
@@ -220,7 +220,7 @@ def build_index(
         if state.is_main_process:
             stack.enter_context(only_writer(index))
             if read_record(index) != record:
-                raise GalleryError(f"Another process has changed {index} meanwhile. Run the command again.")
+                raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
             kind = _shard_kind(digest, settings["keep_patches"])
             old = record or {
                 "format": FORMAT,
@@ -257,10 +257,10 @@ class _Update:
         self.listing, self.unreadable = self.images.listing()
         if not len(self.listing):
             problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
-            raise GalleryError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")
+            raise CADAError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")
         try:
             self.store = STORES[self.record["store"]](self.index, self.record)
-        except GalleryError as error:
+        except CADAError as error:
             if not self.record.get("table"):
                 raise
             logger.warning(f"{error} All images are encoded again.")
@@ -309,7 +309,7 @@ class _Update:
                 changes.unchanged += 1
         if not len(kept):
             path, problem = changes.unreadable[0]
-            raise GalleryError(
+            raise CADAError(
                 f"None of the {len(changes.unreadable)} images can be read, so nothing was changed. {path}: {problem}."
             )
         columns = {name: str(kept.schema.field(name).type) for name in kept.column_names[2:]}
@@ -394,22 +394,22 @@ def open_index(index: str | os.PathLike, model: str | None = None, device: str |
         device: of the model; the GPU where there is one.
 
     Raises:
-        GalleryError: where the folder holds no index.
+        CADAError: where the folder holds no index.
     """
     folder = Path(index)
     record = read_record(folder)
     if record is None:
-        again = f"python gallery_cada.py index ... --out {shlex.quote(str(folder))}"
+        again = f"cada index ... --out {shlex.quote(str(folder))}"
         finished = len(shard_files(folder))
         if finished:
-            raise GalleryError(
+            raise CADAError(
                 f"{index} holds no index yet, but {counted(finished, 'finished shard')} of an interrupted run. Run "
                 f"the same command again to go on: {again}"
             )
-        raise GalleryError(f"{index} holds no index ({RECORD}). Make one: {again}")
+        raise CADAError(f"{index} holds no index ({RECORD}). Make one: {again}")
     try:
         return GalleryIndex(folder, record, model or record["model"], device)
-    except GalleryError:
+    except CADAError:
         new = read_record(folder)
         if new is None or new == record:
             raise
@@ -423,7 +423,7 @@ class GalleryIndex:
 
     Attributes:
         columns: name and type of the metadata columns, which `where` can ask for.
-        model, processor: the checkpoint, loaded at first use. A `GalleryError` where weights or settings are others.
+        model, processor: the checkpoint, loaded at first use. A `CADAError` where weights or settings are others.
         left_out: images that the last search left out, and why: gone, or changed since they were indexed.
     """
 
@@ -460,7 +460,7 @@ class GalleryIndex:
     def _remedy(self) -> str:
         """How to bring the index up to date."""
         out = shlex.quote(str(self.folder))
-        return f"python gallery_cada.py index {source_arguments(self.record['source'])} --out {out}"
+        return f"cada index {source_arguments(self.record['source'])} --out {out}"
 
     def search(
         self,
@@ -482,19 +482,19 @@ class GalleryIndex:
                 hold. They count before ranking. Dates and times of a list are compared as text.
 
         Raises:
-            GalleryError: for an empty sentence, an unknown column, or where the folder of the images is gone.
+            CADAError: for an empty sentence, an unknown column, or where the folder of the images is gone.
         """
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         self.left_out = {}
         for sentence in sentences:
             if not clean_caption(sentence):
-                raise GalleryError(f"The sentence {sentence!r} is empty. Describe a person.")
+                raise CADAError(f"The sentence {sentence!r} is empty. Describe a person.")
         if top < 1 or (rerank is not None and rerank < 0):
-            raise GalleryError(f"top is {top} and rerank {rerank}. Give 1 or more, and 0 or more.")
+            raise CADAError(f"top is {top} and rerank {rerank}. Give 1 or more, and 0 or more.")
         conditions = parse_conditions(where, self.columns)
         config = self.model.config
         if rerank and not config.use_atp:
-            raise GalleryError("This model has no match head (`use_atp=False`): give --rerank 0.")
+            raise CADAError("This model has no match head (`use_atp=False`): give --rerank 0.")
         if rerank is None:
             rerank = config.rerank_k if config.use_atp else 0
         if not sentences:
@@ -532,7 +532,7 @@ class GalleryIndex:
     def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
         """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
         if top < 1:
-            raise GalleryError(f"top is {top}. Give 1 or more.")
+            raise CADAError(f"top is {top}. Give 1 or more.")
         conditions = parse_conditions(where, self.columns)
         pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
         with torch.inference_mode():
@@ -573,7 +573,7 @@ class GalleryIndex:
             try:
                 found.append(read(row))
                 good.append(number)
-            except (OSError, KeyError, DataError, SafetensorError) as error:
+            except (OSError, KeyError, CADAError, SafetensorError) as error:
                 self.left_out[row["path"]] = problem_of(error)
         config = self.model.config.vision_config
         states = torch.zeros(len(rows), config.sequence_length, config.hidden_size)
@@ -601,15 +601,15 @@ class GalleryIndex:
         The image of the gallery named `path`, upright.
 
         Raises:
-            GalleryError: for anything that is not in the index, is gone, or has changed since.
+            CADAError: for anything that is not in the index, is gone, or has changed since.
         """
         row = self.store.find(path)
         if row is None:
-            raise GalleryError(f"The index holds no image {path!r}.")
+            raise CADAError(f"The index holds no image {path!r}.")
         try:
             return self._decode(row, full_size=True)
-        except (OSError, KeyError, DataError) as error:
-            raise GalleryError(
+        except (OSError, KeyError, CADAError) as error:
+            raise CADAError(
                 f"The image {path} cannot be shown: {problem_of(error)}. Bring the index up to date: {self._remedy}"
             ) from error
 
@@ -657,241 +657,3 @@ class GalleryIndex:
                 writer.write_table(table)
                 count += len(table)
         return count
-
-
-def draw_results(
-    gallery: GalleryIndex,
-    rankings: dict[str, list[Result]],
-    caption: Callable[[str, int, Result], tuple[str, str]] | None = None,
-    height: int = 192,
-    columns: int = 10,
-) -> Image.Image:
-    """
-    A picture: under every title of `rankings` its ranked images, `columns` of them in a line. In place of an image
-    that is gone or has changed stands a grey field.
-
-    Args:
-        caption: gives the text below an image (lines apart by newlines) and its colour, from title, rank (from 1) and
-            result; by default rank and score.
-        height: of the images in pixels.
-    """
-    measure, margin, rows, lost = ImageDraw.Draw(Image.new("RGB", (1, 1))), 12, [], []
-    for title, results in rankings.items():
-        cells = []
-        for rank, result in enumerate(results, start=1):
-            try:
-                image = gallery.image(result.path).convert("RGB")
-            except GalleryError as error:
-                lost.append(error)
-                image = Image.new("RGB", (height // 2, height), "#d0d7de")
-            # A very wide picture would leave no place for the others.
-            width = min(max(1, round(height * image.width / image.height)), 2 * height)
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-            text, colour = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", "#57606a")
-            cells.append((image, *drawable(text, 13), colour))
-        rows.append((*drawable(shortened(" ".join(title.split())), 17), cells))
-    if lost:
-        logger.warning(f"{counted(len(lost), 'image')} cannot be shown, such as this: {lost[0]}")
-    cell = margin + max([96, *(image.width for *_, cells in rows for image, *_ in cells)])
-    lines = max([1, *(text.count("\n") + 1 for *_, cells in rows for _, text, *_ in cells)])
-    line_height, title_height = height + 20 + 16 * lines, 26
-    width = margin + max(
-        cell * min(columns, max([1, *(len(cells) for *_, cells in rows)])),
-        *(round(measure.textlength(title, font=font)) + margin for title, font, _ in rows),
-    )
-    total = sum(title_height + line_height * max(1, -(-len(cells) // columns)) for *_, cells in rows)
-    canvas = Image.new("RGB", (width, total + margin), "white")
-    draw, upper = ImageDraw.Draw(canvas), margin
-    for title, font, cells in rows:
-        draw.text((margin, upper), title, fill="black", font=font)
-        upper += title_height
-        for start in range(0, max(1, len(cells)), columns):
-            for place, (image, text, font, colour) in enumerate(cells[start : start + columns]):
-                left = margin + place * cell
-                canvas.paste(image, (left, upper))
-                draw.multiline_text((left, upper + 4 + height), text, fill=colour, font=font, spacing=2)
-            upper += line_height
-    return canvas
-
-
-app = typer.Typer(
-    help="Index person images, and find among them who fits a sentence.",
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-_Index = Annotated[Path, typer.Argument(help="folder of the index")]
-_Model = Annotated[str | None, typer.Option(help="the checkpoint; by default the one that the index was made with")]
-
-
-@app.command("index")
-def _index(
-    source: Annotated[str, typer.Argument(help="folder of images, CSV or JSONL file, or data set")],
-    out: Annotated[Path, typer.Option(help="folder of the index, new or old")],
-    model: _Model = None,
-    revision: Annotated[str | None, typer.Option(help="tag, branch or commit of --model on the Hub")] = None,
-    split: Annotated[str | None, typer.Option(help="of a data set")] = None,
-    root: Annotated[Path | None, typer.Option(help="folder that the paths of a list are relative to")] = None,
-    store: Annotated[str | None, typer.Option(help="arrow (default) or milvus")] = None,
-    uri: Annotated[str | None, typer.Option(help="of Milvus: a file or the address of a cluster")] = None,
-    approximate: Annotated[
-        str | None, typer.Option(help="FAISS factory string such as SQ8, or index type of Milvus; exact by default")
-    ] = None,
-    keep_patches: Annotated[
-        bool | None, typer.Option("--keep-patches", help="keep patch states for re-ranking without the image files")
-    ] = None,
-    moved_source: Annotated[
-        bool, typer.Option("--moved-source", help="the images have moved: point an old index to SOURCE")
-    ] = False,
-    check_content: Annotated[
-        bool, typer.Option("--check-content", help="read all files; by default size, times and inode tell a change")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="images encoded at once")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="processes that decode images")] = 0,
-    shard_size: Annotated[int, typer.Option(min=1, help="images that an interruption costs at most")] = 1024,
-) -> None:
-    """Encode images into an index, or bring an index up to date."""
-    try:
-        changes = build_index(
-            source,
-            out,
-            model,
-            revision=revision,
-            split=split,
-            root=root,
-            store=store,
-            uri=uri,
-            approximate=approximate,
-            keep_patches=keep_patches,
-            moved_source=moved_source,
-            check_content=check_content,
-            batch_size=batch_size,
-            workers=workers,
-            shard_size=shard_size,
-        )
-    except KeyboardInterrupt:
-        kept = counted(len(shard_files(out)), "finished shard")
-        print(f"\nInterrupted. {kept} kept; run the same command to go on.", file=sys.stderr)
-        raise typer.Exit(130) from None
-    is_main_process = PartialState().is_main_process
-    PartialState().destroy_process_group()
-    if not is_main_process:
-        return
-    for path, problem in changes.unreadable:
-        print(f"unreadable: {printable(path)}: {printable(problem)}", file=sys.stderr)
-    images = counted(changes.added + changes.changed + changes.unchanged, "image")
-    counts = [f"{getattr(changes, name):,} {name}" for name in ("added", "changed", "removed", "unchanged")]
-    print(f"{out}: {images}; {', '.join(counts)}, {len(changes.unreadable):,} unreadable.")
-
-
-@app.command("search")
-def _search(
-    index: _Index,
-    sentences: Annotated[list[str] | None, typer.Argument(help="one or several")] = None,
-    file: Annotated[Path | None, typer.Option(help="a text file with one sentence per line")] = None,
-    image: Annotated[Path | None, typer.Option(help="search for the person on this image instead")] = None,
-    top: Annotated[int, typer.Option(min=1, help="images per sentence")] = 10,
-    rerank: Annotated[
-        int | None, typer.Option(min=0, help="candidates that the decoder reads; by default the model's, 0 for none")
-    ] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(help="condition on metadata such as camera=3 (=, !=, <, <=, >, >=), repeatable")
-    ] = None,
-    picture: Annotated[Path | None, typer.Option(help="draw the results into this file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON: one object per sentence")] = False,
-    model: _Model = None,
-    device: Annotated[str | None, typer.Option(help="of the model, such as cpu or cuda:1")] = None,
-) -> None:
-    """Rank the images for a sentence, or for a photo."""
-    if picture is not None and Image.registered_extensions().get(picture.suffix.lower()) not in Image.SAVE:
-        raise GalleryError(f"The picture {picture} cannot be written: no such format. Give a name such as out.png.")
-    gallery = open_index(index, model, device)
-    queries = list(sentences or [])
-    if file is not None:
-        try:
-            queries += [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise GalleryError(f"{file} cannot be read ({error}). Give a text file in UTF-8.") from error
-    if (image is not None) == bool(queries):
-        raise GalleryError("Give sentences, a --file with sentences, or an --image.")
-    if image is None:
-        rankings = list(zip(queries, gallery.search(queries, top, rerank, where or ())))
-    elif rerank:
-        raise GalleryError("--rerank reads a sentence; with --image there is none. Leave it out.")
-    else:
-        rankings = [(str(image), gallery.search_image(_open_query(image), top, where or ()))]
-    if as_json:
-        lists = [
-            {"query": query, "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(results, 1)]}
-            for query, results in rankings
-        ]
-        print(json.dumps(lists, indent=2, ensure_ascii=False, allow_nan=False))
-    asked = dict.fromkeys(condition.column for condition in parse_conditions(where or (), gallery.columns))
-    for query, results in rankings if not as_json else ():
-        print(printable(query))
-        if not results:
-            print(f"No image{f' fulfils {shlex.join(where)}' if where and not gallery.left_out else ''}.")
-            continue
-        print("rank   score  stage   path")
-        for rank, result in enumerate(results, start=1):
-            line = f"{rank:4}  {result.score:6.3f}  {result.stage:6}  {result.path}"
-            print(printable("  ".join([line, *(f"{name}={result.metadata[name]}" for name in asked)])))
-    if picture is not None:  # after the results, which are there then even where it cannot be written
-        _save_picture(draw_results(gallery, dict(rankings)), picture)
-        if not as_json:
-            print(f"Wrote {picture}.")
-
-
-def _open_query(path: Path) -> Image.Image:
-    try:
-        return open_image({"bytes": path.read_bytes(), "path": None})
-    except (OSError, DataError) as error:
-        raise GalleryError(f"The image {path} cannot be read: {error}") from error
-
-
-def _save_picture(picture: Image.Image, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        raise GalleryError(f"The picture {path} cannot be written: {error}. Choose another place or name.") from error
-
-
-@app.command("info")
-def _info(index: _Index) -> None:
-    """Say what an index holds."""
-    for name, value in open_index(index).info().items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{column} ({kind})" for column, kind in value.items()) or "none"
-        print(f"{name.replace('_', ' '):17} {f'{value:,}' if type(value) is int else value}")
-
-
-@app.command("verify")
-def _verify(index: _Index) -> None:
-    """Compare every image with what was indexed; exit status 1 where one is gone or has changed."""
-    gallery = open_index(index)
-    problems = gallery.verify()
-    for path, problem in problems:
-        print(f"{printable(path)}: {printable(problem)}")
-    print(f"{counted(len(gallery), 'image')}; {len(problems):,} with problems.")
-    if problems:
-        raise typer.Exit(1)
-
-
-@app.command("export")
-def _export(index: _Index, path: Annotated[Path, typer.Argument(help="a Parquet file")]) -> None:
-    """Write paths, metadata and features as Parquet."""
-    print(f"Wrote {open_index(index).export(path):,} rows to {path}.")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    try:
-        return run_command(lambda: app(args=arguments, prog_name="gallery_cada.py"))
-    except SystemExit as end:  # how typer ends
-        return end.code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from data_cada import open_image, undecoded
-from files_cada import CADAError, problem_of
+from cada.data.images import open_image, undecoded
+from cada.files import CADAError, problem_of
 from processing_cada import IMAGE_FORMATS, CADAProcessor
 
 
@@ -33,20 +33,16 @@ _OTHER_IMAGES = ".heic .heif .avif .jxl .svg .dng .cr2 .cr3 .nef .arw .orf .raf 
 MAX_BYTES = 1_000_000_000  # of an image file: more than any image of `MAX_PIXELS` has, less than the memory
 
 
-class GalleryError(CADAError):
-    """Something is wrong with an index or its images. The message names the file or argument and the remedy."""
-
-
 class ImageFiles:
     """Image files: those below a folder, or those that a CSV or JSONL file names."""
 
     def __init__(self, location: str, root: str | None = None):
         self.list = Path(location) if Path(location).suffix.lower() in LISTS else None
         if self.list is None and root is not None:
-            raise GalleryError(f"--root is for a list of paths (CSV, JSONL), but {location} is a folder.")
+            raise CADAError(f"--root is for a list of paths (CSV, JSONL), but {location} is a folder.")
         folder = Path(location) if self.list is None else Path(root) if root is not None else self.list.parent
         if not folder.is_dir():
-            raise GalleryError(f"The folder {folder} does not exist. Give the folder of the images.")
+            raise CADAError(f"The folder {folder} does not exist. Give the folder of the images.")
         self.root = folder.resolve()
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
@@ -87,7 +83,7 @@ class ImageFiles:
         format_of = {ending: name for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
 
         def stop(error: OSError):
-            raise GalleryError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
+            raise CADAError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
 
         for folder, subfolders, names in os.walk(self.root, onerror=stop):
             here = Path(folder).relative_to(self.root)
@@ -120,22 +116,22 @@ class ImageFiles:
                 options = pa.json.ParseOptions(explicit_schema=pa.schema(list(texts.items())))
                 table = pa.json.read_json(self.list, parse_options=options).select(columns)
         except UnicodeDecodeError as error:
-            raise GalleryError(f"{self.list}: the names of its columns are not UTF-8. Save it as UTF-8.") from error
+            raise CADAError(f"{self.list}: the names of its columns are not UTF-8. Save it as UTF-8.") from error
         except (OSError, pa.ArrowInvalid) as error:
-            raise GalleryError(f"{self.list} cannot be read as {self.list.suffix[1:].upper()}: {error}") from error
+            raise CADAError(f"{self.list} cannot be read as {self.list.suffix[1:].upper()}: {error}") from error
         twice = next((name for name in columns if columns.count(name) > 1), None)
         if twice is not None:
-            raise GalleryError(f"{self.list} has two columns `{twice}`. Rename one of them.")
+            raise CADAError(f"{self.list} has two columns `{twice}`. Rename one of them.")
         for number, name in enumerate(columns):
             if pa.types.is_binary(table[name].type):
-                raise GalleryError(f"{self.list}: the column `{name}` is not UTF-8. Save the file as UTF-8.")
+                raise CADAError(f"{self.list}: the column `{name}` is not UTF-8. Save the file as UTF-8.")
             if pa.types.is_string(table[name].type) and is_csv:  # an empty cell: no value
                 empty = pc.equal(table[name], "")
                 table = table.set_column(number, name, pc.if_else(empty, pa.scalar(None, pa.string()), table[name]))
         named_by = next((name for name in PATH_COLUMNS if name in columns), None)
         if named_by is None:
             remedy = " Separate the columns by commas." if is_csv and len(columns) == 1 else ""
-            raise GalleryError(
+            raise CADAError(
                 f"{self.list} has no column that names the images: one of {', '.join(PATH_COLUMNS)}. It has "
                 f"{', '.join(columns)}.{remedy}"
             )
@@ -143,18 +139,18 @@ class ImageFiles:
         seen: dict[str, int] = {}
         for row, name in enumerate(names, start=1):
             if not isinstance(name, str) or not name or "\0" in name:
-                raise GalleryError(f"{self.list}, row {row}: `{named_by}` is {name!r}. Give the path of an image.")
+                raise CADAError(f"{self.list}, row {row}: `{named_by}` is {name!r}. Give the path of an image.")
             place = Path(os.path.normpath(self.root / name))
             if not place.is_relative_to(self.root):  # by a folder's other name, perhaps
                 place = place.parent.resolve() / place.name
             if not place.is_relative_to(self.root):
-                raise GalleryError(
+                raise CADAError(
                     f"{self.list}, row {row}: {name!r} leads out of {self.root}. Give --root, a folder that holds all "
                     "images, and paths relative to it."
                 )
             names[row - 1] = name = place.relative_to(self.root).as_posix()
             if name in seen:
-                raise GalleryError(f"{self.list}: rows {seen[name]} and {row} name the same image {name!r}.")
+                raise CADAError(f"{self.list}: rows {seen[name]} and {row} name the same image {name!r}.")
             seen[name] = row
         return _with_metadata({"path": pa.array(names, pa.string())}, table.drop_columns([named_by]), str(self.list))
 
@@ -177,19 +173,19 @@ class ImageRows:
         try:
             loaded = load_from_disk(location) if Path(location).is_dir() else load_dataset(location)
         except Exception as error:  # the library raises many kinds
-            raise GalleryError(
+            raise CADAError(
                 f"{location!r} is no folder, no CSV or JSONL file, and no data set ({type(error).__name__}: {error})."
             ) from error
         if isinstance(loaded, DatasetDict):
             if split not in loaded:
-                raise GalleryError(f"{location} has the splits {', '.join(loaded)}. Choose one with --split.")
+                raise CADAError(f"{location} has the splits {', '.join(loaded)}. Choose one with --split.")
             loaded = loaded[split]
         elif split is not None:
-            raise GalleryError(f"{location} has no splits, so there is no {split!r}. Leave --split out.")
+            raise CADAError(f"{location} has no splits, so there is no {split!r}. Leave --split out.")
         if "image" not in loaded.column_names:
-            raise GalleryError(f"{location} has no column `image`. It has {', '.join(loaded.column_names)}.")
+            raise CADAError(f"{location} has no column `image`. It has {', '.join(loaded.column_names)}.")
         if not isinstance(loaded.features["image"], ImageFeature):
-            raise GalleryError(
+            raise CADAError(
                 f"{location}: the column `image` holds {loaded.features['image']}, no images. Save the data set "
                 'after dataset.cast_column("image", datasets.Image()).'
             )
@@ -243,7 +239,7 @@ def _with_metadata(columns: dict[str, pa.Array], table: pa.Table, origin: str) -
     left_out = []
     for name, column in zip(table.column_names, table.columns):
         if name in RESERVED:
-            raise GalleryError(f"{origin} has a column `{name}`, a name that the index needs. Rename it.")
+            raise CADAError(f"{origin} has a column `{name}`, a name that the index needs. Rename it.")
         kind = column.type
         if pa.types.is_boolean(kind):
             columns[name] = column
@@ -251,7 +247,7 @@ def _with_metadata(columns: dict[str, pa.Array], table: pa.Table, origin: str) -
             try:
                 columns[name] = column.cast(pa.int64())
             except pa.ArrowInvalid as error:
-                raise GalleryError(
+                raise CADAError(
                     f"{origin}: the column `{name}` holds numbers beyond 2^63. Keep them as text: "
                     f'dataset.cast_column("{name}", datasets.Value("string")).'
                 ) from error
@@ -299,7 +295,7 @@ def describe_source(
         moved: whether an index of another source may be pointed to this one.
 
     Raises:
-        GalleryError: where `recorded` is another source and `moved` is false.
+        CADAError: where `recorded` is another source and `moved` is false.
     """
     is_list = Path(location).suffix.lower() in LISTS
     source = {
@@ -313,7 +309,7 @@ def describe_source(
         source["root"] = source["root"] or (recorded["root"] if is_list else None)
         if source != recorded and not moved:
             changed = [name for name in source if source[name] != recorded[name]]
-            raise GalleryError(
+            raise CADAError(
                 f"The index holds the images of {source_arguments(recorded)}, not of {source_arguments(source)} ("
                 f"other {' and '.join(changed)}). Choose another --out; or, if the images have moved or these are to "
                 "take their place, add --moved-source."
@@ -340,26 +336,26 @@ def open_source(source: dict, index: str | os.PathLike | None = None) -> ImageFi
         index: the folder of the index that has them in its record.
 
     Raises:
-        GalleryError: where they are not there, or not of the kind that the arguments are for.
+        CADAError: where they are not there, or not of the kind that the arguments are for.
     """
     location = source["location"]
     path = Path(location)
     for place in (location, source["root"]):
         if index is not None and place is not None and os.path.isabs(place) and not os.path.exists(place):
             again = shlex.join(["NEW", "--out", os.fspath(index)])
-            raise GalleryError(
+            raise CADAError(
                 f"The images of the index {index} were in {place}, which is not there. Is its disk mounted? If they "
-                f"have moved: python gallery_cada.py index {again} --moved-source"
+                f"have moved: cada index {again} --moved-source"
             )
     if path.exists() and not _is_saved(location):
         if source["split"] is not None:
-            raise GalleryError(f"--split is for a data set, but {location} is none.")
+            raise CADAError(f"--split is for a data set, but {location} is none.")
         if path.is_file() and path.suffix.lower() not in LISTS:
-            raise GalleryError(f"{location} is neither a folder nor a list ({', '.join(LISTS)}).")
+            raise CADAError(f"{location} is neither a folder nor a list ({', '.join(LISTS)}).")
         return ImageFiles(location, source["root"])
     # No name on the Hub, or one that begins with a folder of this machine: do not search it for a typing error.
     if not path.exists() and (location.count("/") != 1 or path.is_absolute() or path.parent.is_dir()):
-        raise GalleryError(f"{location!r} is no folder, no CSV or JSONL file, and no data set. Correct the name.")
+        raise CADAError(f"{location!r} is no folder, no CSV or JSONL file, and no data set. Correct the name.")
     return ImageRows(location, source["split"])
 
 

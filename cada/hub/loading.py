@@ -2,8 +2,6 @@
 Checkpoints, loaded whole or not at all, from a folder or the Hub. Nothing is unpickled, and no code of theirs is run.
 """
 
-import cada  # noqa: F401  # checkpoints load with the code beside this file
-
 import os
 from pathlib import Path
 
@@ -13,8 +11,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
+from cada.files import CADAError, one_line, read_json
 from configuration_cada import CADAConfig
-from files_cada import CADAError, one_line, read_json
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 
@@ -26,17 +24,13 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHERE = "Give a folder, or a name on the Hub, which has to be reachable."
 
 
-class CheckpointError(CADAError):
-    """A checkpoint cannot be used. The message names the file, what is wrong and the remedy."""
-
-
 def weight_files(folder: str | os.PathLike) -> list[Path]:
     """
     The safetensors files that a checkpoint's folder consists of, each looked at: present, inside the folder, complete,
     with numbers of a floating-point type.
 
     Raises:
-        CheckpointError: names the file.
+        CADAError: names the file.
     """
     folder = Path(folder)
     if (folder / WEIGHTS).is_file():
@@ -46,20 +40,18 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     else:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"{pickles[0]} is a pickle, which is not read. " if pickles else ""
-        raise CheckpointError(
-            f"{folder} holds no weights in safetensors form. {found}Load the model and save it again."
-        )
+        raise CADAError(f"{folder} holds no weights in safetensors form. {found}Load the model and save it again.")
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
+            raise CADAError(
                 f"{path} is damaged ({one_line(error)}). Save the model again, or fetch the file again."
             ) from error
         wrong = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _FLOATS]
         if wrong:
-            raise CheckpointError(
+            raise CADAError(
                 f"{path}: {wrong[0]} is not of a floating-point type; {len(wrong)} such tensor(s). Save the model "
                 "again, not quantised."
             )
@@ -70,16 +62,16 @@ def _indexed_files(folder: Path) -> list[Path]:
     index = read_json(folder / WEIGHTS_INDEX)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
-        raise CheckpointError(f"{folder / WEIGHTS_INDEX} is no index of weight files. Save the model again.")
+        raise CADAError(f"{folder / WEIGHTS_INDEX} is no index of weight files. Save the model again.")
     files = []
     for name in sorted(set(map(str, names.values()))):
         if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-            raise CheckpointError(
+            raise CADAError(
                 f"{folder / WEIGHTS_INDEX} names {name!r}, which is no safetensors file of this folder. Do not use "
                 "this checkpoint, or save it again."
             )
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}, which {WEIGHTS_INDEX} names. Fetch or save it again.")
+            raise CADAError(f"{folder} lacks {name}, which {WEIGHTS_INDEX} names. Fetch or save it again.")
         files.append(folder / name)
     return files
 
@@ -89,19 +81,19 @@ def check_config(folder: str | os.PathLike, model_type: str = CADAConfig.model_t
     The content of `config.json` in the folder of a checkpoint, before any of the checkpoint is loaded.
 
     Raises:
-        CheckpointError, FileError: where it is missing, damaged, or of another model.
+        CADAError: where it is missing, damaged, or of another model.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file. Give the folder of a checkpoint.")
+        raise CADAError(f"{folder} is a file. Give the folder of a checkpoint.")
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json. Is it the folder of a checkpoint?")
+        raise CADAError(f"{folder} holds no config.json. Is it the folder of a checkpoint?")
     config = read_json(folder / "config.json")
     found = config.get("model_type") if isinstance(config, dict) else None
     if found != model_type:
-        raise CheckpointError(
+        raise CADAError(
             f"{folder / 'config.json'} is of a model of the type {found!r}, not {model_type!r}. Give another folder, "
-            "or convert the checkpoint with convert_cada.py."
+            "or convert the checkpoint with `cada convert`."
         )
     return config
 
@@ -121,14 +113,14 @@ def load_config(name: str | os.PathLike, revision: str | None = None, **override
     The configuration of a checkpoint, with other values for the fields in `overrides`.
 
     Raises:
-        CheckpointError: where it cannot be read, or does not hold together.
+        CADAError: where it cannot be read, or does not hold together.
     """
     try:
         return CADAConfig.from_pretrained(name, revision=revision or "main", **overrides)
     except Exception as error:  # the library raises many kinds
         remedy = "Correct the file." if os.path.isdir(name) else _WHERE
         remedy = "Do the fields of --config_overrides fit it?" if overrides else remedy
-        raise CheckpointError(f"The configuration of {name} cannot be used: {one_line(error)} {remedy}") from error
+        raise CADAError(f"The configuration of {name} cannot be used: {one_line(error)} {remedy}") from error
 
 
 def load_model(
@@ -144,7 +136,7 @@ def load_model(
         config: the checkpoint's own by default.
 
     Raises:
-        CheckpointError: names what is missing, damaged, or not a number.
+        CADAError: names what is missing, damaged, or not a number.
     """
     if os.path.exists(name):
         check_config(name)
@@ -165,15 +157,15 @@ def load_model(
         )
     except Exception as error:  # the library raises many kinds
         remedy = "Do the fields of --config_overrides fit it?" if os.path.isdir(name) else _WHERE
-        raise CheckpointError(f"The weights of {name} do not load: {one_line(error)} {remedy}") from error
+        raise CADAError(f"The weights of {name} do not load: {one_line(error)} {remedy}") from error
     missing = (set(report["missing_keys"]) & set(shapes)) - set(model.all_tied_weights_keys)
     if missing:
-        raise CheckpointError(
+        raise CADAError(
             f"The weights of {name} lack {_some(missing)}. The checkpoint is not complete: save or fetch it again."
         )
     broken = [key for key, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise CheckpointError(
+        raise CADAError(
             f"The weights of {name} hold NaN or infinite numbers in {_some(broken)}. Take an earlier checkpoint."
         )
     return model
@@ -185,7 +177,7 @@ def _check_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> None
             for key in file.keys():
                 found = tuple(file.get_slice(key).get_shape())
                 if found != shapes.get(key, found):
-                    raise CheckpointError(
+                    raise CADAError(
                         f"{path}: {key} is of the shape {found}, config.json asks for {shapes[key]}. Take both from "
                         "the same checkpoint."
                     )
@@ -201,12 +193,12 @@ def load_processor(name: str | os.PathLike, revision: str | None = None) -> CADA
     The processor of a checkpoint.
 
     Raises:
-        CheckpointError: where its files are missing or damaged, or name code that the checkpoint brings.
+        CADAError: where its files are missing or damaged, or name code that the checkpoint brings.
     """
     try:
         return CADAProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except Exception as error:  # the libraries raise many kinds, tokenizers a plain Exception
-        raise CheckpointError(
+        raise CADAError(
             f"The processor of {name} cannot be loaded: {one_line(error)} "
             f"{'Save it again with processor.save_pretrained.' if os.path.isdir(name) else _WHERE}"
         ) from error
@@ -217,7 +209,7 @@ def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
     A processor of another model gives inputs that are read without complaint, and wrong scores.
 
     Raises:
-        CheckpointError: names what the two do not agree in.
+        CADAError: names what the two do not agree in.
     """
     size, tokenizer, text = dict(processor.image_processor.size), processor.tokenizer, config.text_config
     pairs = {
@@ -232,7 +224,7 @@ def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
     }
     for name, (given, wanted) in pairs.items():
         if given != wanted:
-            raise CheckpointError(
+            raise CADAError(
                 f"The processor gives {name} {given}, the model reads {wanted}. Are both of the same checkpoint?"
             )
 
@@ -242,12 +234,26 @@ def load_tokenizer(name: str | os.PathLike):
     A tokenizer by the name of a folder or on the Hub.
 
     Raises:
-        CheckpointError: where it cannot be loaded, or is code that somebody brings along.
+        CADAError: where it cannot be loaded, or is code that somebody brings along.
     """
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the libraries raise many kinds, tokenizers a plain Exception
-        raise CheckpointError(
+        raise CADAError(
             f"The tokenizer {name} cannot be loaded: {one_line(error)} --tokenizer_name is a folder or a name on the "
             "Hub, which has to be reachable."
         ) from error
+
+
+def load_model_and_processor(
+    name: str | os.PathLike, revision: str | None = None
+) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
+    """
+    Model, in evaluation mode, and processor of a checkpoint, which belong together.
+
+    Raises:
+        CADAError: as [`load_model`], [`load_processor`] and [`check_processor`].
+    """
+    model, processor = load_model(name, revision), load_processor(name, revision)
+    check_processor(processor, model.config)
+    return model, processor

@@ -1,6 +1,5 @@
 """Files: read with errors that say what is wrong, written whole or not at all. The one-line errors of the commands."""
 
-import argparse
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -23,10 +21,6 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 class CADAError(ValueError):
     """Something that the user can put right. The message names file, row or argument, what is wrong, the remedy."""
-
-
-class FileError(CADAError):
-    """A file cannot be read or written."""
 
 
 def printable(text: str) -> str:
@@ -50,17 +44,6 @@ def problem_of(error: BaseException) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 image`, `2 images`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def report_argument(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """`ArgumentParser.error` in the form of all other errors: one line, exit status 1."""
-    parser.exit(1, f"error: {message} (`python {parser.prog} --help` lists all arguments.)\n")
-
-
-class Parser(argparse.ArgumentParser):
-    """`ArgumentParser` with errors as of [`report_argument`]."""
-
-    error = report_argument
 
 
 def run_command(command: Callable[[], object]) -> int:
@@ -98,22 +81,22 @@ def read_json(path: str | os.PathLike):
     The content of a JSON file.
 
     Raises:
-        FileError: where the file is missing, unreadable, not text, or not JSON.
+        CADAError: where the file is missing, unreadable, not text, or not JSON.
     """
     path = Path(path)
     if not os.path.isfile(path):  # a named pipe would wait for ever
-        raise FileError(f"{path} is not a file." if os.path.exists(path) else f"{path} does not exist.")
+        raise CADAError(f"{path} is not a file." if os.path.exists(path) else f"{path} does not exist.")
     try:
         return parse_json(path.read_bytes())
     except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}.") from error
+        raise CADAError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise FileError(
+        raise CADAError(
             f"{path} is not a JSON file in UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8, or fetch it "
             "again."
         ) from error
     except ValueError as error:
-        raise FileError(f"{path} is not a JSON file: {one_line(error)}. Is it complete? Fetch it again.") from error
+        raise CADAError(f"{path} is not a JSON file: {one_line(error)}. Is it complete? Fetch it again.") from error
 
 
 def make_output_folder(folder: str | os.PathLike) -> Path:
@@ -121,7 +104,7 @@ def make_output_folder(folder: str | os.PathLike) -> Path:
     Create a folder where it is missing, and try whether it can be written to, before the work and not after it.
 
     Raises:
-        FileError: where it is a file, or cannot be written to.
+        CADAError: where it is a file, or cannot be written to.
     """
     folder = Path(folder)
     try:
@@ -130,7 +113,7 @@ def make_output_folder(folder: str | os.PathLike) -> Path:
             file.write(b"x")
     except OSError as error:
         reason = "is a file" if os.path.isfile(folder) else f"cannot be written to: {error.strerror}"
-        raise FileError(f"The output folder {folder} {reason}. Choose another one.") from error
+        raise CADAError(f"The output folder {folder} {reason}. Choose another one.") from error
     return folder
 
 
@@ -140,13 +123,13 @@ def only_writer(folder: str | os.PathLike) -> Iterator[None]:
     No other process that asks for it writes into `folder` during the block. Where one is killed, the next may.
 
     Raises:
-        FileError: where another one does.
+        CADAError: where another one does.
     """
     lock = FileLock(Path(folder) / LOCK, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise FileError(f"Another process is writing {folder}. Wait for it to end.") from error
+        raise CADAError(f"Another process is writing {folder}. Wait for it to end.") from error
     try:
         yield
     finally:
@@ -159,8 +142,8 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _not_written(path: Path, error: Exception) -> FileError:
-    return FileError(
+def _not_written(path: Path, error: Exception) -> CADAError:
+    return CADAError(
         f"{path} cannot be written: {problem_of(error)}. Nothing was replaced. Free some space, or choose another."
     )
 
@@ -172,7 +155,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     or the process is killed, the old file stays. What a killed process leaves has a name with a dot at the front.
 
     Raises:
-        FileError: where the file cannot be written.
+        CADAError: where the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".unfinished-{path.name}")
@@ -194,7 +177,7 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     weights are removed first and the new ones come last, so that at no moment old and new files load together.
 
     Raises:
-        FileError: where a file cannot be written; `folder` is as before, then. Or, on a damaged disk or where a folder
+        CADAError: where a file cannot be written; `folder` is as before, then. Or, on a damaged disk or where a folder
             has the name of a file, where one cannot take its place.
     """
     folder = make_output_folder(folder)
@@ -213,7 +196,7 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
             for path in sorted(temporary.iterdir(), key=lambda path: (".safetensors" in path.name, path.name)):
                 os.replace(path, folder / path.name)
         except OSError as error:
-            raise FileError(
+            raise CADAError(
                 f"The new files cannot take their places in {folder}: {one_line(error)}. What is there now "
                 "is not whole. Choose another folder."
             ) from error

@@ -1,17 +1,13 @@
 """
 The demo: train a small CADA on drawn pedestrians, evaluate it on persons never seen, search with three sentences.
 
-    python demo_cada.py
+    cada demo
 
 Needs no download and no accelerator. Training goes through the same command as on a real set. What differs, because
 the weights are random and the time is short, stands in `RECIPE` and `build_start`, each with its reason.
 """
 
-import cada  # noqa: F401  # before torch: it makes waiting threads sleep
-
-import argparse
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -21,13 +17,13 @@ from datasets import Dataset, DatasetDict
 from transformers import BertTokenizer, set_seed
 
 import train_cada
+from cada.data.drawn import IMAGE_SIZE, ideal_scores, load_drawn
+from cada.evaluation.metrics import METRICS, retrieval_metrics
+from cada.gallery.index import Result, build_index, draw_results, open_index
+from cada.hub.record import RANDOM_START, write_run
 from configuration_cada import CADAConfig
-from drawn_cada import IMAGE_SIZE, ideal_scores, load_drawn
-from evaluation_cada import METRICS, retrieval_metrics
-from gallery_cada import Result, build_index, draw_results, open_index
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor, clean_caption
-from publish_cada import RANDOM_START, write_run
 
 
 # What is searched for at the end, and the attributes that each sentence names.
@@ -180,21 +176,16 @@ def save_images(split: Dataset, folder: Path) -> None:
         split[row]["image"].save(folder / f"person_{number:02}.png")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("demo"), help="folder of all results")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawn persons and of the model")
-    options = parser.parse_args(arguments)
+def run_demo(folder: Path, seed: int = 0) -> None:
+    """The whole demo, with all results in `folder`; `seed` is of the drawn persons and of the model."""
     started = time.monotonic()
-    folder = options.output_dir
     for name in ("drawn", "start", "model", "index"):  # of an earlier run
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
     print("Drawing pedestrians", flush=True)
-    splits = load_drawn(seed=options.seed)
-    scores = train(splits, folder, options.seed)
+    splits = load_drawn(seed=seed)
+    scores = train(splits, folder, seed)
     table = compare(splits["test"], scores)
     search(folder)
     save_images(splits["test"], folder / "images")
@@ -209,7 +200,3 @@ def main(arguments: list[str] | None = None) -> None:
         f"Time: {(time.monotonic() - started) / 60:.1f} minutes."
     )
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

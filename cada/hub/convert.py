@@ -1,21 +1,17 @@
 """
 Starting points: BLIP, and checkpoints of the authors' CADA code, converted to this format.
 
-    python convert_cada.py --source blip --checkpoint Salesforce/blip-itm-base-coco \\
+    cada convert --source blip --checkpoint Salesforce/blip-itm-base-coco \
         --vocabulary_head Salesforce/blip-image-captioning-base --output_dir start
-    python convert_cada.py --source blip_original --checkpoint model_base.pth --output_dir start
-    python convert_cada.py --source cada_original --checkpoint cuhk.pth --output_dir cuhk
+    cada convert --source blip_original --checkpoint model_base.pth --output_dir start
+    cada convert --source cada_original --checkpoint cuhk.pth --output_dir cuhk
 
 Every key of a checkpoint is converted or left out for a stated reason; an unknown or missing key is an error. Pickled
 files are read with `weights_only=True`.
 """
 
-import cada  # noqa: F401  # before torch: it makes waiting threads sleep
-
-import argparse
 import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, set_seed
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from checkpoint_cada import check_config, load_tokenizer, weight_files
+from cada.files import CADAError, checkpoint_written_whole, make_output_folder, one_line
+from cada.hub.loading import check_config, load_tokenizer, weight_files
+from cada.hub.record import NO_LICENCE, write_run
 from configuration_cada import CADAConfig
-from files_cada import CADAError, Parser, checkpoint_written_whole, make_output_folder, one_line, run_command
 from modeling_cada import CADAForTextToImageRetrieval, resize_positions
 from processing_cada import CADAImageProcessor, CADAProcessor
-from publish_cada import NO_LICENCE, write_run
 
 
 SOURCES = ("blip", "blip_original", "cada_original")
@@ -100,10 +96,6 @@ _LEFT_OUT = [
 ]
 
 
-class ConversionError(CADAError):
-    """A checkpoint does not fit. The message names the key or file and the remedy."""
-
-
 @dataclass
 class ConversionReport:
     """What became of every key: `converted` old name -> new names; `left_out` old name -> reason; `new` names that the
@@ -137,10 +129,10 @@ def convert_state_dict(
         report: filled with what became of every key.
 
     Raises:
-        ConversionError: for an unknown source, a key that no rule knows, or a tensor that holds no finite numbers.
+        CADAError: for an unknown source, a key that no rule knows, or a tensor that holds no finite numbers.
     """
     if source not in SOURCES:
-        raise ConversionError(f"Unknown source {source!r}. Known: {', '.join(SOURCES)}.")
+        raise CADAError(f"Unknown source {source!r}. Known: {', '.join(SOURCES)}.")
     report = ConversionReport() if report is None else report
     converted = {}
     for key, tensor in state_dict.items():
@@ -150,15 +142,13 @@ def convert_state_dict(
             continue
         name = next((re.sub(*rule, key) for rule in _RULES[source] if re.search(rule[0], key)), None)
         if name is None:
-            raise ConversionError(f"No rule for the key {key!r}. Is this a checkpoint of the kind {source!r}?")
+            raise CADAError(f"No rule for the key {key!r}. Is this a checkpoint of the kind {source!r}?")
         for pattern, replacement in _ATTENTION:
             name = re.sub(pattern, replacement, name)
         _check_tensor(key, tensor)
         names = [name.replace(".qkv.", f".{part}_proj.") for part in "qkv"] if ".qkv." in name else [name]
         if len(names) > 1 and (tensor.ndim == 0 or len(tensor) % len(names)):
-            raise ConversionError(
-                f"{key!r} of the shape {tuple(tensor.shape)} is not made of q, k and v, equally large."
-            )
+            raise CADAError(f"{key!r} of the shape {tuple(tensor.shape)} is not made of q, k and v, equally large.")
         if len(names) == 1:
             converted[name] = tensor
         else:  # ViTs of BLIP keep q, k and v in one matrix
@@ -169,12 +159,12 @@ def convert_state_dict(
 
 def _check_tensor(key: str, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided or not tensor.is_floating_point():
-        raise ConversionError(f"{key!r} is of the type {tensor.dtype}, not of plain floating-point numbers.")
+        raise CADAError(f"{key!r} is of the type {tensor.dtype}, not of plain floating-point numbers.")
     # A file of a few bytes may claim a tensor of any size, by repeating one number.
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
-        raise ConversionError(f"{key!r} of the shape {tuple(tensor.shape)} is not stored whole.")
+        raise CADAError(f"{key!r} of the shape {tuple(tensor.shape)} is not stored whole.")
     if not tensor.float().isfinite().all():
-        raise ConversionError(f"{key!r} holds NaN or infinite numbers. Take another checkpoint.")
+        raise CADAError(f"{key!r} holds NaN or infinite numbers. Take another checkpoint.")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
@@ -184,24 +174,24 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     weights builds tensors and plain containers only.
 
     Raises:
-        ConversionError: where the file is missing, damaged, or holds something else.
+        CADAError: where the file is missing, damaged, or holds something else.
     """
     path = Path(path)
     if not path.is_file():
         problem = "is not a file. Give the file itself" if os.path.exists(path) else "does not exist"
-        raise ConversionError(f"The checkpoint {path} {problem}.")
+        raise CADAError(f"The checkpoint {path} {problem}.")
     try:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ConversionError(f"The checkpoint {path} cannot be read: {error.strerror or one_line(error)}.") from error
+        raise CADAError(f"The checkpoint {path} cannot be read: {error.strerror or one_line(error)}.") from error
     except Exception as error:  # the readers raise many kinds on damaged files
         said = one_line(error)
         if isinstance(error, UnpicklingError):  # torch goes on to advise to run the code of the pickle
             said = said.partition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
-        raise ConversionError(
+        raise CADAError(
             f"{path} cannot be read with weights_only=True ({said[:200] or 'no file of tensors'}). It is damaged, or "
             "holds more than tensors; ask for a file of tensors only."
         ) from error
@@ -213,10 +203,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         or not loaded
         or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items())
     ):
-        raise ConversionError(f"{path} holds no dictionary of tensors. Is this a checkpoint?")
+        raise CADAError(f"{path} holds no dictionary of tensors. Is this a checkpoint?")
     weights = {key.removeprefix("module."): value for key, value in loaded.items()}
     if len(weights) < len(loaded):
-        raise ConversionError(f"{path} holds the same tensors with and without `module.`. Keep one of the two.")
+        raise CADAError(f"{path} holds the same tensors with and without `module.`. Keep one of the two.")
     return weights
 
 
@@ -233,7 +223,7 @@ def infer_sizes(
     if image_size is None:
         side = round(patches**0.5)
         if side * side != patches:
-            raise ConversionError(
+            raise CADAError(
                 f"The checkpoint has {patches} patches, no square number. Pass --checkpoint_image_size HEIGHT WIDTH."
             )
         image_size = (side * patch_size, side * patch_size)
@@ -241,9 +231,7 @@ def infer_sizes(
     def layers(prefix: str) -> int:
         numbers = {int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix)}
         if numbers != set(range(len(numbers))):
-            raise ConversionError(
-                f"The layers {prefix}* are not numbered from 0 without gaps: the last is {max(numbers)}."
-            )
+            raise CADAError(f"The layers {prefix}* are not numbered from 0 without gaps: the last is {max(numbers)}.")
         return len(numbers)
 
     vocabulary, text_hidden = weights[f"{text}embeddings.word_embeddings.weight"].shape
@@ -336,13 +324,13 @@ def _load_blip(kind: type, name: str, revision: str | None) -> tuple[dict[str, t
             name, revision=revision or "main", weights_only=True, output_loading_info=True
         )
     except Exception as error:  # the library raises many kinds
-        raise ConversionError(
+        raise CADAError(
             f"BLIP cannot be loaded from {name}: {one_line(error)} Give a folder, or a name on the Hub, which has to "
             "be reachable."
         ) from error
     missing = sorted(set(report["missing_keys"]) - set(model.all_tied_weights_keys))
     if missing:
-        raise ConversionError(
+        raise CADAError(
             f"{name} lacks {missing[0]} ({len(missing)} tensor(s) in all) of {kind.__name__}. Is it complete, and the "
             "right kind of BLIP?"
         )
@@ -374,7 +362,7 @@ def convert(
         revision: tag, branch or commit of a `"blip"` checkpoint on the Hub.
 
     Raises:
-        ConversionError: for a checkpoint that does not fit; the message names the key.
+        CADAError: for a checkpoint that does not fit; the message names the key.
     """
     report = ConversionReport()
     told: dict = {}
@@ -382,22 +370,22 @@ def convert(
         vocabulary_head = None if vocabulary_head is None else str(vocabulary_head)
         state_dict, told = _read_blip(str(checkpoint), vocabulary_head, revision)
     elif vocabulary_head is not None:
-        raise ConversionError("--vocabulary_head goes with --source blip; the other files hold their own.")
+        raise CADAError("--vocabulary_head goes with --source blip; the other files hold their own.")
     else:
         state_dict = read_checkpoint(checkpoint)
     weights = convert_state_dict(state_dict, source, report)
     try:
         fields = _join(infer_sizes(weights, num_attention_heads, checkpoint_image_size), told, settings_of(source))
     except KeyError as error:
-        raise ConversionError(f"{checkpoint} lacks {error.args[0]!r}. Is this a checkpoint of {source!r}?") from error
-    except ConversionError:
+        raise CADAError(f"{checkpoint} lacks {error.args[0]!r}. Is this a checkpoint of {source!r}?") from error
+    except CADAError:
         raise
     except (IndexError, TypeError, ValueError) as error:
-        raise ConversionError(f"{checkpoint} holds a tensor of another shape than {source!r}: {error}.") from error
+        raise CADAError(f"{checkpoint} holds a tensor of another shape than {source!r}: {error}.") from error
     try:
         model = _build(weights, fields, image_size, config_overrides or {}, report)
     except (StrictDataclassError, RuntimeError, ValueError) as error:
-        raise ConversionError(
+        raise CADAError(
             f"The sizes of {checkpoint} and the arguments give no model: {one_line(error)} Is it of {source!r}?"
         ) from error
     _load(model, weights, source, report, may_leave_out=bool(config_overrides))
@@ -431,9 +419,7 @@ def _load(
     """Fill the model; what the source cannot have is new, everything else has to be there."""
     unused = [name for name in weights if name not in model.state_dict()]
     if unused and not may_leave_out:
-        raise ConversionError(
-            f"The model has no place for {', '.join(unused[:3])}. Is this a checkpoint of {source!r}?"
-        )
+        raise CADAError(f"The model has no place for {', '.join(unused[:3])}. Is this a checkpoint of {source!r}?")
     if unused:  # a switched-off loss has no head
         for name in unused:
             del weights[name]
@@ -441,15 +427,13 @@ def _load(
     try:
         missing = model.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
-        raise ConversionError(f"The sizes do not fit: {one_line(error)}") from error
+        raise CADAError(f"The sizes do not fit: {one_line(error)}") from error
     tied = set(model.all_tied_weights_keys)
     may_be_new = ("group_match_head.", "vocabulary_head.") if source != "cada_original" else ()
     report.new = [name for name in missing if name not in tied]
     wrong = [name for name in report.new if not name.startswith(may_be_new)] if may_be_new else report.new
     if wrong:
-        raise ConversionError(
-            f"The checkpoint has no tensor for {', '.join(wrong)}. Is it complete, and of {source!r}?"
-        )
+        raise CADAError(f"The checkpoint has no tensor for {', '.join(wrong)}. Is it complete, and of {source!r}?")
     model.tie_weights()
     model.eval()
 
@@ -474,57 +458,31 @@ def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -
     image_processor = CADAImageProcessor(size={"height": height, "width": width})
     processor = CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
     if processor.enc_token_id != model.config.text_config.enc_token_id:
-        raise ConversionError(
+        raise CADAError(
             f"The tokenizer {tokenizer_name!r} gives [ENC] the id {processor.enc_token_id}, the model expects "
             f"{model.config.text_config.enc_token_id}. Use bert-base-uncased, which BLIP was trained with."
         )
     return processor
 
 
-def _convert_and_save(options: argparse.Namespace) -> None:
-    folder = make_output_folder(options.output_dir).resolve()  # what keeps from saving shows before the work
-    if Path(options.checkpoint).resolve() in (folder, folder / "model.safetensors"):
-        raise ConversionError(f"--output_dir {folder} would overwrite --checkpoint. Choose another folder.")
-    set_seed(options.seed)
-    model, report = convert(
-        options.source,
-        options.checkpoint,
-        vocabulary_head=options.vocabulary_head,
-        image_size=options.image_size or default_image_size(options.source),
-        checkpoint_image_size=options.checkpoint_image_size,
-        num_attention_heads=options.num_attention_heads,
-        revision=options.revision,
-    )
-    processor = convert_processor(model, options.tokenizer_name)
-    with checkpoint_written_whole(options.output_dir) as folder:
+def check_output(out: str | os.PathLike, checkpoint: str) -> None:
+    """
+    What keeps from saving shows before the work.
+
+    Raises:
+        CADAError: where the folder `out` cannot be written, or is the `checkpoint`.
+    """
+    folder = make_output_folder(out).resolve()
+    if Path(checkpoint).resolve() in (folder, folder / "model.safetensors"):
+        raise CADAError(f"--out {folder} would overwrite --checkpoint. Choose another folder.")
+
+
+def save_converted(
+    model: CADAForTextToImageRetrieval, tokenizer_name: str, source: str, checkpoint: str, out: str | os.PathLike
+) -> None:
+    """Save a converted model with its processor and its origin, for publishing and training."""
+    processor = convert_processor(model, tokenizer_name)
+    with checkpoint_written_whole(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        write_run(folder, describe_origin(options.source, options.checkpoint), None, [])
-    print(f"{report}\nSaved to {options.output_dir}.")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", required=True, choices=SOURCES)
-    parser.add_argument("--checkpoint", required=True, help="folder or Hub name (blip), or file (the others)")
-    parser.add_argument("--revision", help="tag, branch or commit of --checkpoint on the Hub")
-    parser.add_argument("--output_dir", required=True, type=Path)
-    parser.add_argument("--vocabulary_head", help="BlipForConditionalGeneration whose vocabulary head ARA starts from")
-    parser.add_argument(
-        "--image_size",
-        type=int,
-        nargs=2,
-        metavar=("HEIGHT", "WIDTH"),
-        help="for example 384 128; by default 224 224, the paper's, for BLIP, and the checkpoint's own for CADA",
-    )
-    parser.add_argument("--checkpoint_image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--num_attention_heads", type=int, help="by default the width divided by 64")
-    parser.add_argument("--seed", type=int, default=0, help="of weights that the checkpoint does not have")
-    parser.add_argument("--tokenizer_name", default="bert-base-uncased", help="folder or Hub name")
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _convert_and_save(options))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        write_run(folder, describe_origin(source, checkpoint), None, [])

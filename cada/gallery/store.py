@@ -30,8 +30,8 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from files_cada import LOCK, FileError, counted, read_json, written_whole
-from source_cada import RESERVED, GalleryError, ImageFiles, ImageRows, digest_of
+from cada.files import LOCK, CADAError, counted, read_json, written_whole
+from cada.gallery.images import RESERVED, ImageFiles, ImageRows, digest_of
 
 
 RECORD, PENDING, PATCHES = "index.json", "pending", "patches"
@@ -70,7 +70,7 @@ def read_record(index: Path) -> dict | None:
     The record of an index; `None` where the folder has none.
 
     Raises:
-        GalleryError: where it is damaged, of another version, or no record.
+        CADAError: where it is damaged, of another version, or no record.
     """
     path = index / RECORD
     if not os.path.lexists(path):
@@ -78,15 +78,15 @@ def read_record(index: Path) -> dict | None:
     try:
         record = read_json(path)
         if record["format"] != FORMAT:
-            raise GalleryError(
+            raise CADAError(
                 f"{index} was written by another version of this package. Index again, into another folder."
             )
         missing = [name for name in _RECORDED if name not in record]
         if missing:
             raise KeyError(missing[0])
         return record
-    except (FileError, KeyError, TypeError) as error:
-        raise GalleryError(
+    except (CADAError, KeyError, TypeError) as error:
+        raise CADAError(
             f"{path} is damaged, or no record of an index ({type(error).__name__}: {error}). Index again, into "
             "another folder."
         ) from error
@@ -97,7 +97,7 @@ def index_settings(index: Path, record: dict | None, **given) -> dict:
     Arguments of a new index with their defaults; for an old one those that it was made with.
 
     Raises:
-        GalleryError: for a wrong argument, or one that is not as it was.
+        CADAError: for a wrong argument, or one that is not as it was.
     """
     if given["uri"] is not None and "://" not in given["uri"]:
         # A file in the index moves with it; any other is found from everywhere.
@@ -105,12 +105,12 @@ def index_settings(index: Path, record: dict | None, **given) -> dict:
         given["uri"] = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
     if record is None:
         if given["model"] is None:
-            raise GalleryError(f"{index} is a new index. Give the --model that encodes its images.")
+            raise CADAError(f"{index} is a new index. Give the --model that encodes its images.")
         store = given["store"] or "arrow"
         if store not in STORES:
-            raise GalleryError(f"--store is {store!r}. Choose one of {', '.join(STORES)}.")
+            raise CADAError(f"--store is {store!r}. Choose one of {', '.join(STORES)}.")
         if store == "arrow" and given["uri"] is not None:
-            raise GalleryError("--uri is for --store milvus.")
+            raise CADAError("--uri is for --store milvus.")
         if store == "milvus":
             given["uri"] = given["uri"] or "milvus.db"
         approximate = given["approximate"] or None
@@ -118,7 +118,7 @@ def index_settings(index: Path, record: dict | None, **given) -> dict:
     fixed = ("store", "uri", "keep_patches", *(["approximate"] if record["store"] == "milvus" else []))
     for name in fixed:
         if given[name] is not None and given[name] != record[name]:
-            raise GalleryError(
+            raise CADAError(
                 f"{index} was made with --{name.replace('_', '-')} {record[name]}, not {given[name]}. Leave the "
                 "argument out, or make another index."
             )
@@ -135,13 +135,13 @@ def check_output(index: Path, source: dict, new: bool, uri: str | None) -> None:
     run has left.
 
     Raises:
-        GalleryError: where it holds the images, or other files.
+        CADAError: where it holds the images, or other files.
     """
     for place in (source["location"], source["root"]):
         if place is not None and os.path.exists(place) and Path(place).is_relative_to(index.resolve()):
-            raise GalleryError(f"--out {index} is or holds {place}, where the images are. Choose another folder.")
+            raise CADAError(f"--out {index} is or holds {place}, where the images are. Choose another folder.")
     if index.exists() and not index.is_dir():
-        raise GalleryError(f"--out {index} is a file. Choose another folder.")
+        raise CADAError(f"--out {index} is a file. Choose another folder.")
     if not new or not index.exists():
         return
     for path in sorted(index.iterdir()):
@@ -150,7 +150,7 @@ def check_output(index: Path, source: dict, new: bool, uri: str | None) -> None:
             if path.name == folder and path.is_dir():
                 own = all(names.fullmatch(file.name) for file in path.iterdir())
         if not own:
-            raise GalleryError(f"--out {index} is no index and holds {path.name}. Choose an empty or a new folder.")
+            raise CADAError(f"--out {index} is no index and holds {path.name}. Choose an empty or a new folder.")
 
 
 def shard_schema(dimension: int) -> pa.Schema:
@@ -166,12 +166,12 @@ def shard_files(index: Path) -> list[Path]:
 
 
 def announce_states(index: Path, size: int, count: int) -> None:
-    """Say how much disk the patch states of `count` images of `size` bytes take. A `GalleryError` for too much."""
+    """Say how much disk the patch states of `count` images of `size` bytes take. A `CADAError` for too much."""
     free = shutil.disk_usage(index).free
     needed = f"Patch states of {counted(count, 'image')} will take {size * count / 1e9:.2f} GB"
     print(f"{needed}; {free / 1e9:.2f} GB are free.", flush=True)
     if size * count > free:
-        raise GalleryError(f"{index}: the disk is too small for --keep-patches. Leave it out, or choose another.")
+        raise CADAError(f"{index}: the disk is too small for --keep-patches. Leave it out, or choose another.")
 
 
 def read_shards(
@@ -296,30 +296,30 @@ def parse_conditions(where: str | Sequence[str], columns: dict[str, str]) -> lis
     `"camera=3"` and the like as conditions on `columns` (name: type).
 
     Raises:
-        GalleryError: for an unknown column, an unknown form, or a value that is not of the column's type. A text may
+        CADAError: for an unknown column, an unknown form, or a value that is not of the column's type. A text may
             stand in quotes.
     """
     conditions = []
     for text in [where] if isinstance(where, str) else where:
         found = _CONDITION.fullmatch(text)
         if found is None:
-            raise GalleryError(f"The condition {text!r} has no operator. Write it like camera=3: =, !=, <, <=, >, >=.")
+            raise CADAError(f"The condition {text!r} has no operator. Write it like camera=3: =, !=, <, <=, >, >=.")
         column, operator, value = (part.strip() for part in found.groups())
         if operator in ("=<", "=>"):
-            raise GalleryError(f"The condition {text!r} has the operator {operator}. Write {operator[::-1]}.")
+            raise CADAError(f"The condition {text!r} has the operator {operator}. Write {operator[::-1]}.")
         operator = "=" if operator == "==" else operator
         if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
             value = value[1:-1]
         if column not in columns:
             known = ", ".join(columns) or "none; index a CSV, a JSONL or a data set to have some"
-            raise GalleryError(f"The index has no column {column!r} ({text!r}). Columns: {known}.")
+            raise CADAError(f"The index has no column {column!r} ({text!r}). Columns: {known}.")
         try:
             typed = TYPES.get(columns[column], str)(value)
             if isinstance(typed, float) and not math.isfinite(typed) or type(typed) is int and abs(typed) >= 2**63:
                 raise ValueError("beyond all numbers of the column")
             conditions.append(Condition(column, operator, typed))
         except (ValueError, KeyError) as error:
-            raise GalleryError(
+            raise CADAError(
                 f"The condition {text!r} compares {column}, which is of type {columns[column]}, with {value!r}. Give "
                 "such a value."
             ) from error
@@ -342,7 +342,7 @@ class ArrowStore:
             try:
                 self.dataset = Dataset.from_file(str(folder / record["table"]))
             except (OSError, pa.ArrowInvalid) as error:
-                raise GalleryError(f"{folder / record['table']} is missing or damaged ({error}). {_MEND}") from error
+                raise CADAError(f"{folder / record['table']} is missing or damaged ({error}). {_MEND}") from error
 
     def __len__(self) -> int:
         return 0 if self.dataset is None else len(self.dataset)
@@ -352,17 +352,17 @@ class ArrowStore:
         Open all that a search reads, so that an update does not take it away.
 
         Raises:
-            GalleryError: where something is missing or damaged.
+            CADAError: where something is missing or damaged.
         """
         if len(self) != self.record["images"]:
-            raise GalleryError(
+            raise CADAError(
                 f"{self.folder / self.record['table']} has {len(self):,} rows, and {self.record['images']:,} were "
                 f"written. {_MEND}"
             )
         _ = self._approximate
 
     def prepare(self) -> None:
-        """Try before the work what [`write`] does after it. A `GalleryError` where `approximate` cannot be used."""
+        """Try before the work what [`write`] does after it. A `CADAError` where `approximate` cannot be used."""
         if self.record.get("approximate"):
             _new_faiss(self.record["approximate"], self.record["dimension"])
 
@@ -403,9 +403,9 @@ class ArrowStore:
         try:
             index = faiss.read_index(str(path))
         except RuntimeError as error:
-            raise GalleryError(f"{path} is missing or damaged. {_MEND}") from error
+            raise CADAError(f"{path} is missing or damaged. {_MEND}") from error
         if index.ntotal != len(self):
-            raise GalleryError(f"{path} does not belong to the table. {_MEND}")
+            raise CADAError(f"{path} does not belong to the table. {_MEND}")
         return index
 
     def search(
@@ -542,7 +542,7 @@ def _import_faiss():
     try:
         import faiss
     except ImportError as error:
-        raise GalleryError(
+        raise CADAError(
             "An approximate index needs FAISS: pip install faiss-cpu. Without --approximate search is exact and needs "
             "no FAISS."
         ) from error
@@ -550,12 +550,12 @@ def _import_faiss():
 
 
 def _new_faiss(factory: str, dimension: int):
-    """An empty FAISS index. A `GalleryError` where FAISS is missing or does not know it."""
+    """An empty FAISS index. A `CADAError` where FAISS is missing or does not know it."""
     faiss = _import_faiss()
     try:
         return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise GalleryError(
+        raise CADAError(
             f"FAISS has no index {factory!r} for {dimension} numbers: {error}. Choose another --approximate, such as "
             "SQ8; without it search is exact."
         ) from error
@@ -578,7 +578,7 @@ def _build_faiss(table: Path, factory: str, path: Path) -> None:
             rows = np.arange(start, min(start + _ROWS_AT_ONCE, len(features)))
             index.add(features.take(rows).float().numpy())
     except RuntimeError as error:
-        raise GalleryError(
+        raise CADAError(
             f"FAISS cannot build {factory!r} over {len(features)} images: {error}. Choose another --approximate; "
             "without it search is exact."
         ) from error
@@ -588,18 +588,18 @@ def _build_faiss(table: Path, factory: str, path: Path) -> None:
 
 
 class _Client:
-    """`MilvusClient` whose errors are a `GalleryError`."""
+    """`MilvusClient` whose errors are a `CADAError`."""
 
     def __init__(self, uri: str):
         try:
             from pymilvus import MilvusClient, MilvusException
         except ImportError as error:
-            raise GalleryError('Milvus needs its client: pip install "pymilvus[milvus_lite]".') from error
+            raise CADAError('Milvus needs its client: pip install "pymilvus[milvus_lite]".') from error
         self._uri, self._error = uri, MilvusException
         try:
             self._client = MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""))
         except (MilvusException, OSError, ValueError) as error:
-            raise GalleryError(
+            raise CADAError(
                 f"Cannot open Milvus at {uri}: {error}. A file is open to one process at a time: end the other one, "
                 "such as the page. Or give --uri another file, or the address of a cluster."
             ) from error
@@ -614,7 +614,7 @@ class _Client:
             try:
                 return function(*args, **options)
             except self._error as error:
-                raise GalleryError(
+                raise CADAError(
                     f"Milvus at {self._uri}: {error}. Nothing was lost; mend it, and run the command again."
                 ) from error
 
@@ -643,9 +643,9 @@ class MilvusStore:
             self.client.load_collection(self.name)
 
     def ready(self) -> None:
-        """A `GalleryError` where the collection holds fewer images than the index was written with."""
+        """A `CADAError` where the collection holds fewer images than the index was written with."""
         if len(self) < self.record["images"]:
-            raise GalleryError(
+            raise CADAError(
                 f"The collection {self.name} of Milvus at {self.record['uri']} holds {len(self):,} images, and "
                 f"{self.record['images']:,} were written. Is it the right Milvus? {_MEND}"
             )
@@ -657,10 +657,10 @@ class MilvusStore:
         self.exists = False
 
     def prepare(self) -> None:
-        """Make the collection that [`write`] fills. A `GalleryError` where `approximate` cannot be used."""
+        """Make the collection that [`write`] fills. A `CADAError` where `approximate` cannot be used."""
         kind = self.record.get("approximate") or "FLAT"
         if self.in_file and kind not in _MILVUS_LITE:
-            raise GalleryError(f"Milvus in a file has no index {kind!r}, but {', '.join(_MILVUS_LITE)}.")
+            raise CADAError(f"Milvus in a file has no index {kind!r}, but {', '.join(_MILVUS_LITE)}.")
         if self.in_file and kind not in ("FLAT", "AUTOINDEX"):
             _import_faiss()
         if not self.exists:
@@ -729,7 +729,7 @@ class MilvusStore:
     ) -> list[list[tuple[float, dict]]]:
         """The best `k` rows and their scores for each of `queries` `(queries, d)`, best first."""
         if k > _MILVUS_LIMIT:
-            raise GalleryError(f"Milvus gives at most {_MILVUS_LIMIT} images; asked for {k}. Lower --top.")
+            raise CADAError(f"Milvus gives at most {_MILVUS_LIMIT} images; asked for {k}. Lower --top.")
         if not self.exists:
             return [[] for _ in queries]
         condition = " and ".join(_expression(condition) for condition in conditions)

@@ -17,10 +17,10 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from checkpoint_cada import load_model
-from files_cada import CADAError, FileError, one_line, read_json
+from cada.files import CADAError, one_line, read_json
+from cada.hub.loading import load_model
+from cada.hub.record import model_digest
 from modeling_cada import CADAForTextToImageRetrieval
-from publish_cada import model_digest
 
 
 logger = logging.get_logger(__name__)
@@ -37,10 +37,6 @@ _RECIPE = (
 _UNLIKE = ("architectures", "auto_map", "custom_pipelines", "transformers_version", "_name_or_path")  # no settings
 _ANEW = "start a new training from its weights: --model_name_or_path {}, with another --output_dir."
 _OTHER = f"Take another checkpoint, or {_ANEW}"
-
-
-class ResumeError(CADAError):
-    """A training cannot go on from what is there. The message says from what, why, and the remedy."""
 
 
 def recipe_of(args: TrainingArguments, model: CADAForTextToImageRetrieval, splits: dict[str, Dataset | None]) -> dict:
@@ -73,14 +69,14 @@ def find_checkpoint(args: TrainingArguments, recipe: dict) -> str | None:
         recipe: of the training, by [`recipe_of`].
 
     Raises:
-        ResumeError: for a checkpoint that is missing, not whole, or of another training; and for checkpoints that an
+        CADAError: for a checkpoint that is missing, not whole, or of another training; and for checkpoints that an
             earlier training left where a new one is to begin.
     """
     wanted = args.resume_from_checkpoint
     found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if wanted is None:
         if found is not None:
-            raise ResumeError(
+            raise CADAError(
                 f"{found} is there from an earlier training. Go on with it by --resume_from_checkpoint last, or give "
                 "another --output_dir."
             )
@@ -92,20 +88,20 @@ def find_checkpoint(args: TrainingArguments, recipe: dict) -> str | None:
         wanted = found
     folder = Path(wanted)
     if not (folder / TRAINER_STATE_NAME).is_file():
-        raise ResumeError(
+        raise CADAError(
             f"--resume_from_checkpoint {wanted} is no checkpoint of a training: it has no {TRAINER_STATE_NAME}. Give "
             "the folder of one, or `last`."
         )
     try:
         state, saved = read_json(folder / TRAINER_STATE_NAME), read_json(folder / RECIPE_FILE)
         if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or not isinstance(saved, dict):
-            raise FileError(f"{TRAINER_STATE_NAME} or {RECIPE_FILE} of {folder} holds something else.")
-    except FileError as error:
-        raise ResumeError(f"{folder} is not whole. {error} {_OTHER.format(folder)}") from error
+            raise CADAError(f"{TRAINER_STATE_NAME} or {RECIPE_FILE} of {folder} holds something else.")
+    except CADAError as error:
+        raise CADAError(f"{folder} is not whole. {error} {_OTHER.format(folder)}") from error
     changed = [name for name in {**saved, **recipe} if saved.get(name) != recipe.get(name)]
     if changed:
         changed = [f"{name} ({saved.get(name, '-')}, now {recipe.get(name, '-')})" for name in changed]
-        raise ResumeError(
+        raise CADAError(
             f"{folder} is of another training: {', '.join(changed)}. Give the same arguments as before, or "
             f"{_ANEW.format(folder)}"
         )
@@ -126,13 +122,13 @@ def _check_whole(folder: Path, args: TrainingArguments) -> None:
         try:
             load_model(folder)
         except CADAError as error:
-            raise ResumeError(f"{error} Or {_ANEW.format('another checkpoint')}") from error
+            raise CADAError(f"{error} Or {_ANEW.format('another checkpoint')}") from error
     if not (folder / own).is_file() and list(folder.glob("rng_state*.pth")):
         logger.warning(f"{folder} is of another number of processes: dropout goes on with other random numbers.")
         names.remove(own)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise ResumeError(
+        raise CADAError(
             f"{folder} lacks {', '.join(missing)}, as with --save_only_model: a training cannot go on from it. "
             f"{_OTHER.format(folder)}"
         )
@@ -142,7 +138,7 @@ def _check_whole(folder: Path, args: TrainingArguments) -> None:
                 torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # of any kind, as the damage is
             reason = one_line(error).split(".")[0]  # what follows would advise to run its code
-            raise ResumeError(f"{folder / name} is damaged ({reason}). {_OTHER.format(folder)}") from error
+            raise CADAError(f"{folder / name} is damaged ({reason}). {_OTHER.format(folder)}") from error
 
 
 def best_checkpoint(folder: str | os.PathLike, args: TrainingArguments) -> str | None:
@@ -150,19 +146,19 @@ def best_checkpoint(folder: str | os.PathLike, args: TrainingArguments) -> str |
     The best checkpoint that the one in `folder` knows of; it lies in the `output_dir`, which may have been moved.
 
     Raises:
-        ResumeError: where it is gone or damaged.
+        CADAError: where it is gone or damaged.
     """
     best = read_json(Path(folder) / TRAINER_STATE_NAME).get("best_model_checkpoint")
     if best is None:
         return None
     place = Path(args.output_dir) / Path(best).name
     if not place.is_dir():
-        raise ResumeError(f"The best checkpoint so far, {place}, is gone. Bring it back, or {_ANEW.format(folder)}")
+        raise CADAError(f"The best checkpoint so far, {place}, is gone. Bring it back, or {_ANEW.format(folder)}")
     if not _shared_out(args) and place.name != Path(folder).name:
         try:
             load_model(place)
         except CADAError as error:
-            raise ResumeError(f"The best checkpoint so far is damaged. {error} Or {_ANEW.format(folder)}") from error
+            raise CADAError(f"The best checkpoint so far is damaged. {error} Or {_ANEW.format(folder)}") from error
     return str(place)
 
 

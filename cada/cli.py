@@ -1,0 +1,358 @@
+"""
+The command `cada`: from data to a searched gallery. Each command parses its arguments, calls the library and prints.
+
+Training is `train_cada.py`. Whatever goes wrong ends with one line that begins with `error:`, and exit status 1.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from accelerate import PartialState
+from transformers import set_seed
+from typer import Argument, Option
+
+from cada.data.check import check_dataset
+from cada.data.images import open_file
+from cada.data.pedes import PEDES_SETS
+from cada.drawing import check_picture, draw_explanation, draw_results, save_picture
+from cada.explain import attribute_predictions, word_attention
+from cada.files import CADAError, counted, make_output_folder, printable, run_command, written_whole
+from cada.gallery.index import build_index, open_index
+from cada.gallery.store import parse_conditions, shard_files
+from cada.hub.convert import SOURCES, check_output, convert, default_image_size, save_converted
+from cada.hub.loading import load_model_and_processor
+from cada.hub.publish import evaluations_of_others, publish, write_card
+
+
+app = typer.Typer(
+    help="Text-to-image person retrieval: a sentence ranks a gallery of person images.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+Source = StrEnum("Source", {name: name for name in SOURCES})
+Index = Annotated[Path, Argument(help="folder of the index")]
+Model = Annotated[str, Option(help="folder or Hub name of a CADA checkpoint")]
+OtherModel = Annotated[str | None, Option(help="the checkpoint; by default the one that the index was made with")]
+Revision = Annotated[str | None, Option(help="tag, branch or commit of the checkpoint on the Hub")]
+Device = Annotated[str | None, Option(help="of the model, such as cpu or cuda:1")]
+ImageSize = Annotated[tuple[int, int] | None, Option(metavar="HEIGHT WIDTH")]
+
+
+@app.command()
+def check(
+    dataset: Annotated[str, Option(help=f"{', '.join(PEDES_SETS)}, or a folder written by `save_to_disk`")],
+    data_dir: Annotated[str | None, Option(help="folder with the authors' annotations and imgs/")] = None,
+    quick: Annotated[bool, Option("--quick", help="look for the image files without decoding them")] = False,
+) -> None:
+    """Find bad images in a data set, and compare it with the official numbers; exit status 1 where they differ."""
+    if not check_dataset(dataset, data_dir, quick):
+        raise typer.Exit(1)
+
+
+@app.command("convert")
+def convert_checkpoint(
+    source: Annotated[Source, Option(help="blip: of transformers; the others: files of the authors")],
+    checkpoint: Annotated[str, Option(help="folder or Hub name (blip), or file (the others)")],
+    out: Annotated[Path, Option(help="folder of the CADA checkpoint")],
+    revision: Revision = None,
+    vocabulary_head: Annotated[
+        str | None, Option(help="BlipForConditionalGeneration whose vocabulary head ARA starts from")
+    ] = None,
+    image_size: ImageSize = None,
+    checkpoint_image_size: ImageSize = None,
+    num_attention_heads: Annotated[int | None, Option(help="by default the width divided by 64")] = None,
+    seed: Annotated[int, Option(help="of weights that the checkpoint does not have")] = 0,
+    tokenizer_name: Annotated[str, Option(help="folder or Hub name")] = "bert-base-uncased",
+) -> None:
+    """
+    Turn a checkpoint of BLIP, or of the CADA authors, into one of this package.
+
+    The images are of 224×224, the paper's, for BLIP, and of the checkpoint's own size for CADA.
+    """
+    check_output(out, checkpoint)
+    set_seed(seed)
+    model, report = convert(
+        str(source),
+        checkpoint,
+        vocabulary_head=vocabulary_head,
+        image_size=image_size or default_image_size(source),
+        checkpoint_image_size=checkpoint_image_size,
+        num_attention_heads=num_attention_heads,
+        revision=revision,
+    )
+    save_converted(model, tokenizer_name, str(source), checkpoint, out)
+    print(f"{report}\nSaved to {out}.")
+
+
+@app.command()
+def index(
+    source: Annotated[str, Argument(help="folder of images, CSV or JSONL file, or data set")],
+    out: Annotated[Path, Option(help="folder of the index, new or old")],
+    model: OtherModel = None,
+    revision: Revision = None,
+    split: Annotated[str | None, Option(help="of a data set")] = None,
+    root: Annotated[Path | None, Option(help="folder that the paths of a list are relative to")] = None,
+    store: Annotated[str | None, Option(help="arrow (default) or milvus")] = None,
+    uri: Annotated[str | None, Option(help="of Milvus: a file or the address of a cluster")] = None,
+    approximate: Annotated[
+        str | None, Option(help="FAISS factory string such as SQ8, or index type of Milvus; exact by default")
+    ] = None,
+    keep_patches: Annotated[
+        bool | None, Option("--keep-patches", help="keep patch states for re-ranking without the image files")
+    ] = None,
+    moved_source: Annotated[
+        bool, Option("--moved-source", help="the images have moved: point an old index to SOURCE")
+    ] = False,
+    check_content: Annotated[
+        bool, Option("--check-content", help="read all files; by default size, times and inode tell a change")
+    ] = False,
+    batch_size: Annotated[int, Option(min=1, help="images encoded at once")] = 64,
+    workers: Annotated[int, Option(min=0, help="processes that decode images")] = 0,
+    shard_size: Annotated[int, Option(min=1, help="images that an interruption costs at most")] = 1024,
+) -> None:
+    """Encode images into an index, or bring an index up to date."""
+    try:
+        changes = build_index(
+            source,
+            out,
+            model,
+            revision=revision,
+            split=split,
+            root=root,
+            store=store,
+            uri=uri,
+            approximate=approximate,
+            keep_patches=keep_patches,
+            moved_source=moved_source,
+            check_content=check_content,
+            batch_size=batch_size,
+            workers=workers,
+            shard_size=shard_size,
+        )
+    except KeyboardInterrupt:
+        kept = counted(len(shard_files(out)), "finished shard")
+        print(f"\nInterrupted. {kept} kept; run the same command to go on.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    is_main_process = PartialState().is_main_process
+    PartialState().destroy_process_group()
+    if not is_main_process:
+        return
+    for path, problem in changes.unreadable:
+        print(f"unreadable: {printable(path)}: {printable(problem)}", file=sys.stderr)
+    images = counted(changes.added + changes.changed + changes.unchanged, "image")
+    counts = [f"{getattr(changes, name):,} {name}" for name in ("added", "changed", "removed", "unchanged")]
+    print(f"{out}: {images}; {', '.join(counts)}, {len(changes.unreadable):,} unreadable.")
+
+
+@app.command()
+def search(
+    index: Index,
+    sentences: Annotated[list[str] | None, Argument(help="one or several")] = None,
+    file: Annotated[Path | None, Option(help="a text file with one sentence per line")] = None,
+    image: Annotated[Path | None, Option(help="search for the person on this image instead")] = None,
+    top: Annotated[int, Option(min=1, help="images per sentence")] = 10,
+    rerank: Annotated[
+        int | None, Option(min=0, help="candidates that the decoder reads; by default the model's, 0 for none")
+    ] = None,
+    where: Annotated[
+        list[str] | None, Option(help="condition on metadata such as camera=3 (=, !=, <, <=, >, >=), repeatable")
+    ] = None,
+    picture: Annotated[Path | None, Option(help="draw the results into this file")] = None,
+    as_json: Annotated[bool, Option("--json", help="print JSON: one object per sentence")] = False,
+    model: OtherModel = None,
+    device: Device = None,
+) -> None:
+    """Rank the images for a sentence, or for a photo."""
+    if picture is not None:
+        check_picture(picture)
+    gallery = open_index(index, model, device)
+    queries = [*(sentences or []), *(_read_sentences(file) if file is not None else [])]
+    if (image is not None) == bool(queries):
+        raise CADAError("Give sentences, a --file with sentences, or an --image.")
+    if image is None:
+        rankings = list(zip(queries, gallery.search(queries, top, rerank, where or ())))
+    elif rerank:
+        raise CADAError("--rerank reads a sentence; with --image there is none. Leave it out.")
+    else:
+        rankings = [(str(image), gallery.search_image(open_file(image), top, where or ()))]
+    if as_json:
+        _print_json(rankings)
+    else:
+        asked = dict.fromkeys(condition.column for condition in parse_conditions(where or (), gallery.columns))
+        nothing = f"No image{f' fulfils {shlex.join(where)}' if where and not gallery.left_out else ''}."
+        _print_rankings(rankings, asked, nothing)
+    if picture is not None:  # after the results, which are there then even where it cannot be written
+        save_picture(draw_results(gallery, dict(rankings)), picture)
+        if not as_json:
+            print(f"Wrote {picture}.")
+
+
+def _read_sentences(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CADAError(f"{file} cannot be read ({error}). Give a text file in UTF-8.") from error
+
+
+def _print_json(rankings: list) -> None:
+    lists = [
+        {"query": query, "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(results, 1)]}
+        for query, results in rankings
+    ]
+    print(json.dumps(lists, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _print_rankings(rankings: list, columns: dict, nothing: str) -> None:
+    for query, results in rankings:
+        print(printable(query))
+        if not results:
+            print(nothing)
+            continue
+        print("rank   score  stage   path")
+        for rank, result in enumerate(results, start=1):
+            line = f"{rank:4}  {result.score:6.3f}  {result.stage:6}  {result.path}"
+            print(printable("  ".join([line, *(f"{name}={result.metadata[name]}" for name in columns)])))
+
+
+@app.command()
+def info(index: Index) -> None:
+    """Say what an index holds."""
+    for name, value in open_index(index).info().items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{column} ({kind})" for column, kind in value.items()) or "none"
+        print(f"{name.replace('_', ' '):17} {f'{value:,}' if type(value) is int else value}")
+
+
+@app.command()
+def verify(index: Index) -> None:
+    """Compare every image with what was indexed; exit status 1 where one is gone or has changed."""
+    gallery = open_index(index)
+    problems = gallery.verify()
+    for path, problem in problems:
+        print(f"{printable(path)}: {printable(problem)}")
+    print(f"{counted(len(gallery), 'image')}; {len(problems):,} with problems.")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(index: Index, path: Annotated[Path, Argument(help="a Parquet file")]) -> None:
+    """Write paths, metadata and features of an index as Parquet."""
+    print(f"Wrote {open_index(index).export(path):,} rows to {path}.")
+
+
+@app.command()
+def explain(
+    model: Model,
+    image: Annotated[Path, Option()],
+    text: Annotated[str, Option(help="a sentence")],
+    out: Annotated[Path, Option(help="the picture, a PNG")],
+    arrays: Annotated[Path | None, Option(help="also write words and maps as .npz")] = None,
+    revision: Revision = None,
+    layer: Annotated[int | None, Option(help="of the decoder; the mean of all by default")] = None,
+    head: Annotated[int | None, Option(help="of the layer; the mean of all by default")] = None,
+) -> None:
+    """Draw where each word of a sentence looks, and what the image suggests for masked attributes."""
+    for name, path, ending in (("--out", out, ".png"), ("--arrays", arrays, ".npz")):
+        if path is not None and path.suffix.lower() != ending:
+            raise CADAError(f"{name} {path} should end in {ending}.")
+        if path is not None and path.is_dir():
+            raise CADAError(f"{name} {path} is a folder. Give the name of a file.")
+        if path is not None:
+            make_output_folder(path.parent)
+    photo = open_file(image)
+    network, processor = load_model_and_processor(model, revision)
+    try:
+        attention = word_attention(network, processor, photo, text, layer, head)
+        predictions = attribute_predictions(network, processor, photo, text) if network.config.use_ara else []
+    except ValueError as error:
+        raise CADAError(str(error)) from error
+    with written_whole(out) as path:
+        draw_explanation(photo, text, attention, predictions).save(path)
+    if arrays is not None:
+        with written_whole(arrays) as path:
+            np.savez(path, words=np.array(attention.words), maps=attention.maps)
+    for prediction in predictions:
+        best = " ".join(piece[0][0] for piece in prediction.guesses)
+        print(f"{prediction.phrase}: the image suggests {best}")
+    print(f"Wrote {out}.")
+
+
+@app.command()
+def page(
+    index: Index,
+    model: OtherModel = None,
+    port: Annotated[int, Option(help="1 to 65535")] = 7860,
+    device: Device = None,
+) -> None:
+    """Search an index in a browser, on this machine alone."""
+    from cada.gallery.page import serve_until_interrupted  # Gradio takes seconds to import
+
+    serve_until_interrupted(index, model, device, port)
+
+
+@app.command("publish")
+def publish_checkpoint(
+    checkpoint: Annotated[Path, Argument(help="--output_dir of a training run")],
+    repo_id: Annotated[str, Argument(help="org/name on the Hub")],
+    tag: Annotated[
+        str | None, Option(help="name of this state, such as v1.0; by default the card pins the commit")
+    ] = None,
+    private: Annotated[bool | None, Option("--private", help="make a new repository private")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="replace weights that are there already")] = False,
+    evaluations: Annotated[
+        list[Path] | None, Option(help="folder of a further --do_predict run, for the card's table; repeatable")
+    ] = None,
+    licence_granted: Annotated[
+        bool, Option("--licence-granted", help="the authors allow to publish weights that have no licence")
+    ] = False,
+    card_only: Annotated[bool, Option("--card-only", help="write README.md into the folder, push nothing")] = False,
+) -> None:
+    """Push a trained checkpoint with its model card to the Hub."""
+    further = evaluations_of_others(checkpoint, repo_id, tag, evaluations or [])
+    if card_only:
+        path, files = write_card(checkpoint, repo_id, tag, further)
+        print(f"Wrote {path}. A push would publish: {', '.join(files)}")
+        return
+    options = {"private": private, "overwrite": overwrite, "licence_granted": licence_granted}
+    revision = publish(checkpoint, repo_id, tag, evaluations=further, **options)
+    print(f"Published {repo_id}, revision {revision}.")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, Option(help="folder of all results")] = Path("demo"),
+    seed: Annotated[int, Option(help="of the drawn persons and of the model")] = 0,
+) -> None:
+    """Train a small model on drawn persons, evaluate it, and search with three sentences."""
+    from cada.demo import run_demo  # it imports the training script, which no other command needs
+
+    run_demo(out, seed)
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        return typer.main.get_command(app).main(args=arguments, prog_name="cada", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # no error of typer, which says in it what is wrong with an argument
+            raise
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "cada"
+        message = error.format_message()
+        if message.startswith("Usage:"):  # no command at all: its help
+            print(message)
+            return 0
+        raise CADAError(f"{message} (`{command} --help` lists all arguments.)") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return run_command(lambda: _run(arguments))

@@ -1,0 +1,97 @@
+"""Images of a data set: opened in one place, with errors that name them."""
+
+import os
+from collections.abc import Iterable
+from io import BytesIO
+
+from datasets import (
+    Dataset,
+    Image,
+)
+from datasets.utils.file_utils import xopen
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+
+from cada.files import CADAError, one_line
+from processing_cada import read_image
+
+
+def _image_problem(image: dict, decode: bool) -> str | None:
+    """What is wrong with an image, or `None`. Without `decode` only the presence and size of a file are looked at."""
+    path, content = image["path"], image.get("bytes")
+    if content is None and path is None:
+        return "is missing"
+    if content is None and "://" not in path:
+        if not os.path.isfile(path):
+            return "is not a file" if os.path.exists(path) else "is missing"
+        if os.path.getsize(path) == 0:
+            return "is empty"
+    if decode:
+        try:
+            open_image({"path": path, "bytes": content})
+        except CADAError as error:
+            return f"cannot be decoded ({error})"
+    return None
+
+
+def find_bad_images(split: str, images: Iterable[dict], count: int, decode: bool) -> dict[int, str]:
+    """
+    Which of `count` images (`row`, `path`, and `bytes` where a table holds the content) are missing, empty or (with
+    `decode`) damaged: name, row and what is wrong, by row.
+    """
+    problems = {}
+    for image in tqdm(images, desc=f"{split}: images", unit="image", total=count, disable=count < 1000):
+        problem = _image_problem(image, decode)
+        if problem:
+            name = image["path"] or image.get("file_name") or "The image"
+            problems[image["row"]] = f"{name} (row {image['row']}) {problem}"
+    return problems
+
+
+def undecoded(dataset: Dataset) -> Dataset:
+    """The same rows, whose images [`read_row`] decodes."""
+    feature = dataset.features["image"]
+    is_decoded = isinstance(feature, Image) and feature.decode
+    return dataset.cast_column("image", Image(decode=False)) if is_decoded else dataset
+
+
+def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Image:
+    """
+    The image of an undecoded row, read for a model that reads `size` (height, width), see [`read_image`].
+
+    Raises:
+        CADAError: what is wrong with it; whoever calls names the row.
+    """
+    content, path = image["bytes"], image["path"]
+    try:
+        if content is not None:
+            file = BytesIO(content)
+        elif path is None:
+            raise CADAError("there is neither a file name nor content")
+        elif os.path.isfile(path):
+            file = path
+        elif os.path.exists(path):  # to open a named pipe would wait for ever
+            raise CADAError("it is not a file but a folder or a device")
+        elif "://" not in path:
+            raise CADAError("there is no such file")
+        else:  # of an archive, or remote
+            with xopen(path, "rb") as remote:
+                file = BytesIO(remote.read())
+        return read_image(file, size)
+    except CADAError:
+        raise
+    except Exception as error:  # Pillow's readers of the formats raise many kinds on damaged files
+        raise CADAError(one_line(error)) from error
+
+
+def open_file(path: str | os.PathLike) -> PILImage.Image:
+    """
+    The image of a file that somebody names.
+
+    Raises:
+        CADAError: names the file and what is wrong with it.
+    """
+    try:
+        return open_image({"path": os.fspath(path), "bytes": None})
+    except CADAError as error:
+        raise CADAError(f"The image {path} cannot be read: {error}.") from error

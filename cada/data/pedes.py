@@ -1,0 +1,183 @@
+"""The three PEDES sets: their files, their rows, checked."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.utils import logging
+
+from cada.files import CADAError, read_json
+from processing_cada import clean_caption
+
+
+logger = logging.get_logger(__name__)
+# The longest caption of the three sets has about a hundred words. More than this is a damaged file.
+MAX_CAPTION_WORDS, MAX_CAPTION_CHARACTERS = 500, 5000
+
+
+@dataclass(frozen=True)
+class PedesSet:
+    """Where the authors of a set put things, and what the set holds."""
+
+    title: str
+    annotations: tuple[str, ...]  # names seen for the annotation file
+    path_key: str
+    counts: dict[str, tuple[int, int, int]]  # split: persons, images, captions
+
+
+PEDES_SETS = {
+    "cuhk_pedes": PedesSet(
+        "CUHK-PEDES",
+        ("reid_raw.json", "caption_all.json"),
+        "file_path",
+        {"train": (11003, 34054, 68126), "val": (1000, 3078, 6158), "test": (1000, 3074, 6156)},
+    ),
+    "icfg_pedes": PedesSet(
+        "ICFG-PEDES",
+        ("ICFG-PEDES.json", "ICFG_PEDES.json"),
+        "file_path",
+        {"train": (3102, 34674, 34674), "test": (1000, 19848, 19848)},
+    ),
+    "rstp_reid": PedesSet(
+        "RSTPReid",
+        ("data_captions.json",),
+        "img_path",
+        {"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)},
+    ),
+}
+
+
+def _annotation_file(pedes: PedesSet, data_dir: Path) -> Path:
+    if not os.path.isdir(data_dir):
+        raise CADAError(
+            f"The data folder {data_dir} does not exist. Pass the folder of {pedes.title} that holds "
+            f"{pedes.annotations[0]} and imgs/ as --data_dir."
+        )
+    for name in pedes.annotations:
+        if os.path.isfile(data_dir / name):
+            return data_dir / name
+    raise CADAError(
+        f"{data_dir} holds no annotation file of {pedes.title}: looked for {' and '.join(pedes.annotations)}. "
+        "Put the file of the set's authors there, next to imgs/."
+    )
+
+
+def _read_records(path: Path) -> list:
+    try:
+        records = read_json(path)
+    except CADAError as error:
+        raise CADAError(str(error)) from error
+    if not isinstance(records, list) or not records:
+        raise CADAError(f"{path} should be a JSON list with one object per image. Fetch it again.")
+    return records
+
+
+def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[str, list[dict]]:
+    """
+    The annotations of a PEDES set by split, checked: `{"train": [{"path", "captions", "person_id", "file_name",
+    "row"}, ...], ...}`. Image files are not opened.
+
+    Raises:
+        CADAError: names the annotation file, the row and the remedy.
+    """
+    pedes = PEDES_SETS[dataset]
+    if data_dir is None:
+        raise CADAError(f"{pedes.title} needs --data_dir, the folder with its annotations and imgs/.")
+    data_dir = Path(data_dir)
+    annotation_file = _annotation_file(pedes, data_dir)
+    root = Path(os.path.realpath(data_dir / "imgs"))
+    if not os.path.isdir(root):
+        raise CADAError(f"{data_dir} holds no folder imgs/ with the images of {pedes.title}. Put the images there.")
+    splits: dict[str, list[dict]] = {split: [] for split in pedes.counts}
+    rows_of_names: dict[str, list[int]] = {}
+    for row, record in enumerate(_read_records(annotation_file)):
+        where = f"{annotation_file}, row {row}"
+        if not isinstance(record, dict):
+            raise CADAError(f"{where}: expected an object, found {type(record).__name__}. Fetch the file again.")
+        if "split" not in record:
+            remedy = (
+                "caption_all.json has none; use reid_raw.json of the set's authors"
+                if annotation_file.name == "caption_all.json"
+                else "add one, or fetch the file again"
+            )
+            raise CADAError(f"{where} has no `split`: {remedy}.")
+        for key in ("id", "captions", pedes.path_key):
+            if key not in record:
+                raise CADAError(f"{where} has no `{key}`. Is this the annotation file of {pedes.title}?")
+        if not isinstance(record["split"], str) or record["split"] not in splits:
+            raise CADAError(
+                f"{where}: unknown split {record['split']!r}. {pedes.title} has {', '.join(splits)}. Correct the row."
+            )
+        path = _image_path(record[pedes.path_key], root, where)
+        rows_of_names.setdefault(os.path.normpath(path), []).append(row)
+        splits[record["split"]].append(
+            {
+                "path": str(path),
+                "captions": _check_captions(record["captions"], where),
+                "person_id": _check_person(record["id"], where),
+                "file_name": record[pedes.path_key],
+                "row": row,
+            }
+        )
+    repeated = [rows for rows in rows_of_names.values() if len(rows) > 1]
+    if repeated:
+        logger.warning(
+            f"{annotation_file}: {len(repeated)} image(s) stand in several rows, the first in rows "
+            f"{', '.join(map(str, repeated[0]))}. Each row counts in training and in every score."
+        )
+    for split, rows in splits.items():
+        if not rows:
+            raise CADAError(f"{annotation_file} has no row of split {split!r}. Is the file complete?")
+    persons = tuple(len({record["person_id"] for record in rows}) for rows in splits.values())
+    if dataset == "rstp_reid" and persons == (3901, 100, 100):
+        raise CADAError(
+            f"{annotation_file} is the RSTPReid file from before October 2022, with 3901/100/100 persons. Its split "
+            "is wrong; get the corrected file (3701/200/200) from the set's authors."
+        )
+    return splits
+
+
+def _image_path(name, root: Path, where: str) -> Path:
+    if not isinstance(name, str) or not name:
+        raise CADAError(f"{where}: the image path is {name!r:.80}, not a text. Correct the row.")
+    if "\\" in name or not name.isprintable():
+        raise CADAError(
+            f"{where}: the image path {name!r:.200} holds a backslash or a control character. Write / between "
+            "folders, and correct the row."
+        )
+    path = root / name
+    # The folder itself may be a link, as often on clusters; what counts is that the name stays inside.
+    if not Path(os.path.realpath(path)).is_relative_to(root):
+        raise CADAError(f"{where}: the path {name!r:.200} leaves the data folder {root}. Correct the row.")
+    return path
+
+
+def _check_person(person_id, where: str) -> int:
+    if isinstance(person_id, bool) or not isinstance(person_id, int) or abs(person_id) >= 2**63:
+        raise CADAError(
+            f"{where}: the person id is {person_id!r:.80}, not a whole number of at most 18 digits. Correct the row."
+        )
+    return person_id
+
+
+def _check_captions(captions, where: str) -> list[str]:
+    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+        raise CADAError(f"{where}: `captions` should be a list of strings with at least one. Correct the row.")
+    for number, caption in enumerate(captions):
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise CADAError(
+                f"{where}: caption {number} holds half a character at position {error.start} (a lone surrogate). "
+                "Correct the row."
+            ) from error
+        if not clean_caption(caption):
+            raise CADAError(f"{where}: caption {number} is empty. Write one, or take it out of the row.")
+        words = len(caption.split())
+        if words > MAX_CAPTION_WORDS or len(caption) > MAX_CAPTION_CHARACTERS:
+            raise CADAError(
+                f"{where}: caption {number} has {words} words and {len(caption)} characters, at most "
+                f"{MAX_CAPTION_WORDS} and {MAX_CAPTION_CHARACTERS} are accepted (the model reads about 70 words). "
+                "Shorten it."
+            )
+    return captions

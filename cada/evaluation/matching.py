@@ -1,0 +1,270 @@
+"""Retrieval metrics, and evaluation in two stages: global matching of all images, local matching of the top K."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from tqdm.auto import tqdm
+
+from cada.evaluation.encoding import Gallery, Queries, _sum_over_processes, encode_gallery, encode_queries
+from cada.evaluation.metrics import _ROWS_AT_ONCE, METRICS, _metric_sums, rerank_scores, top_candidates
+
+
+RERANK_MEMORY = 4.0  # GB
+# Tokens of a batch, and batches of a group of images. Large enough for fast matrix products; an accelerator needs more
+# for that, and groups so large that nearly all texts of a batch are of one length.
+_BATCHES = {"cpu": (1024, 4)}
+_BATCHES_ON_ACCELERATOR = (16_384, 32)
+_SAFE_RANKS = (1, 5, 10)
+_SAMPLED_PAIRS = 256
+
+
+def _batches(lengths: list[int], too_much: Callable[[int, int], bool]) -> Iterator[slice]:
+    """Slices of texts in the order of their `lengths`, as large as `too_much(rows, longest)` allows, 1 at least."""
+    start = 0
+    for end, length in enumerate(lengths):
+        if end > start and too_much(end + 1 - start, length):
+            yield slice(start, end)
+            start = end
+    yield slice(start, len(lengths))
+
+
+def _groups(counts: torch.Tensor, pairs: int, images: float) -> list[torch.Tensor]:
+    """Indices of `counts` in groups that add up to about `pairs`, of at most `images`, 1 at least."""
+    groups, group, total = [], [], 0
+    for index, count in enumerate(counts.tolist()):
+        if group and (total >= pairs or len(group) + 1 > images):
+            groups.append(torch.tensor(group))
+            group, total = [], 0
+        group.append(index)
+        total += count
+    return [*groups, torch.tensor(group)] if group else groups
+
+
+@torch.inference_mode()
+def match_candidates(
+    model,
+    queries: Queries,
+    gallery: Gallery,
+    candidates: torch.Tensor,
+    memory: float = RERANK_MEMORY,
+    progress: bool = False,
+    chosen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Local scores S_L `(queries, K)` of the candidates `(queries, K)`; 0 for those that are not `chosen` `(queries, K)`.
+
+    Pairs are taken image by image, in groups of images with several batches of pairs: the keys and values of an image
+    are computed once for all its pairs. The pairs of a group are sorted by the length of their text, so that padding
+    is rare. A group and a batch take at most a quarter of `memory` (GB) each. Several processes share the images:
+    each takes those whose patch states it keeps. An accelerator is waited for at the end only, if the patch states of
+    all images are kept.
+    """
+    k, device, text = candidates.shape[1], model.device, model.config.text_config
+    lengths = queries.attention_mask.sum(dim=1)
+    scores = torch.zeros(candidates.numel(), device=device)
+    # Keys and values of one layer; all layers of a group are kept, and one layer is copied for every block of pairs.
+    projected = 2 * gallery.states.shape[1] * text.hidden_size * gallery.states.dtype.itemsize
+    per_token = (2 * text.intermediate_size + 8 * text.hidden_size) * gallery.states.dtype.itemsize
+    budget = memory / 4 * 1e9
+    at_once = device.type == "cuda"  # other accelerators may read the memory when it is no longer ours
+    tokens_at_once, batches_of_group = _BATCHES.get(device.type, _BATCHES_ON_ACCELERATOR)
+    images, order = candidates.flatten().sort(stable=True)
+    kept = torch.ones_like(images, dtype=torch.bool) if chosen is None else chosen.flatten()[order]
+    if gallery.own is not None:
+        kept &= (images >= gallery.own.start) & (images < gallery.own.stop)
+    images, order = images[kept], order[kept]
+    images, counts = images.unique_consecutive(return_counts=True)
+    groups = _groups(
+        counts,
+        batches_of_group * tokens_at_once // int(lengths.median()),
+        budget / projected / text.num_hidden_layers,
+    )
+    ends = counts.cumsum(0)
+    with tqdm(total=len(order), desc="Re-ranking", unit="pair", disable=not progress, leave=False) as bar:
+        for group, states in zip(groups, gallery.states_of([images[group] for group in groups])):
+
+            def too_much(rows: int, length: int, images: int = len(group)) -> bool:
+                # At most, for the blocks of `model.match`: of 8 pairs, or of as many as an image has on average.
+                copied = min(rows, max(rows // 8 + images, 2 * images)) * projected
+                return rows * length > tokens_at_once or copied + rows * length * per_token > budget
+
+            projections = None  # those of the group before, which would double the memory
+            states = states.pin_memory() if at_once else states
+            projections = model.project_images(states.to(device, non_blocking=at_once))
+            pairs = order[ends[group[0]] - counts[group[0]] : ends[group[-1]]]
+            image_index = torch.repeat_interleave(torch.arange(len(group)), counts[group])
+            # By length, and the pairs of one text side by side.
+            by_length = (lengths[pairs // k] * len(lengths) + pairs // k).argsort(stable=True)
+            pairs, image_index = pairs[by_length], image_index[by_length]
+            for batch in _batches(lengths[pairs // k].tolist(), too_much):
+                texts, text_index = (pairs[batch] // k).unique(return_inverse=True)
+                inputs = (queries.input_ids[texts], queries.attention_mask[texts])
+                logits = model.match(*inputs, projections, text_index, image_index[batch])
+                scores[pairs[batch].to(device, non_blocking=at_once)] = model.local_score(logits).float()
+                bar.update(len(pairs[batch]))
+    return _sum_over_processes(scores, device).view_as(candidates)
+
+
+def in_doubt(
+    similarity: torch.Tensor, local_scores: torch.Tensor, tolerance: float, match_score: str = "probability"
+) -> torch.Tensor:
+    """
+    Which candidates `(queries, K)` may change places with others at the borders behind ranks 1, 5 and 10.
+
+    Args:
+        similarity: S_G of the candidates `(queries, K)`.
+        local_scores: their S_L `(queries, K)`.
+        tolerance: how far the logits behind S_L may be off.
+        match_score: what S_L is: a "probability" or a "logit".
+
+    Returns:
+        Booleans `(queries, K)`.
+    """
+    scores, probability = local_scores.double(), match_score == "probability"
+    logits = scores.logit() if probability else scores
+    low, high = (
+        similarity.double() + (shift.sigmoid() if probability else shift)
+        for shift in (logits - tolerance, logits + tolerance)
+    )
+    doubtful = torch.zeros_like(scores, dtype=torch.bool)
+    for rank in _SAFE_RANKS:
+        if rank < scores.shape[1]:
+            inside = low > high.topk(rank + 1).values[:, -1:]  # no more than `rank` can be as high
+            outside = high < low.topk(rank).values[:, -1:]
+            doubtful |= ~(inside | outside)
+    return doubtful
+
+
+def score_candidates(
+    model,
+    queries: Queries,
+    gallery: Gallery,
+    candidates: torch.Tensor,
+    similarity: torch.Tensor,
+    memory: float = RERANK_MEMORY,
+    progress: bool = False,
+) -> torch.Tensor:
+    """
+    Local scores S_L `(queries, K)` of the candidates `(queries, K)`, whose global scores are `similarity`
+    `(queries, K)`, within `memory` (GB).
+
+    Half precision cannot tell close candidates apart. Under autocast it reads all pairs. A sample, read again in the
+    precision of the weights, shows how far it is off. Then candidates whose place among the first 1, 5 or 10 is in
+    doubt are read again, too. Thus Rank-1, 5 and 10 are as a rule those of full precision, for a part of its work.
+    """
+    options = {"memory": memory, "progress": progress}
+    scores = match_candidates(model, queries, gallery, candidates, **options)
+    if not torch.is_autocast_enabled(model.device.type):
+        return scores
+    sample = torch.zeros(candidates.numel(), dtype=torch.bool)
+    sample[:: max(1, len(sample) // _SAMPLED_PAIRS)] = True
+    sample = sample.view_as(candidates)
+    match_score = model.config.match_score
+
+    def logits(scores: torch.Tensor) -> torch.Tensor:
+        return scores[sample].double().logit(eps=1e-7) if match_score == "probability" else scores[sample].double()
+
+    with torch.autocast(model.device.type, enabled=False):
+        exact = match_candidates(model, queries, gallery, candidates, **options, chosen=sample)
+        error = (logits(exact) - logits(scores)).square().mean().sqrt()
+        doubtful = in_doubt(similarity, scores, 4 * float(error), match_score)
+        exact = match_candidates(model, queries, gallery, candidates, **options, chosen=doubtful)
+    return torch.where(doubtful, exact, scores)
+
+
+def _similarity(queries: Queries, gallery: Gallery, rows: slice = slice(None)) -> torch.Tensor:
+    """S_G `(rows, images)`, in float32 also under autocast."""
+    with torch.autocast(queries.embeds.device.type, enabled=False):
+        return queries.embeds[rows] @ gallery.embeds.t()
+
+
+def score_gallery(
+    model, queries: Queries, gallery: Gallery, rerank_k: int, memory: float = RERANK_MEMORY, progress: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Scores `(queries, gallery)` of global matching, and of local matching of the top K; `None` for the latter where
+    the model has no match heads. `memory` (GB) bounds local matching.
+    """
+    similarity = _similarity(queries, gallery)
+    if not model.config.use_atp:
+        return similarity, None
+    candidates = top_candidates(similarity, rerank_k)
+    known = similarity.gather(1, candidates)
+    local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
+    return similarity, rerank_scores(similarity, candidates, local_scores)
+
+
+def evaluate_retrieval(
+    model,
+    processor,
+    dataset,
+    rerank_k: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool = True,
+    memory: float = RERANK_MEMORY,
+) -> dict[str, float]:
+    """
+    Every caption of `dataset` searches all its images, by global matching and, where the model has match heads, by
+    local matching of the top K. A query's own image is in the gallery, as in all three sets' protocols.
+
+    Args:
+        model ([`CADAForTextToImageRetrieval`]):
+            The model; it is set to evaluation mode for the time of the call.
+        processor ([`CADAProcessor`]):
+            Its processor.
+        dataset:
+            Rows with `image`, `captions`, `person_id`.
+        rerank_k (`int`, *optional*):
+            Number of candidates; `config.rerank_k` by default.
+        memory (`float`):
+            GB that patch states and the batches of local matching may take, whatever the size of the gallery.
+
+    Returns:
+        `global_R1`, ... `global_mINP`, `local_R1`, ... in percent; `queries`, `gallery`, `rerank_k` (no more than
+        there are images).
+
+    Raises:
+        ValueError: for no images, `rerank_k` below 1, or scores that are NaN.
+    """
+    rerank_k = model.config.rerank_k if rerank_k is None else rerank_k
+    if rerank_k < 1:
+        raise ValueError(f"`rerank_k` is {rerank_k}. Give the number of candidates, 1 or more.")
+    if not len(dataset):
+        raise ValueError("There are no images to evaluate.")
+    columns = dataset.select_columns(["captions", "person_id"])
+    gallery_ids = torch.tensor(columns["person_id"])
+    captions = [caption for row in columns["captions"] for caption in row]
+    query_ids = gallery_ids.repeat_interleave(torch.tensor([len(row) for row in columns["captions"]]))
+    was_training = model.training
+    model.eval()
+    try:
+        gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, progress, memory)
+        queries = encode_queries(model, processor, captions, progress=progress)
+        parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(captions), _ROWS_AT_ONCE)]
+        stages = ("global",)
+        if model.config.use_atp:
+            stages = ("global", "local")
+            best = []
+            for rows in parts:
+                similarity = _similarity(queries, gallery, rows)
+                chosen = top_candidates(similarity, rerank_k)
+                best.append((chosen, similarity.gather(1, chosen)))
+            candidates, known = (torch.cat(tensors) for tensors in zip(*best))
+            local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
+        sums = {stage: torch.zeros(len(METRICS), dtype=torch.float64) for stage in stages}
+        for rows in parts:  # the whole matrix of scores may be too large
+            similarity = _similarity(queries, gallery, rows)
+            sums["global"] += _metric_sums(similarity, query_ids[rows], gallery_ids, rows.start)
+            if "local" in sums:
+                scores = rerank_scores(similarity, candidates[rows], local_scores[rows])
+                sums["local"] += _metric_sums(scores, query_ids[rows], gallery_ids, rows.start)
+    finally:
+        model.train(was_training)
+    metrics = {
+        f"{stage}_{name}": value
+        for stage in stages
+        for name, value in zip(METRICS, (100 * sums[stage] / len(captions)).tolist())
+    }
+    counts = {"queries": len(captions), "gallery": len(gallery_ids), "rerank_k": min(rerank_k, len(gallery_ids))}
+    return {**metrics, **counts}

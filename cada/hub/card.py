@@ -1,0 +1,179 @@
+"""The model card, written from the record of a run."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers.utils import logging
+
+from cada.data.pedes import PEDES_SETS
+from cada.evaluation.metrics import METRICS
+from cada.files import CADAError
+from cada.hub.loading import load_config
+from cada.hub.record import (
+    DRAWN_TITLES,
+    RANDOM_START,
+    UNKNOWN_START,
+    _newest,
+    checkpoint_digest,
+    evaluations_of,
+    read_run,
+    set_title,
+)
+
+
+logger = logging.get_logger(__name__)
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+TEMPLATES = {"cuhk_pedes": "cada-cuhk.md", "icfg_pedes": "cada-icfg.md", "rstp_reid": "cada-rstp.md"}
+METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
+
+
+def _precision(evaluation: dict) -> str:
+    return evaluation.get("precision", "float32")
+
+
+def _captions(row: dict) -> str:
+    count = row["captions_per_image"]
+    return "all captions of an image" if count is None else f"the first {count} captions of an image"
+
+
+def _departures(row: dict) -> str:
+    """What an evaluation differs in from one of the split of the set's authors in float32; empty where in nothing."""
+    words = f", in {_precision(row)}" if _precision(row) != "float32" else ""
+    words += ", unreadable images left out" if row.get("unreadable_images_skipped") else ""
+    if row["dataset"] in PEDES_SETS:
+        _, images, captions = PEDES_SETS[row["dataset"]].counts.get(row["split"], (0, 0, 0))
+        queries, gallery = row["metrics"]["queries"], row["metrics"]["gallery"]
+        if gallery != images or (row["captions_per_image"] is None and queries != captions):
+            words += f", NOT the official split ({gallery:,} of {images:,} images)"
+    return words
+
+
+def _protocol(evaluations: list[dict], training: dict | None) -> list[str]:
+    """What a reader has to know to compare the figures."""
+    notes = ["Every caption of the split searches all images of the split; its own image is among them."]
+    notes += [
+        f"{set_title(row['dataset'])}, {row['split']}: {_captions(row)}{_departures(row)}." for row in evaluations
+    ]
+    notes.append("Global matching ranks by S_G; local matching ranks the best K of these again by S_G + S_L.")
+    if training and training["selected_by"]:
+        notes.append(f"The checkpoint was chosen by {training['selected_by']}. The test split chose nothing.")
+    elif training:
+        notes.append("The last checkpoint was taken; nothing was chosen.")
+    if training:
+        notes.append("One training run with one seed. Others differ; see the spread before you compare.")
+    for where in dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations):
+        notes.append(f"Evaluated on {where}.")
+    return list(dict.fromkeys(notes))
+
+
+def _recipe(training: dict, start: str) -> list[tuple[str, str]]:
+    """Rows of the card's table of the training."""
+    data = training["data"]
+    rows = [
+        (
+            "data",
+            f"{training['title']}: {data['persons']:,} persons, {data['images']:,} images, {data['pairs']:,} pairs",
+        ),
+        ("captions", _captions(training)),
+        ("start", start),
+    ]
+    for key, value in training["recipe"].items():
+        rows.append((key.replace("_", " "), json.dumps(value) if isinstance(value, dict) else value))
+    rows.append(("seed", training["seed"]))
+    if training["minutes"] is not None:  # of a resumed run nobody knows the whole
+        rows.append(("time", f"{training['minutes']:.1f} minutes"))
+    rows += [("hardware", training["hardware"]), ("date", training["date"])]
+    rows.append(("versions", ", ".join(f"{name} {number}" for name, number in training["versions"].items())))
+    return [(key, str(value)) for key, value in rows]
+
+
+def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluations: list[dict] = ()) -> ModelCard:
+    """
+    The model card of a checkpoint, from the record of its run and its configuration.
+
+    Args:
+        folder: the checkpoint.
+        repo_id: the repository it will be in; the usage snippet loads it from there.
+        revision: what the snippet pins: a tag, a commit, or a branch.
+        evaluations: further ones, from the records of other runs.
+    """
+    run, config = read_run(folder), load_config(folder)
+    training = run["training"]
+    digest = checkpoint_digest(folder)
+    own = evaluations_of(digest, folder)
+    if any(row["weights"] != digest for row in evaluations):
+        raise CADAError(
+            f"The further evaluations are of other weights than those in {folder}. Run --do_predict again."
+        )
+    evaluations = _newest([*own, *evaluations])
+    if training:
+        training = {**training, "title": set_title(training["dataset"])}
+    name = repo_id.split("/")[-1]
+    table, results = [], []
+    for row in evaluations:
+        metrics = row["metrics"]
+        for matching in ("global", "local"):
+            if f"{matching}_R1" not in metrics:
+                continue
+            k = metrics["rerank_k"] if matching == "local" else "–"
+            cells = [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
+            sizes = [f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
+            title = set_title(row["dataset"]) + _departures(row)
+            protocol = f"{sizes[0]} queries, {sizes[1]} images, K = {metrics['rerank_k']}{_departures(row)}"
+            table.append([title, row["split"], matching, str(k), *sizes, *cells])
+            results += [
+                EvalResult(
+                    task_type="text-to-image-retrieval",
+                    task_name="Text-to-image person retrieval",
+                    dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]),
+                    dataset_name=title,
+                    dataset_config=protocol,  # results that agree in it, type and split are listed as one
+                    dataset_split=row["split"],
+                    metric_type=f"{matching}_{metric}",
+                    metric_name=f"{METRIC_TITLES[metric]} ({matching} matching)",
+                    metric_value=round(metrics[f"{matching}_{metric}"], 2),
+                )
+                for metric in METRICS
+            ]
+    origin = run["origin"] or UNKNOWN_START
+    dataset, earlier = training["dataset"] if training else None, origin.get("trained_on", {})
+    sets = {dataset, *earlier}
+    open_licence = sets <= set(DRAWN_TITLES) and origin["start"] == RANDOM_START["start"]
+    restricted = not sets.isdisjoint(PEDES_SETS)
+    if earlier:
+        origin = {**origin, "start": f"{origin['start']}, then trained on {', '.join(map(set_title, earlier))}"}
+    template = TEMPLATES.get(dataset, "base.md") if open_licence or dataset not in DRAWN_TITLES else "base.md"
+    for row in evaluations:
+        if _departures(row):
+            logger.warning(f"{set_title(row['dataset'])}, {row['split']}{_departures(row)}: the card says so.")
+    data = ModelCardData(
+        language="en",
+        license="apache-2.0" if open_licence else "other",
+        license_name="research-only" if restricted else None,
+        license_link="README.md" if restricted else None,
+        library_name="transformers",
+        tags=["cada", "text-to-image-retrieval", "person-retrieval", "person-re-identification"],
+        model_name=name,
+        eval_results=results or None,
+    )
+    cards = Environment(
+        loader=FileSystemLoader(CARDS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    body = cards.get_template(template).render(
+        name=name,
+        repo_id=repo_id,
+        revision=revision,
+        training=training,
+        recipe=_recipe(training, origin["start"]) if training else [],
+        origin=origin,
+        evaluations=evaluations,
+        table=table,
+        protocol=_protocol(evaluations, training),
+        has_local=config.use_atp,
+        max_text_length=config.max_text_length,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n")

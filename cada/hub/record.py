@@ -1,0 +1,234 @@
+"""What a run leaves beside the weights: `cada_run.json`."""
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from cada.data.pedes import PEDES_SETS
+from cada.evaluation.metrics import METRICS
+from cada.files import CADAError, counted, one_line, read_json, written_whole
+from cada.hub.card import _precision
+from cada.hub.loading import weight_files
+from cada.hub.publish import _COUNT_OR_NONE, _NUMBER, _TEXT_OR_NONE
+from processing_cada import CADAProcessor
+
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "cada_run.json"
+DRAWN_TITLES = {"drawn": "the drawn set", "drawn_night": "the drawn set at night"}
+TITLES = {**{name: pedes.title for name, pedes in PEDES_SETS.items()}, **DRAWN_TITLES}
+RANDOM_START = {"start": "random weights", "licence": None}
+UNKNOWN_START = {"start": "weights whose origin is not recorded", "licence": "not recorded"}
+NO_LICENCE = "none: the authors' repository names no licence"
+# Meets the rules of a tokenizer: case, accents, punctuation, signs without words, letters of other scripts.
+_PROBE = "A Wömän's T-shirt, 2 état-d'âme bags & a \u00ad的 hat.\tunaffable"
+REPORTED_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "pillow", "nltk")
+
+
+def environment(processes: int = 1) -> dict:
+    """Where and when something is measured: `{"date", "hardware", "versions": {package: version}}`."""
+    if torch.cuda.is_available():
+        hardware = f"{processes} × {torch.cuda.get_device_name()}"
+    else:
+        try:
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        hardware = f"{os.cpu_count()} CPU cores ({names[0] if names else platform.machine()}), no GPU"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in REPORTED_PACKAGES}},
+    }
+
+
+def read_run(folder: str | os.PathLike) -> dict:
+    """
+    The record of a run, `cada_run.json` in `folder`:
+
+    - `origin`: `{"start", "licence", "trained_on"}` of the weights before training, or `None` where nobody recorded
+      it; `trained_on` has the sets of earlier trainings, and how many persons of train each held out.
+    - `training`: what the model was trained on and how, or `None`; see `train_cada.describe_training`.
+    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "unreadable_images_skipped", "precision",
+      "metrics", "weights"}` and [`environment`]; `weights` is the digest of what was evaluated, `precision` such as
+      `"float32"`, which it is where an older record says nothing.
+
+    Without a record all are empty.
+
+    Raises:
+        CADAError: where the file is damaged.
+    """
+    path = Path(folder) / RUN_FILE
+    if not os.path.lexists(path):
+        return {"origin": None, "training": None, "evaluations": []}
+    try:
+        run = read_json(path)
+        _check_record(run)
+    except ValueError as error:
+        raise CADAError(f"{path} is damaged ({one_line(error)}). Delete it, or run again.") from error
+    return {name: run[name] for name in ("origin", "training", "evaluations")}
+
+
+_MEASURED = {"dataset": str, "captions_per_image": _COUNT_OR_NONE, "date": str, "hardware": str, "versions": dict}
+_TRAINING = {**_MEASURED, "data": dict, "recipe": dict, "selected_by": _TEXT_OR_NONE, "seed": int}
+_EVALUATION = {**_MEASURED, "split": str, "metrics": dict, "weights": str}
+
+
+def _check_record(run) -> None:
+    _check_fields(run, {"origin": (dict, type(None)), "training": (dict, type(None)), "evaluations": list}, "it")
+    origin, training = run["origin"], run["training"]
+    if origin is not None:
+        _check_fields(origin, {"start": str, "licence": _TEXT_OR_NONE}, "`origin`")
+        earlier = origin.get("trained_on", {})
+        if not isinstance(earlier, dict) or not all(type(persons) is int for persons in earlier.values()):
+            raise ValueError(f"`trained_on` of `origin` is {earlier!r:.80}")
+    if training is not None:
+        _check_fields(training, _TRAINING, "`training`")
+        held_out = training["recipe"].get("persons_held_out_of_train", 0)
+        if type(held_out) is not int:
+            raise ValueError(f"`persons_held_out_of_train` is {held_out!r:.80}")
+        _check_fields(training["data"], dict.fromkeys(("persons", "images", "pairs"), int), "`data` of `training`")
+    for number, row in enumerate(run["evaluations"]):
+        where = f"evaluation {number}"
+        _check_fields(row, _EVALUATION, where)
+        if not isinstance(row.get("unreadable_images_skipped", False), bool):
+            raise ValueError(f"`unreadable_images_skipped` of {where} is {row['unreadable_images_skipped']!r:.80}")
+        if not isinstance(_precision(row), str):
+            raise ValueError(f"`precision` of {where} is {row['precision']!r:.80}")
+        metrics = row["metrics"]
+        _check_fields(metrics, dict.fromkeys(("queries", "gallery", "rerank_k"), int), f"`metrics` of {where}")
+        stages = [stage for stage in ("global", "local") if f"{stage}_R1" in metrics]
+        _check_fields(
+            metrics, {f"{stage}_{name}": _NUMBER for stage in stages for name in METRICS}, f"`metrics` of {where}"
+        )
+
+
+def _check_fields(value, kinds: dict, where: str) -> None:
+    """`value` is an object that has the fields of `kinds`, each of its kind."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is no object")
+    for name, kind in kinds.items():
+        if name not in value:
+            raise ValueError(f"{where} has no `{name}`")
+        if not isinstance(value[name], kind) or isinstance(value[name], bool):
+            raise ValueError(f"`{name}` of {where} is {value[name]!r:.80}")
+
+
+def read_start(name: str, revision: str | None = None) -> dict:
+    """The record ([`read_run`]) of a checkpoint in a folder or, at a tag, branch or commit, on the Hub."""
+    if Path(name).is_dir():
+        return read_run(name)
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(name, RUN_FILE, revision=revision, **options)
+    if path is None:
+        logger.warning(f"{name} has no {RUN_FILE} that can be read: the origin of its weights is not recorded.")
+    return read_run(Path(path).parent if path else name)
+
+
+def after_training(run: dict) -> dict | None:
+    """The `origin` of what starts from the weights of a run: its own, and the set that it was trained on."""
+    origin, training = run["origin"], run["training"]
+    return origin if training is None else {**(origin or UNKNOWN_START), "trained_on": trained_on(run)}
+
+
+def trained_on(run: dict) -> dict[str, int]:
+    """The sets that the weights of a record were trained on, each with how many persons of train they never saw."""
+    sets, training = dict((run["origin"] or {}).get("trained_on", {})), run["training"]
+    if training is not None:
+        held_out = training["recipe"].get("persons_held_out_of_train", 0)
+        sets[training["dataset"]] = min(held_out, sets.get(training["dataset"], held_out))
+    return sets
+
+
+def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | None, evaluations: list[dict]) -> None:
+    """Write the record of a run; an evaluation takes the place of an older one of the same weights and protocol."""
+    run = {"origin": origin, "training": training, "evaluations": _newest(evaluations)}
+    with written_whole(Path(folder) / RUN_FILE) as path:
+        path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _newest(evaluations: list[dict]) -> list[dict]:
+    names, sizes = ("weights", "dataset", "split", "captions_per_image"), ("queries", "gallery", "rerank_k")
+    rows = {}
+    for row in evaluations:
+        protocol = (*(row[name] for name in names), row.get("unreadable_images_skipped"), _precision(row))
+        rows[protocol, *(row["metrics"][name] for name in sizes)] = row
+    return list(rows.values())
+
+
+def evaluations_of(digest: str, folder: str | os.PathLike) -> list[dict]:
+    """What the record of a folder says of these weights. Evaluations of others are left out, with a warning."""
+    rows = read_run(folder)["evaluations"]
+    own = [row for row in rows if row["weights"] == digest]
+    if len(own) < len(rows):
+        left_out = counted(len(rows) - len(own), "evaluation")
+        logger.warning(f"{Path(folder) / RUN_FILE}: left out {left_out} of other weights.")
+    return own
+
+
+def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names and values of weights, in the order of their names. Ties an evaluation to its model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """[`weights_digest`] of a model in memory; tied weights count once, as in its file."""
+    tied = model.all_tied_weights_keys
+    return weights_digest((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
+    """SHA-256 of the weights and of the settings that change features or scores, those of training left out."""
+    config, tokenizer = model.config, processor.tokenizer
+    towers = {"vision": config.vision_config, "text": config.text_config}
+    training = ("initializer_range", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    # Neither a field that a later version adds with a neutral default changes it, nor another form of tokenizer files.
+    settings = {
+        side: {
+            name: getattr(tower, name)
+            for name in type(tower).__annotations__
+            if name not in training and getattr(tower, name) != getattr(type(tower), name, None)
+        }
+        for side, tower in towers.items()
+    }
+    settings["config"] = [config.projection_dim, config.max_text_length, config.match_score, config.use_atp]
+    names = ("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", "rescale_factor")
+    names += ("do_normalize", "image_mean", "image_std")
+    images = processor.image_processor.to_dict()
+    settings["images"] = {name: images.get(name) for name in names}
+    backend = tokenizer.backend_tokenizer
+    words = _PROBE if backend.normalizer is None else backend.normalizer.normalize_str(_PROBE)
+    words = words if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(words)
+    settings["texts"] = [words, tokenizer(_PROBE)["input_ids"], tokenizer.get_vocab()]
+    settings["texts"] += [tokenizer.model_max_length, tokenizer.init_kwargs.get("max_length")]
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(f"{model_digest(model)}{text}".encode()).hexdigest()
+
+
+def checkpoint_digest(folder: str | os.PathLike) -> str:
+    """[`weights_digest`] of the files of a checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        tensors |= load_file(path)
+    return weights_digest(tensors.items())
+
+
+def set_title(dataset: str) -> str:
+    """The name of a set as a reader knows it."""
+    return TITLES.get(dataset, dataset)
