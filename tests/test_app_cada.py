@@ -442,7 +442,7 @@ def test_command_serves_until_it_is_interrupted(folder, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_command_runs_until_it_is_interrupted(folder, tmp_path, sent):
     port = free_port()
-    command = [sys.executable, cada.gallery.page.__file__, "--index", str(folder / "index"), "--port", str(port)]
+    command = [sys.executable, "-m", "cada", "page", str(folder / "index"), "--port", str(port)]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as page:
         try:
@@ -472,7 +472,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no index")
     monkeypatch.setattr(cada.gallery.page, "gr", None)
     assert cli.main(["page", str(folder / "index")]) == 1
-    assert 'The page needs Gradio. In the folder of this file run: pip install -e ".[app]"' in capsys.readouterr().err
+    assert 'needs Gradio. In a clone of this repository run: pip install -e ".[app]"' in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: apt-get install chromium")

@@ -293,7 +293,7 @@ def test_every_bad_file_is_found_by_check(cuhk, capsys):
         (cuhk / "imgs" / names[number]).unlink()
         make(cuhk / "imgs" / names[number])
         problems[names[number]] = "is not a file"
-    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk)]) == 1
+    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data-dir", str(cuhk)]) == 1
     printed = capsys.readouterr().out
     for name, problem in problems.items():
         assert re.search(rf"{re.escape(name)} \(row \d+\) {problem}", printed), name

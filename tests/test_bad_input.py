@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -547,26 +548,24 @@ def word(start, foreign, tmp_path) -> dict[str, str]:
             "--model": str(start),
             "--image": "person.png",
             "--text": "A man in a red coat.",
-            "--output": "a.png",
+            "--out": "a.png",
         },
         "convert": {
             "--source": "cada_original",
             "--checkpoint": str(saved(tmp_path, foreign)),
-            "--output_dir": "out",
-            "--tokenizer_name": "tokenizer",
-            "--num_attention_heads": "2",
+            "--out": "out",
+            "--tokenizer-name": "tokenizer",
+            "--num-attention-heads": "2",
         },
-        "publish": {"--checkpoint": str(start), "--repo_id": "org/name"},
-        "check": {"--dataset": "cuhk_pedes", "--data_dir": "nowhere"},
+        "publish": {"checkpoint": str(start), "repo_id": "org/name"},
+        "check": {"--dataset": "cuhk_pedes", "--data-dir": "nowhere"},
         "train": {"--model_name_or_path": str(start), "--dataset": "rstp_reid", "--output_dir": "out"},
     }
 
 
 COMMANDS = {
-    "explain": cada.explain.main,
-    "convert": cada.hub.convert.main,
-    "publish": lambda words: cli.main(["publish", *words, "--card_only"]),
-    "check": lambda words: cli.main(["check", *words]),
+    **{name: partial(lambda name, words: cli.main([name, *words]), name) for name in ("explain", "convert", "check")},
+    "publish": lambda words: cli.main(["publish", *words, "--card-only"]),
     "train": lambda words: run_command(
         lambda: train_cada.main([*words, "--do_predict", "--use_cpu", "--disable_tqdm", "true"])
     ),
@@ -574,11 +573,9 @@ COMMANDS = {
 
 
 def status_of(command: str, words: dict[str, str]) -> int:
-    arguments = [part for name, value in words.items() for part in ([name] if value is None else [name, value])]
-    try:
-        return COMMANDS[command](arguments)
-    except SystemExit as ended:
-        return ended.code
+    """Names without `--` are places in the line."""
+    arguments = [part for name, value in words.items() for part in ([name, value] if name[0] == "-" else [value])]
+    return COMMANDS[command](arguments)
 
 
 def error_of(command: str, words: dict[str, str], capsys) -> str:
@@ -602,10 +599,10 @@ def error_of(command: str, words: dict[str, str], capsys) -> str:
         ("explain", {"--text": ""}, "The sentence is empty"),
         ("explain", {"--text": "\0\u0301"}, "The sentence is empty"),
         ("explain", {"--layer": "99"}, "`layer` is 99"),
-        ("explain", {"--layer": "x"}, "invalid int value: 'x'"),
-        ("explain", {"--output": "a"}, "--output a should end in .png"),
-        ("explain", {"--output": "file/a.png"}, "The output folder file is a file"),
-        ("explain", {"--output": "/proc/none/a.png"}, "The output folder /proc/none cannot be written to"),
+        ("explain", {"--layer": "x"}, "Invalid value for '--layer'"),
+        ("explain", {"--out": "a"}, "--out a should end in .png"),
+        ("explain", {"--out": "file/a.png"}, "The output folder file is a file"),
+        ("explain", {"--out": "/proc/none/a.png"}, "The output folder /proc/none cannot be written to"),
         ("explain", {"--arrays": "a.txt"}, "--arrays a.txt should end in .npz"),
         ("explain", {"--model": "file"}, "file is a file. Give the folder"),
         ("explain", {"--model": "tokenizer"}, "tokenizer holds no config.json"),
@@ -614,16 +611,16 @@ def error_of(command: str, words: dict[str, str], capsys) -> str:
         ("convert", {"--checkpoint": "person.png"}, "person.png cannot be read with weights_only=True"),
         ("convert", {"--source": "blip", "--checkpoint": "file"}, "file is a file"),
         ("convert", {"--source": "blip", "--checkpoint": "tokenizer"}, "tokenizer holds no config.json"),
-        ("convert", {"--source": "clip"}, "invalid choice: 'clip'"),
-        ("convert", {"--output_dir": "file"}, "The output folder file is a file"),
-        ("convert", {"--output_dir": "/proc/none"}, "The output folder /proc/none cannot be written to"),
-        ("convert", {"--tokenizer_name": "out"}, "The tokenizer out cannot be loaded"),
-        ("convert", {"--num_attention_heads": "7"}, "give no model"),
-        ("convert", {"--num_attention_heads": "-1"}, "give no model"),
-        ("publish", {"--checkpoint": "file"}, "The folder file does not exist"),
-        ("publish", {"--checkpoint": "tokenizer"}, "tokenizer holds no config.json"),
+        ("convert", {"--source": "clip"}, "Invalid value for '--source'"),
+        ("convert", {"--out": "file"}, "The output folder file is a file"),
+        ("convert", {"--out": "/proc/none"}, "The output folder /proc/none cannot be written to"),
+        ("convert", {"--tokenizer-name": "out"}, "The tokenizer out cannot be loaded"),
+        ("convert", {"--num-attention-heads": "7"}, "give no model"),
+        ("convert", {"--num-attention-heads": "-1"}, "give no model"),
+        ("publish", {"checkpoint": "file"}, "The folder file does not exist"),
+        ("publish", {"checkpoint": "tokenizer"}, "tokenizer holds no config.json"),
         ("publish", {"--evaluations": "tokenizer"}, "tokenizer holds no cada_run.json with an evaluation"),
-        ("check", {"--data_dir": "file"}, "The data folder file does not exist"),
+        ("check", {"--data-dir": "file"}, "The data folder file does not exist"),
         ("check", {"--dataset": "rstp"}, "Do you mean rstp_reid"),
         ("check", {"--dataset": "rstp_ried"}, "Do you mean rstp_reid"),
         ("check", {"--dataset": "demo"}, "demo is drawn"),
@@ -650,7 +647,7 @@ def test_a_wrong_argument_is_named_in_one_line(word, command, spoilt, message, t
 
 def test_arguments_that_are_missing(capsys):
     for command in COMMANDS:
-        assert "the following arguments are required" in error_of(command, {}, capsys)
+        assert "equired" in (message := error_of(command, {}, capsys)) or "Missing" in message
 
 
 @pytest.mark.parametrize(
@@ -699,12 +696,12 @@ def test_a_full_disk_ends_the_command_and_leaves_what_was_there(command, word, t
     monkeypatch.chdir(tmp_path)
     words = word[command]
     if command == "publish":
-        shutil.copytree(words["--checkpoint"], tmp_path / "run")
-        words["--checkpoint"] = "run"
+        shutil.copytree(words["checkpoint"], tmp_path / "run")
+        words["checkpoint"] = "run"
     assert status_of(command, words) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     if command == "publish":
-        words["--repo_id"] = "org/another"
+        words["repo_id"] = "org/another"
     with small_disk(1000):
         message = error_of(command, words, capsys)
     assert "cannot be written" in message
@@ -714,7 +711,7 @@ def test_a_full_disk_ends_the_command_and_leaves_what_was_there(command, word, t
 def test_the_converter_does_not_overwrite_what_it_reads(word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(word["explain"]["--model"], tmp_path / "blip")
-    words = {**word["convert"], "--source": "blip", "--checkpoint": "blip", "--output_dir": "blip"}
+    words = {**word["convert"], "--source": "blip", "--checkpoint": "blip", "--out": "blip"}
     assert "would overwrite --checkpoint" in error_of("convert", words, capsys)
 
 
@@ -727,9 +724,3 @@ def test_any_sentence_is_explained(word, text, tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width < 4000 and picture.height < 4000
     assert len(np.load(tmp_path / "a.npz")["words"]) <= 11
-
-
-def test_every_error_of_the_project_is_one_kind():
-    """So that each command line catches all of them."""
-    kinds = (CADAError, CADAError, train_cada.CADAError, cada.explain.CADAError)
-    assert all(issubclass(kind, CADAError) and issubclass(kind, ValueError) for kind in kinds)

@@ -17,9 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers.image_utils import SizeDict
 
-import cada.explain
-import cada.hub.convert
-import cada.hub.publish
 import train_cada
 from cada import cli
 from cada.files import CADAError, run_command
@@ -267,27 +264,16 @@ def trap(saved, tmp_path, monkeypatch) -> tuple[Path, Path]:
 def commands(folder: Path, tmp_path: Path) -> dict:
     """Every command that reads a checkpoint, on this one."""
     bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    image = Path(cada.explain.__file__).parent / "docs" / "why.png"
+    image = Path(train_cada.__file__).parent / "docs" / "why.png"
     output = ["--output_dir", str(tmp_path / "out")]
-    convert = ["--tokenizer_name", str(tmp_path / "tokenizer"), *output]
+    convert = ["--tokenizer-name", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "out")]
+    why = ["--image", str(image), "--text", "a man", "--out", str(tmp_path / "out.png")]
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = json.dumps({"vision_config": tower, "text_config": tower})
     train = ["--dataset", "rstp_reid", "--data_dir", str(tmp_path / "nowhere"), "--do_predict", "--use_cpu", *output]
     return {
-        "explain": lambda: cli.main(
-            [
-                "explain",
-                "--model",
-                str(folder),
-                "--image",
-                str(image),
-                "--text",
-                "a man",
-                "--output",
-                str(tmp_path / "out.png"),
-            ]
-        ),
-        "publish": lambda: cli.main(["publish", "--checkpoint", str(folder), "--repo_id", "a/b", "--card_only"]),
+        "explain": lambda: cli.main(["explain", "--model", str(folder), *why]),
+        "publish": lambda: cli.main(["publish", str(folder), "a/b", "--card-only"]),
         "convert blip": lambda: cli.main(["convert", "--source", "blip", "--checkpoint", str(folder), *convert]),
         "convert file": lambda: cli.main(
             ["convert", "--source", "cada_original", "--checkpoint", str(folder / "weights.pth"), *convert]

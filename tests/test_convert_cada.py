@@ -241,8 +241,8 @@ def test_vocabulary_grows_to_hold_enc(tmp_path):
 def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
     random_blip().save_pretrained(tmp_path / "blip")
     bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    arguments = ["--source", "blip", "--checkpoint", str(tmp_path / "blip"), "--output_dir", str(tmp_path / "start")]
-    arguments += ["--tokenizer_name", str(tmp_path / "tokenizer"), "--image_size", "64", "32"]
+    arguments = ["--source", "blip", "--checkpoint", str(tmp_path / "blip"), "--out", str(tmp_path / "start")]
+    arguments += ["--tokenizer-name", str(tmp_path / "tokenizer"), "--image-size", "64", "32"]
     assert cli.main(["convert", *arguments]) == 0
     assert "tensors converted" in capsys.readouterr().out
     assert "pipeline_cada.py" in release_files(tmp_path / "start")
@@ -261,7 +261,7 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
 
 
 def test_command_reports_an_error_in_one_line(tmp_path, capsys):
-    arguments = ["--source", "cada_original", "--checkpoint", str(tmp_path / "no.pth"), "--output_dir", str(tmp_path)]
+    arguments = ["--source", "cada_original", "--checkpoint", str(tmp_path / "no.pth"), "--out", str(tmp_path)]
     assert cli.main(["convert", *arguments]) == 1
     assert capsys.readouterr().err.startswith("error: The checkpoint")
 

@@ -453,7 +453,7 @@ def test_large_photographs_are_decoded_at_reduced_size(tmp_path, scale, expected
 def test_check_command_compares_with_the_official_numbers(cuhk):
     """Run as a user would, on a small copy with a missing image: exit status 1 and every fact on the screen."""
     damage(cuhk)
-    command = [sys.executable, cada.data.loading.__file__, "check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk)]
+    command = [sys.executable, "-m", "cada", "check", "--dataset", "cuhk_pedes", "--data-dir", str(cuhk)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
@@ -502,19 +502,19 @@ def test_check_is_content_with_a_complete_set(laid_out, monkeypatch, capsys):
         "icfg_pedes",
         cada.data.pedes.PedesSet("ICFG-PEDES", (ANNOTATIONS["icfg_pedes"],), "file_path", small),
     )
-    arguments = ["check", "--dataset", "icfg_pedes", "--data_dir", str(laid_out["icfg_pedes"])]
+    arguments = ["check", "--dataset", "icfg_pedes", "--data-dir", str(laid_out["icfg_pedes"])]
     assert cli.main(arguments) == 0
     assert "0 bad image file(s). Numbers are official." in capsys.readouterr().out
 
 
 def test_check_command_reports_errors_without_a_traceback(tmp_path, capsys):
-    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(tmp_path / "nowhere")]) == 1
+    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data-dir", str(tmp_path / "nowhere")]) == 1
     assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_person_in_two_splits_is_reported(cuhk, capsys):
     change_annotations(cuhk, set_value(0, "split", "test"))
-    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk), "--quick"]) == 1
+    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data-dir", str(cuhk), "--quick"]) == 1
     assert "1 person(s) are both in train and in test." in capsys.readouterr().out
 
 

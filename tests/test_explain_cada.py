@@ -154,7 +154,7 @@ def test_command_writes_picture_and_arrays(start, image, tmp_path, capsys):
     image.save(tmp_path / "person.png")
     arguments = ["--model", str(start), "--image", str(tmp_path / "person.png")]
     arguments += ["--text", "A man in a red coat."]
-    arguments += ["--output", str(tmp_path / "why.png"), "--arrays", str(tmp_path / "why.npz")]
+    arguments += ["--out", str(tmp_path / "why.png"), "--arrays", str(tmp_path / "why.npz")]
     assert cli.main(["explain", *arguments]) == 0
     assert "red coat: the image suggests" in capsys.readouterr().out
     arrays = np.load(tmp_path / "why.npz")

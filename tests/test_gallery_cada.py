@@ -498,8 +498,8 @@ def small_index(checkpoint, tmp_path_factory) -> dict[str, str]:
     return {"MODEL": str(checkpoint), **{name: str(folder / value) for name, value in names.items()}}
 
 
-def test_usage_errors_end_with_status_2(capsys):
-    assert main(["search"]) == 2
+def test_usage_errors_are_one_line(capsys):
+    assert main(["search"]) == 1
     assert "Missing argument 'index'" in capsys.readouterr().err
     assert main(["--help"]) == 0
 

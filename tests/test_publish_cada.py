@@ -261,12 +261,12 @@ def test_incomplete_folders_are_named(name, content, message, run):
 
 
 def test_folder_that_does_not_exist(tmp_path, capsys):
-    assert cli.main(["publish", "--checkpoint", str(tmp_path / "no"), "--repo_id", "a/b", "--card_only"]) == 1
+    assert cli.main(["publish", str(tmp_path / "no"), "a/b", "--card-only"]) == 1
     assert "does not exist. Give the --output_dir of a training run" in capsys.readouterr().err
 
 
 def test_card_only_writes_the_card_and_pushes_nothing(run, capsys):
-    assert cli.main(["publish", "--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]) == 0
+    assert cli.main(["publish", str(run), "org/name", "--card-only"]) == 0
     assert "model.safetensors" in capsys.readouterr().out
     assert "# name" in (run / "README.md").read_text(encoding="utf-8")
 
@@ -278,7 +278,7 @@ def test_further_evaluations_join_the_table(run, trained, tmp_path, caplog, caps
     for name, rows in (("cross", [row, foreign]), ("foreign", [foreign])):
         (tmp_path / name).mkdir()
         write_run(tmp_path / name, None, None, rows)
-    arguments = ["--checkpoint", str(run), "--repo_id", "org/name", "--card_only"]
+    arguments = [str(run), "org/name", "--card-only"]
     assert cli.main(["publish", *arguments, "--evaluations", str(tmp_path / "cross")]) == 0
     assert "left out 1 evaluation of other weights" in caplog.text
     assert "| ICFG-PEDES, NOT the official split (6 of 19,848 images) | test | local |" in (
@@ -338,9 +338,9 @@ def test_card_names_every_set_that_the_weights_have_seen(run, trained):
 
 def test_record_of_a_start_comes_from_its_folder_or_the_hub(run, monkeypatch, tmp_path):
     assert cada.hub.record.read_start(str(run)) == read_run(run)
-    monkeypatch.setattr(cada.hub.publish, "cached_file", lambda name, file, **_: str(run / file))
+    monkeypatch.setattr(cada.hub.record, "cached_file", lambda name, file, **_: str(run / file))
     assert cada.hub.record.read_start("org/cada-cuhk") == read_run(run)
-    monkeypatch.setattr(cada.hub.publish, "cached_file", lambda *_, **__: None)
+    monkeypatch.setattr(cada.hub.record, "cached_file", lambda *_, **__: None)
     assert cada.hub.record.read_start("org/cada-cuhk")["training"] is None
 
 
@@ -385,13 +385,16 @@ def test_own_sets_of_one_name_stay_apart(run):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["--repo_id", "x y/ä"], "'x y/ä' is no name of a repository on the Hub"),
-        (["--repo_id", "a/b/c"], "is no name of a repository on the Hub"),
-        *((["--tag", tag], "is no name of a tag") for tag in ("v 1", "", "v1.", "v..1", "ä", "a~1", "@", "v.lock")),
+        (["x y/ä"], "'x y/ä' is no name of a repository on the Hub"),
+        (["a/b/c"], "is no name of a repository on the Hub"),
+        *(
+            (["org/name", "--tag", tag], "is no name of a tag")
+            for tag in ("v 1", "", "v1.", "v..1", "ä", "a~1", "@", "v.lock")
+        ),
     ],
 )
 def test_names_that_the_hub_refuses(names, message, run, capsys):
-    assert cli.main(["publish", "--checkpoint", str(run), "--repo_id", "org/name", "--card_only", *names]) == 1
+    assert cli.main(["publish", str(run), *names, "--card-only"]) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (run / "README.md").exists()
@@ -410,15 +413,14 @@ def test_weights_without_licence_are_not_published(run, capsys):
 
 PUBLISHER = """
 import contextlib, io, json, sys
-import cada.hub.card
-import cada.hub.publish
-import cada.hub.record
+from cada.cli import main
+from cada.hub.record import read_start
 
 answers = sys.stdout
 for line in sys.stdin:
     function, argument = json.loads(line)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        result = getattr(cada.hub.publish, function)(argument)
+        result = {"main": main, "read_start": read_start}[function](argument)
     print(json.dumps([result, out.getvalue(), err.getvalue()]), file=answers, flush=True)
 """
 
@@ -446,8 +448,8 @@ def publisher(hub: HubStandIn, home: Path):
 def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_path):
     with HubStandIn() as hub, publisher(hub, tmp_path / "home") as call:
 
-        def publish(*more: str) -> tuple[int, str, str]:
-            return call("main", ["--checkpoint", str(run), "--repo_id", "tester/cada", *more])
+        def publish(*more: str, repo_id: str = "tester/cada") -> tuple[int, str, str]:
+            return call("main", ["publish", str(run), repo_id, *more])
 
         status, printed, errors = publish("--tag", "v1.0")
         assert status == 0, errors
@@ -463,9 +465,9 @@ def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_pa
         assert status == 1
         assert "holds model.safetensors already, and this push would overwrite it. Pass --overwrite" in errors
         hub.add("tester/old", {"pytorch_model.bin": b"x", "notes.txt": b"mine"})
-        status, _, errors = publish("--repo_id", "tester/old")
+        status, _, errors = publish(repo_id="tester/old")
         assert status == 1 and "holds pytorch_model.bin already" in errors
-        assert publish("--repo_id", "tester/old", "--overwrite")[0] == 0
+        assert publish("--overwrite", repo_id="tester/old")[0] == 0
         assert "pytorch_model.bin" not in hub.files("tester/old") and "notes.txt" in hub.files("tester/old")
         status, _, errors = publish("--tag", "v1.0", "--overwrite")
         assert status == 1
@@ -491,7 +493,7 @@ def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_pa
 def test_wrong_token_is_one_line(run, tmp_path):
     with HubStandIn() as hub:
         environment = {**hub.environment(tmp_path / "home"), "HF_TOKEN": "hf_wrong"}
-        arguments = ["--checkpoint", str(run), "--repo_id", "tester/cada"]
+        arguments = [str(run), "tester/cada"]
         result = subprocess.run(
             [sys.executable, "-m", "cada", "publish", *arguments],
             env=environment,

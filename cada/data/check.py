@@ -1,11 +1,4 @@
-"""
-CUHK-PEDES, ICFG-PEDES and RSTPReid in their authors' layout, and any data set with the same columns, as `DatasetDict`.
-
-One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally `attribute_spans`.
-
-    cada check --dataset cuhk_pedes --data_dir /data/CUHK-PEDES
-    cada check --dataset path/to/own/data
-"""
+"""Counts of a data set beside the official ones, and its bad images."""
 
 import os
 from collections import Counter

@@ -3,12 +3,11 @@ CUHK-PEDES, ICFG-PEDES and RSTPReid in their authors' layout, and any data set w
 
 One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally `attribute_spans`.
 
-    cada check --dataset cuhk_pedes --data_dir /data/CUHK-PEDES
+    cada check --dataset cuhk_pedes --data-dir /data/CUHK-PEDES
     cada check --dataset path/to/own/data
 """
 
 import os
-import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -30,10 +29,9 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
-from cada.data.check import main
 from cada.data.drawn import load_drawn
 from cada.data.images import find_bad_images
-from cada.data.pedes import PEDES_SETS, _check_captions, _check_person, read_annotations
+from cada.data.pedes import PEDES_SETS, check_captions, check_person, read_annotations
 from cada.files import CADAError, one_line
 from processing_cada import clean_caption
 
@@ -267,8 +265,8 @@ def _check_rows(rows: Dataset, where: str) -> None:
     brings_spans = "attribute_spans" in rows.column_names
     spans_of_rows = rows["attribute_spans"] if brings_spans else [None] * len(rows)
     for row, (captions, person_id, spans) in enumerate(zip(rows["captions"], rows["person_id"], spans_of_rows)):
-        _check_captions(captions, f"{where}, row {row}")
-        _check_person(person_id, f"{where}, row {row}")
+        check_captions(captions, f"{where}, row {row}")
+        check_person(person_id, f"{where}, row {row}")
         if brings_spans and not _fits(spans, captions):
             raise CADAError(
                 f"{where}, row {row}: `attribute_spans` should have, for every caption, a list of [start, end) inside "
@@ -305,7 +303,3 @@ def shared_persons(splits: DatasetDict) -> dict[str, int]:
     persons = {split: set(rows["person_id"]) for split, rows in splits.items()}
     counts = {split: len(own & persons["train"]) for split, own in persons.items() if split != "train"}
     return {split: count for split, count in counts.items() if count}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

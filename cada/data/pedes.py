@@ -113,8 +113,8 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[s
         splits[record["split"]].append(
             {
                 "path": str(path),
-                "captions": _check_captions(record["captions"], where),
-                "person_id": _check_person(record["id"], where),
+                "captions": check_captions(record["captions"], where),
+                "person_id": check_person(record["id"], where),
                 "file_name": record[pedes.path_key],
                 "row": row,
             }
@@ -152,7 +152,7 @@ def _image_path(name, root: Path, where: str) -> Path:
     return path
 
 
-def _check_person(person_id, where: str) -> int:
+def check_person(person_id, where: str) -> int:
     if isinstance(person_id, bool) or not isinstance(person_id, int) or abs(person_id) >= 2**63:
         raise CADAError(
             f"{where}: the person id is {person_id!r:.80}, not a whole number of at most 18 digits. Correct the row."
@@ -160,7 +160,7 @@ def _check_person(person_id, where: str) -> int:
     return person_id
 
 
-def _check_captions(captions, where: str) -> list[str]:
+def check_captions(captions, where: str) -> list[str]:
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise CADAError(f"{where}: `captions` should be a list of strings with at least one. Correct the row.")
     for number, caption in enumerate(captions):

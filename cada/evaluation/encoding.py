@@ -11,8 +11,10 @@ from tqdm.auto import tqdm
 
 from cada.data.images import undecoded
 from cada.data.pairs import outlive_sigterm, read_row
-from cada.evaluation.matching import RERANK_MEMORY
 from losses_cada import rank_and_size
+
+
+RERANK_MEMORY = 4.0  # GB
 
 
 @dataclass
@@ -80,7 +82,7 @@ class _Images(torch.utils.data.Dataset):
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def _sum_over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def sum_over_processes(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The sum, on the CPU. Where every entry but one is 0 it is that one, exactly."""
     if rank_and_size()[1] == 1:
         return tensor.cpu()
@@ -143,7 +145,7 @@ def encode_gallery(
             with torch.autocast(device.type, enabled=False):
                 yield model.encode_images(pixel_values).cpu()
 
-    embeds = _sum_over_processes(embeds, device)
+    embeds = sum_over_processes(embeds, device)
     return Gallery(embeds, states, first, range(first, last), batch_size, encode)
 
 
@@ -164,4 +166,4 @@ def encode_queries(model, processor, captions: list[str], batch_size: int = 256,
         with torch.autocast(model.device.type, enabled=False):
             outputs = model.get_text_features(input_ids.to(model.device), attention_mask.to(model.device))
         embeds[rows] = F.normalize(outputs.pooler_output.float(), dim=-1).cpu()
-    return Queries(_sum_over_processes(embeds, model.device), inputs["input_ids"], inputs["attention_mask"])
+    return Queries(sum_over_processes(embeds, model.device), inputs["input_ids"], inputs["attention_mask"])

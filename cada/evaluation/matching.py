@@ -5,11 +5,17 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm.auto import tqdm
 
-from cada.evaluation.encoding import Gallery, Queries, _sum_over_processes, encode_gallery, encode_queries
-from cada.evaluation.metrics import _ROWS_AT_ONCE, METRICS, _metric_sums, rerank_scores, top_candidates
+from cada.evaluation.encoding import (
+    RERANK_MEMORY,
+    Gallery,
+    Queries,
+    encode_gallery,
+    encode_queries,
+    sum_over_processes,
+)
+from cada.evaluation.metrics import _ROWS_AT_ONCE, METRICS, metric_sums, rerank_scores, top_candidates
 
 
-RERANK_MEMORY = 4.0  # GB
 # Tokens of a batch, and batches of a group of images. Large enough for fast matrix products; an accelerator needs more
 # for that, and groups so large that nearly all texts of a batch are of one length.
 _BATCHES = {"cpu": (1024, 4)}
@@ -102,7 +108,7 @@ def match_candidates(
                 logits = model.match(*inputs, projections, text_index, image_index[batch])
                 scores[pairs[batch].to(device, non_blocking=at_once)] = model.local_score(logits).float()
                 bar.update(len(pairs[batch]))
-    return _sum_over_processes(scores, device).view_as(candidates)
+    return sum_over_processes(scores, device).view_as(candidates)
 
 
 def in_doubt(
@@ -255,10 +261,10 @@ def evaluate_retrieval(
         sums = {stage: torch.zeros(len(METRICS), dtype=torch.float64) for stage in stages}
         for rows in parts:  # the whole matrix of scores may be too large
             similarity = _similarity(queries, gallery, rows)
-            sums["global"] += _metric_sums(similarity, query_ids[rows], gallery_ids, rows.start)
+            sums["global"] += metric_sums(similarity, query_ids[rows], gallery_ids, rows.start)
             if "local" in sums:
                 scores = rerank_scores(similarity, candidates[rows], local_scores[rows])
-                sums["local"] += _metric_sums(scores, query_ids[rows], gallery_ids, rows.start)
+                sums["local"] += metric_sums(scores, query_ids[rows], gallery_ids, rows.start)
     finally:
         model.train(was_training)
     metrics = {

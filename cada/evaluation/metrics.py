@@ -39,11 +39,11 @@ def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
     sums = torch.zeros(len(METRICS), dtype=torch.float64)
     for start in range(0, len(query_ids), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        sums += _metric_sums(similarity[rows], query_ids[rows], gallery_ids, start)
+        sums += metric_sums(similarity[rows], query_ids[rows], gallery_ids, start)
     return dict(zip(METRICS, (100 * sums / len(query_ids)).tolist()))
 
 
-def _metric_sums(similarity, query_ids, gallery_ids, first_row: int = 0) -> torch.Tensor:
+def metric_sums(similarity, query_ids, gallery_ids, first_row: int = 0) -> torch.Tensor:
     """Sums over queries of the five metrics (as shares)."""
     if similarity.isnan().any():
         row = first_row + int(similarity.isnan().any(dim=1).nonzero()[0, 0])

@@ -17,9 +17,10 @@ from cada.hub.record import (
     DRAWN_TITLES,
     RANDOM_START,
     UNKNOWN_START,
-    _newest,
     checkpoint_digest,
     evaluations_of,
+    newest,
+    precision_of,
     read_run,
     set_title,
 )
@@ -28,11 +29,8 @@ from cada.hub.record import (
 logger = logging.get_logger(__name__)
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 TEMPLATES = {"cuhk_pedes": "cada-cuhk.md", "icfg_pedes": "cada-icfg.md", "rstp_reid": "cada-rstp.md"}
+TEMPLATES |= dict.fromkeys(DRAWN_TITLES, "cada-demo.md")
 METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
-
-
-def _precision(evaluation: dict) -> str:
-    return evaluation.get("precision", "float32")
 
 
 def _captions(row: dict) -> str:
@@ -42,7 +40,7 @@ def _captions(row: dict) -> str:
 
 def _departures(row: dict) -> str:
     """What an evaluation differs in from one of the split of the set's authors in float32; empty where in nothing."""
-    words = f", in {_precision(row)}" if _precision(row) != "float32" else ""
+    words = f", in {precision_of(row)}" if precision_of(row) != "float32" else ""
     words += ", unreadable images left out" if row.get("unreadable_images_skipped") else ""
     if row["dataset"] in PEDES_SETS:
         _, images, captions = PEDES_SETS[row["dataset"]].counts.get(row["split"], (0, 0, 0))
@@ -109,7 +107,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
         raise CADAError(
             f"The further evaluations are of other weights than those in {folder}. Run --do_predict again."
         )
-    evaluations = _newest([*own, *evaluations])
+    evaluations = newest([*own, *evaluations])
     if training:
         training = {**training, "title": set_title(training["dataset"])}
     name = repo_id.split("/")[-1]

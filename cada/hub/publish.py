@@ -20,22 +20,17 @@ from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import logging
 
 from cada.files import CADAError, one_line, read_json, written_whole
-from cada.hub.card import TEMPLATES, model_card
+from cada.hub.card import model_card
 from cada.hub.loading import check_config, weight_files
-from cada.hub.record import _TRAINING, DRAWN_TITLES, NO_LICENCE, RUN_FILE, checkpoint_digest, evaluations_of, read_run
+from cada.hub.record import NO_LICENCE, RUN_FILE, checkpoint_digest, evaluations_of, read_run
 
 
 logger = logging.get_logger(__name__)
-TEMPLATES |= dict.fromkeys(DRAWN_TITLES, "cada-demo.md")
 RELEASED = (
     *("README.md", RUN_FILE, "config.json", "*_cada.py", "*.safetensors", "model.safetensors.index.json"),
     *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
 )
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-
-_NUMBER, _TEXT_OR_NONE, _COUNT_OR_NONE = (int, float), (str, type(None)), (int, type(None))
-_TRAINING |= {"minutes": (*_NUMBER, type(None))}
 
 
 def _code_of(config, path: Path) -> set[str]:

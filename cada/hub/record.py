@@ -17,9 +17,7 @@ from transformers.utils import cached_file, logging
 from cada.data.pedes import PEDES_SETS
 from cada.evaluation.metrics import METRICS
 from cada.files import CADAError, counted, one_line, read_json, written_whole
-from cada.hub.card import _precision
 from cada.hub.loading import weight_files
-from cada.hub.publish import _COUNT_OR_NONE, _NUMBER, _TEXT_OR_NONE
 from processing_cada import CADAProcessor
 
 
@@ -81,8 +79,10 @@ def read_run(folder: str | os.PathLike) -> dict:
     return {name: run[name] for name in ("origin", "training", "evaluations")}
 
 
+_NUMBER, _TEXT_OR_NONE, _COUNT_OR_NONE = (int, float), (str, type(None)), (int, type(None))
 _MEASURED = {"dataset": str, "captions_per_image": _COUNT_OR_NONE, "date": str, "hardware": str, "versions": dict}
 _TRAINING = {**_MEASURED, "data": dict, "recipe": dict, "selected_by": _TEXT_OR_NONE, "seed": int}
+_TRAINING |= {"minutes": (*_NUMBER, type(None))}
 _EVALUATION = {**_MEASURED, "split": str, "metrics": dict, "weights": str}
 
 
@@ -105,7 +105,7 @@ def _check_record(run) -> None:
         _check_fields(row, _EVALUATION, where)
         if not isinstance(row.get("unreadable_images_skipped", False), bool):
             raise ValueError(f"`unreadable_images_skipped` of {where} is {row['unreadable_images_skipped']!r:.80}")
-        if not isinstance(_precision(row), str):
+        if not isinstance(precision_of(row), str):
             raise ValueError(f"`precision` of {where} is {row['precision']!r:.80}")
         metrics = row["metrics"]
         _check_fields(metrics, dict.fromkeys(("queries", "gallery", "rerank_k"), int), f"`metrics` of {where}")
@@ -154,16 +154,20 @@ def trained_on(run: dict) -> dict[str, int]:
 
 def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | None, evaluations: list[dict]) -> None:
     """Write the record of a run; an evaluation takes the place of an older one of the same weights and protocol."""
-    run = {"origin": origin, "training": training, "evaluations": _newest(evaluations)}
+    run = {"origin": origin, "training": training, "evaluations": newest(evaluations)}
     with written_whole(Path(folder) / RUN_FILE) as path:
         path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _newest(evaluations: list[dict]) -> list[dict]:
+def precision_of(evaluation: dict) -> str:
+    return evaluation.get("precision", "float32")
+
+
+def newest(evaluations: list[dict]) -> list[dict]:
     names, sizes = ("weights", "dataset", "split", "captions_per_image"), ("queries", "gallery", "rerank_k")
     rows = {}
     for row in evaluations:
-        protocol = (*(row[name] for name in names), row.get("unreadable_images_skipped"), _precision(row))
+        protocol = (*(row[name] for name in names), row.get("unreadable_images_skipped"), precision_of(row))
         rows[protocol, *(row["metrics"][name] for name in sizes)] = row
     return list(rows.values())
 

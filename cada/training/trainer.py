@@ -28,7 +28,8 @@ from transformers.trainer_utils import (
 from transformers.utils import logging
 
 from cada.data.pairs import GlobalBatches, outlive_sigterm
-from cada.evaluation.matching import RERANK_MEMORY, evaluate_retrieval
+from cada.evaluation.encoding import RERANK_MEMORY
+from cada.evaluation.matching import evaluate_retrieval
 from cada.evaluation.metrics import METRICS
 from cada.files import CADAError, one_line, remove_folder, replace_folder
 from cada.hub.loading import check_processor
