@@ -160,10 +160,12 @@ def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | N
 
 
 def precision_of(evaluation: dict) -> str:
+    """The precision that an evaluation was computed in."""
     return evaluation.get("precision", "float32")
 
 
 def newest(evaluations: list[dict]) -> list[dict]:
+    """The last evaluation of each protocol."""
     names, sizes = ("weights", "dataset", "split", "captions_per_image"), ("queries", "gallery", "rerank_k")
     rows = {}
     for row in evaluations:
