@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pedes_layout import ANNOTATIONS, LAYOUTS, lay_out_icfg
 from PIL import Image
@@ -377,7 +377,6 @@ def test_batches_have_the_inputs_of_the_model(laid_out, processor):
     assert torch.equal(plain, processor(images=pairs[0]["image"], return_tensors="pt")["pixel_values"])
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.integers(0, 3))
 def test_processes_share_the_batches_of_one(pairs, batch_size, processes, drop_last, epoch):
     """The parts of n processes, side by side, are the batches of one process with the n-fold size, seeds too."""

@@ -80,7 +80,7 @@ def test_clothes_have_their_colours():
 
 
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_captions_name_what_they_say(seed):
     """Every colour that is named stands in the text, in some span; spans are words of the cleaned caption."""
     rng = random.Random(seed)
