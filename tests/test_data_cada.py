@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -449,13 +449,14 @@ def test_large_photographs_are_decoded_at_reduced_size(tmp_path, scale, expected
     assert abs(small[0] - small[1]).max() <= 4
 
 
-def test_check_command_compares_with_the_official_numbers(cuhk):
+def test_check_command_compares_with_the_official_numbers(cuhk, monkeypatch, capsys):
     """Run as a user would, on a small copy with a missing image: exit status 1 and every fact on the screen."""
     damage(cuhk)
-    command = [sys.executable, cada.data.loading.__file__, "check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
-    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    monkeypatch.setattr(sys, "argv", ["cada", "check", "--dataset", "cuhk_pedes", "--data-dir", str(cuhk)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("cada", run_name="__main__")
+    assert end.value.code == 1
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "train persons 6 11,003 differs" in lines
     assert "train images 18 34,054 differs" in lines
     assert "test captions 16 6,156 differs" in lines
@@ -501,19 +502,19 @@ def test_check_is_content_with_a_complete_set(laid_out, monkeypatch, capsys):
         "icfg_pedes",
         cada.data.pedes.PedesSet("ICFG-PEDES", (ANNOTATIONS["icfg_pedes"],), "file_path", small),
     )
-    arguments = ["check", "--dataset", "icfg_pedes", "--data_dir", str(laid_out["icfg_pedes"])]
+    arguments = ["check", "--dataset", "icfg_pedes", "--data-dir", str(laid_out["icfg_pedes"])]
     assert cli.main(arguments) == 0
     assert "0 bad image file(s). Numbers are official." in capsys.readouterr().out
 
 
 def test_check_command_reports_errors_without_a_traceback(tmp_path, capsys):
-    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(tmp_path / "nowhere")]) == 1
+    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data-dir", str(tmp_path / "nowhere")]) == 1
     assert "nowhere does not exist" in capsys.readouterr().err
 
 
 def test_person_in_two_splits_is_reported(cuhk, capsys):
     change_annotations(cuhk, set_value(0, "split", "test"))
-    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data_dir", str(cuhk), "--quick"]) == 1
+    assert cli.main(["check", "--dataset", "cuhk_pedes", "--data-dir", str(cuhk), "--quick"]) == 1
     assert "1 person(s) are both in train and in test." in capsys.readouterr().out
 
 

@@ -30,15 +30,19 @@ def without_resuming(words: list[str]) -> list[str]:
     return words[:place] + words[place + 2 :]
 
 
-@pytest.fixture
-def stopped(folder, tmp_path, monkeypatch) -> Path:  # noqa: F811
-    """A run of three epochs that ended at step 5 of 9; its checkpoint is of step 3."""
-    output = folder / tmp_path.name
-    with monkeypatch.context() as patch, suppress(Stop):
+@pytest.fixture(scope="module")
+def stopped_once(folder) -> Path:  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch, suppress(Stop):
         stop_at(patch, 5, "on_step_end")
-        train_cada.main(arguments(folder, output.name, "epoch"))
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
-    return output
+        train_cada.main(arguments(folder, "stopped", "epoch"))
+    assert [path.name for path in (folder / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    return folder / "stopped"
+
+
+@pytest.fixture
+def stopped(folder, stopped_once, tmp_path) -> Path:  # noqa: F811
+    """A copy of a run of three epochs that ended at step 5 of 9; its checkpoint is of step 3."""
+    return Path(shutil.copytree(stopped_once, folder / tmp_path.name))
 
 
 def test_a_new_training_leaves_the_checkpoints_of_another_alone(folder, stopped):  # noqa: F811
