@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from datasets import Dataset, DatasetDict
+from hypothesis import HealthCheck, settings
 from pedes_layout import LAYOUTS
 from PIL import Image
 from safetensors import safe_open
@@ -33,6 +34,13 @@ from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
 
+
+# One thread here and in every process of a test: with another number last digits differ, and pytest has a worker per
+# core. A clock says nothing on a busy machine, so no example of hypothesis is too slow.
+torch.set_num_threads(1)
+os.environ.update(OMP_NUM_THREADS="1", MILVUS_CONN_TIMEOUT="600")
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 REFERENCE = Path(__file__).parent / "reference_tiny.safetensors"
 
@@ -233,6 +241,39 @@ def run_processes(run: Callable, *arguments, processes: int = 2) -> None:
     """`run(rank, *arguments)` in new processes. They fork from one that has imported the modules, and done no more."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["train_cada", "cada.cli"])
     mp.start_processes(run, args=arguments, nprocs=processes, start_method="forkserver")
+
+
+def count_calls(run: Callable, moment: int = 0, then: Callable = int) -> int:
+    """Calls and returns of functions in `run()`; at the one with the number `moment`, `then()` is called."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            then()
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def doomed(rank: int, run: Callable, moment: int, seconds: float) -> None:
+    """`run()`; the kernel ends the process `seconds` after its call number `moment`, whatever it does just then."""
+    count_calls(run, moment, lambda: signal.setitimer(signal.ITIMER_REAL, seconds))
+
+
+def is_killed(run: Callable, moment: int, seconds: float) -> bool:
+    """Whether `run()` in a process of its own was killed at that moment, or had ended before."""
+    try:
+        run_processes(doomed, run, moment, seconds, processes=1)
+    except mp.ProcessExitedException as death:
+        assert death.signal_name == "SIGALRM"
+        return True
+    return False
 
 
 def tried(quick: int, long: int):

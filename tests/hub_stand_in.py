@@ -205,6 +205,7 @@ class HubStandIn:
             "HF_HOME": str(Path(home).absolute()),
             "HF_TOKEN": self.token if token is None else token,
             **dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_UPDATE_CHECK"), "1"),
+            **dict.fromkeys(("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"), "600"),  # for a busy machine
             **{"http_proxy": self.endpoint, "https_proxy": self.endpoint, "no_proxy": "127.0.0.1,localhost"},
             **more,
         }

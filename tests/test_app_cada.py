@@ -84,7 +84,7 @@ def address(gallery, hosts):
 
 def ask(address, target, method="GET", body=None, **headers):
     """Status, headers and body; the target is sent as it is, with its dots."""
-    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=600)
     try:
         connection.request(method, target, body, {name.replace("_", "-"): value for name, value in headers.items()})
         reply = connection.getresponse()
@@ -451,7 +451,7 @@ def test_command_runs_until_it_is_interrupted(folder, tmp_path, sent):
             assert list(tmp_path.glob("cada_app_*"))
         finally:
             page.send_signal(sent)
-        assert page.wait(timeout=20) == 0, page.stderr.read()
+        assert page.wait(timeout=600) == 0, page.stderr.read()
     assert not list(tmp_path.glob("cada_app_*"))
 
 
@@ -482,8 +482,11 @@ def test_in_a_browser(address, gallery, tmp_path):
     (expected,) = gallery.search([RED], 12)
     gallery.image(expected[0].path).save(tmp_path / "person.png")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        patience = 600_000  # milliseconds, for a busy machine
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=patience)
         page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(patience)
+        playwright.expect.set_options(timeout=patience)
         addresses, wrong = set(), []
         page.on("request", lambda request: addresses.add(urlsplit(request.url).netloc))
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))

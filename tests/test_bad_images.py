@@ -263,7 +263,7 @@ def test_a_truncated_file_gives_the_whole_image_or_an_error(name):
 def test_any_damage_gives_an_image_or_a_data_error(trials):
     files = {name: sound_file(name) for name in FORMATS}
 
-    @settings(max_examples=trials, deadline=None, database=None)
+    @settings(max_examples=trials)
     @given(st.data())
     def damage(data):
         content = bytearray(files[data.draw(st.sampled_from(sorted(files)))])

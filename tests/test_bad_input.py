@@ -117,7 +117,7 @@ def test_any_annotation_file_is_read_right_or_named(laid_out, tmp_path_factory, 
     os.symlink(laid_out / "imgs", root / "imgs")
     records = json.loads((laid_out / "reid_raw.json").read_text())
 
-    @settings(max_examples=trials, deadline=None, database=None)
+    @settings(max_examples=trials)
     @given(st.data())
     def damage(data):
         changed = json.loads(json.dumps(records))
@@ -323,7 +323,7 @@ def check_text(processor, text: str, unit: str) -> None:
 
 @tried(300, 20_000)
 def test_any_text_at_all_is_read(shared_processor, trials):
-    @settings(max_examples=trials, deadline=None, database=None)
+    @settings(max_examples=trials)
     @given(ANY_TEXT, st.sampled_from(["phrase", "word"]))
     @example("İ\u0307.", "word")
     def read(text, unit):
@@ -425,7 +425,7 @@ def test_any_damage_to_a_foreign_file_is_named(tmp_path_factory, trials):
     save_file(weights, folder / "new.safetensors")
     contents = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    @settings(max_examples=trials, deadline=None, database=None)
+    @settings(max_examples=trials)
     @given(st.data())
     def damage(data):
         name = data.draw(st.sampled_from(sorted(contents)))
@@ -452,7 +452,7 @@ def test_any_tensor_in_any_place_is_named_or_fits(foreign, tmp_path_factory, tri
     """A model is whole and of finite numbers, whatever shape, type or name a tensor of the file has."""
     path = tmp_path_factory.mktemp("tensors") / "weights.pth"
 
-    @settings(max_examples=trials, deadline=None, database=None)
+    @settings(max_examples=trials)
     @given(st.data())
     def change(data):
         weights = dict(foreign)
@@ -504,7 +504,7 @@ def test_any_record_gives_a_card_or_is_named(released, tmp_path_factory, trials)
     assert "| RSTPReid, NOT the official split" in model_card(folder, "org/name", "main").content
     everywhere = [place for place in places(record) if place]
 
-    @settings(max_examples=trials, deadline=None, database=None)
+    @settings(max_examples=trials)
     @given(st.sampled_from(everywhere), JUNK | st.just("removed"))
     @example(("evaluations", 0, "metrics", "global_R1"), float("nan"))
     @example(("evaluations", 0, "metrics", "rerank_k"), "removed")

@@ -355,7 +355,7 @@ def test_any_damage_to_a_small_file_is_named_or_harmless(saved, tmp_path_factory
     """Bytes of the configuration, of the processor's settings and of the header of the weights."""
     folder = tmp_path_factory.mktemp("damaged")
 
-    @settings(max_examples=trials, deadline=None, database=None)
+    @settings(max_examples=trials)
     @given(st.data())
     def damage(data):
         for path in saved.iterdir():

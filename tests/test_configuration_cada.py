@@ -209,7 +209,7 @@ def test_typing_errors(config_class, fields, owner, meant):
         config_class(**fields)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_a_missing_letter_is_seen(data):
     config_class = data.draw(st.sampled_from(CLASSES))
@@ -253,7 +253,7 @@ def test_num_groups(size, stride, groups):
     assert CADAConfig(group_size=size, group_stride=stride).num_groups == groups
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 6), st.data())
 def test_groups_end_with_the_text(size, stride, steps, data):
     """Groups fit where the last one ends at the last state, and are as many as there are starts."""

@@ -82,15 +82,6 @@ ImageProcessingTestMixin = common_tests("test_image_processing_common").ImagePro
 PATCHES, TOKENS = 8, 7
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny and pytest runs a worker per core: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def conformance_config(**changes) -> CADAConfig:
     """
     Tiny; `[ENC]` stays when the tests shrink the vocabulary; temperature 1, since the tests' tolerances are made for

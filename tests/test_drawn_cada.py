@@ -80,7 +80,7 @@ def test_clothes_have_their_colours():
 
 
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_captions_name_what_they_say(seed):
     """Every colour that is named stands in the text, in some span; spans are words of the cleaned caption."""
     rng = random.Random(seed)
@@ -113,15 +113,15 @@ def test_splits_share_no_person_and_hold_all_columns(drawn):
     assert row["file_name"].startswith("test/")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 32])
 def test_nobody_is_in_two_splits(seed):
-    """Also by attributes. With seed 1 the splits would share a person if each were drawn without the others."""
-    splits = load_drawn(train_persons=4000, val_persons=50, test_persons=150, images_per_person=1, seed=seed)
+    """Also by attributes. With seed 32 the splits would share a person if each were drawn without the others."""
+    splits = load_drawn(train_persons=400, val_persons=50, test_persons=150, images_per_person=1, seed=seed)
     looks = [{tuple(sorted(person.items())) for person in rows["attributes"]} for rows in splits.values()]
-    assert sum(map(len, looks)) == len(set.union(*looks)) == 4200
+    assert sum(map(len, looks)) == len(set.union(*looks)) == 600
     alone = draw_persons(150, random.Random(f"{seed}-test"))
     shared = {tuple(sorted(person.items())) for person in alone} & (looks[0] | looks[1])
-    assert bool(shared) == (seed == 1)
+    assert bool(shared) == (seed == 32)
 
 
 def test_seed_decides_everything(drawn):

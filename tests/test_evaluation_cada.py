@@ -80,13 +80,13 @@ def searches(draw):
 
 
 @given(searches())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_metrics_equal_their_definition(search):
     assert retrieval_metrics(*search) == pytest.approx(naive_metrics(*search))
 
 
 @given(searches(), st.randoms())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_metrics_do_not_depend_on_the_order_of_the_gallery(search, random):
     scores, queries, gallery = search
     order = list(range(len(gallery)))
@@ -146,7 +146,6 @@ def test_reranking_by_hand():
     st.lists(st.floats(-1, 1, width=16), min_size=8, max_size=8),
     st.lists(st.floats(-30, 30, width=32), min_size=3, max_size=3),
 )
-@settings(deadline=None)
 def test_others_rank_behind_every_candidate_in_global_order(similarity, local):
     similarity = torch.tensor([similarity])
     candidates = top_candidates(similarity, 3)
@@ -291,7 +290,6 @@ def test_first_ranks_of_half_precision_are_those_of_full_precision(match_score):
 
 
 @given(st.integers(0, 10**6), st.sampled_from(["probability", "logit"]), st.sampled_from([1e-3, 0.05, 1.0]))
-@settings(deadline=None)
 def test_what_is_not_in_doubt_keeps_its_place(seed, match_score, tolerance):
     """Any errors up to the tolerance: with the true scores of the doubtful ones the first 1, 5 and 10 are right."""
     generator = torch.Generator().manual_seed(seed)

@@ -83,7 +83,7 @@ def test_file_without_the_right_to_read(closed_folder):
 
 
 @given(st.binary(max_size=40) | st.text(max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_bytes_are_json_or_a_value_error(content):
     try:
         parse_json(content)

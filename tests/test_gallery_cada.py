@@ -5,17 +5,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import free_port, run_processes, save_tiny_start, tiny_config
+from conftest import count_calls, free_port, is_killed, run_processes, save_tiny_start, tiny_config
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from filelock import FileLock
@@ -81,9 +79,12 @@ def contents(index: Path) -> dict[str, tuple]:
     gallery = open_index(index)
     names = ["path", "stamp", "digest", *gallery.columns, "feature"]
     rows = [row for table in gallery.store.tables(names) for row in table.to_pylist()]
-    return {
-        row.pop("path"): (*(row[name] for name in names[1:-1]), np.round(row["feature"], 6).tolist()) for row in rows
-    }
+    return {row.pop("path"): tuple(row[name] for name in names[1:]) for row in rows}
+
+
+def close(rows: dict[str, tuple]) -> dict[str, tuple]:
+    """From batches of other sizes: the last digit of half precision may differ. Other images are 9e-3 away."""
+    return {path: (*values[:-1], pytest.approx(values[-1], abs=1e-3)) for path, values in rows.items()}
 
 
 def test_search_ranks_as_evaluation_does(checkpoint, folder, tmp_path):
@@ -127,7 +128,7 @@ def test_an_index_is_brought_up_to_date_and_nothing_is_encoded_twice(checkpoint,
     assert (changes.added, changes.changed, changes.removed, changes.unchanged) == (3, 1, 3, 8)
     assert sum(encoded) == 4
     build(folder, tmp_path / "fresh", checkpoint, shard_size=3)
-    assert contents(index) == contents(tmp_path / "fresh")
+    assert contents(index) == close(contents(tmp_path / "fresh"))
     assert list((index / "pending").iterdir()) == []
     assert len(list(index.glob("table-*"))) == 1
 
@@ -200,7 +201,7 @@ def kill_at(moments, folder: Path, checkpoint: Path, indexes: Path, before: Path
 
 def test_a_killed_run_leaves_its_shards_to_the_next(checkpoint, folder, tmp_path, encoded):
     """Six shards of two images, then the table, then the record: eight files, each of which takes its place whole."""
-    build(folder, tmp_path / "fresh", checkpoint)
+    build(folder, tmp_path / "fresh", checkpoint, shard_size=2)
     fresh = contents(tmp_path / "fresh")
     # After the second shard, while the third is written, before the record is replaced, right after.
     moments = {4: 4, 5: 4, 15: 12, 16: 12}
@@ -234,37 +235,32 @@ def test_a_kill_at_every_moment_leaves_the_old_or_the_new_index(checkpoint, fold
     assert killed == [True] * 10 + [False]
     for moment in moments:
         index = tmp_path / "killed" / str(moment)
-        assert contents(index) == (old if moment < 10 else new)
+        assert contents(index) == (old if moment < 10 else close(new))
         build(folder, index, checkpoint)
-        assert contents(index) == new
+        assert contents(index) == close(new)
         assert not list(index.rglob(".unfinished-*"))
 
 
 @pytest.mark.slow
 def test_runs_that_are_killed_at_random_times_end_in_the_right_index(checkpoint, tmp_path):
-    folder, index = tmp_path / "images", tmp_path / "index"
-    save_images(folder, [f"{number:03}.png" for number in range(120)])
-    command = [sys.executable, "-m", "cada", "index", str(folder), "--out", str(index), "--shard-size", "1"]
-    rng, killed = random.Random(0), 0
-    for _ in range(8):
-        run = subprocess.Popen([*command, "--model", str(checkpoint)], cwd=ROOT, stderr=subprocess.DEVNULL)
-        before = len(list((index / "pending").glob("*"))) if index.exists() else 0
-        while run.poll() is None and len(list((index / "pending").glob("*")) if index.exists() else []) <= before:
-            time.sleep(0.005)
-        time.sleep(rng.random() / 5)
-        run.send_signal(signal.SIGKILL)
-        killed += run.wait() == -signal.SIGKILL
-    assert killed > 0
-    build(folder, index, checkpoint)
-    build(folder, tmp_path / "fresh", checkpoint)
-    assert contents(index) == contents(tmp_path / "fresh")
+    folder, index, fresh = tmp_path / "images", tmp_path / "index", tmp_path / "fresh"
+    save_images(folder, [f"{number:03}.png" for number in range(40)])
+    calls = count_calls(partial(build, folder, fresh, checkpoint, shard_size=1))
+    draw, kills, run = random.Random(0), 0, partial(build, folder, index, checkpoint, shard_size=1)
+    while kills < 8:
+        if is_killed(run, draw.randint(1, calls), draw.uniform(1e-6, 0.01)):
+            kills += 1
+        else:
+            assert contents(index) == contents(fresh)
+            shutil.rmtree(index)  # and again from the beginning
+    run()
+    assert contents(index) == contents(fresh)
 
 
 def launched(rank: int, port: int, command: list[str], folder: str) -> None:
     """A process of `accelerate launch --cpu -m cada index`."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"})
-    torch.set_num_threads(1)
     with open(f"{folder}/printed_{rank}", "w") as printed, redirect_stdout(printed):
         assert main(command) == 0
 
@@ -412,8 +408,8 @@ def test_commands(checkpoint, folder, tmp_path, capsys):
     assert "12 images; 0 with problems." in capsys.readouterr().out
     assert main(["export", index, str(tmp_path / "rows.parquet")]) == 0
     rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
-    assert {row["path"]: tuple(np.round(row["feature"], 6).tolist()) for row in rows} == {
-        path: tuple(values[-1]) for path, values in contents(Path(index)).items()
+    assert {row["path"]: row["feature"] for row in rows} == {
+        path: values[-1] for path, values in contents(Path(index)).items()
     }
 
 
@@ -546,7 +542,7 @@ def test_an_exchange_of_two_files_is_noticed(copied, encoded):
     (folder / "c").rename(folder / "b.png")
     assert build(folder, index).changed == 2
     after = contents(index)
-    assert [after[name][1:] for name in ("a.png", "b.png")] == [before[name][1:] for name in ("b.png", "a.png")]
+    assert [after[name][1:] for name in ("a.png", "b.png")] == [close(before)[name][1:] for name in ("b.png", "a.png")]
     # A file system that tells nothing: only the content does.
     stamps = {name: row[0] for name, row in after.items()}
     (folder / "a.png").write_bytes((folder / "b.png").read_bytes())
@@ -560,7 +556,7 @@ def test_an_exchange_of_two_files_is_noticed(copied, encoded):
         patch.setattr(cada.gallery.index.ImageFiles, "listing", stale)
         assert build(folder, index).changed == 0
         assert build(folder, index, check_content=True).changed == 1
-    assert contents(index)["a.png"][1:] == contents(index)["b.png"][1:]
+    assert contents(index)["a.png"][1:] == close(contents(index))["b.png"][1:]
 
 
 def test_changed_and_lost_images_are_left_out_with_a_warning(copied, capsys):
@@ -625,7 +621,7 @@ def test_damaged_tables_and_patch_states_are_mended(checkpoint, small_index, tmp
     assert gallery.search("a man", rerank=2) == [[]]
     assert len(gallery.left_out) == 2
     assert build(folder, index).changed == 2
-    assert (sum(encoded), contents(index)) == (2, whole)
+    assert (sum(encoded), contents(index)) == (2, close(whole))
     (table,) = index.glob("table-*")
     table.write_bytes(b"no table")
     with pytest.raises(CADAError, match="table-.*run `index` again"):

@@ -312,59 +312,54 @@ def test_trainer_pushes_a_checkpoint_that_loads(released):
     assert hub.unknown == []
 
 
-DATA = """
-import json, sys
-from cada.data.loading import load_pairs_dataset
-from cada.files import CADAError
-
-counts = [len(load_pairs_dataset("tester/people", revision=revision)["test"]) for revision in sys.argv[1:]]
-try:
-    load_pairs_dataset("tester/people", revision="v9")
-except CADAError as error:
-    json.dump([counts, str(error)], open("results.json", "w"))
-"""
-
-
-def test_data_set_of_a_revision(hub, tmp_path):
-    """Two commits of a data set with 3 and 5 test images, by tag, commit and branch."""
-    commits = []
-    for count in (3, 5):
-        rows = load_from_disk(save_colour_set(tmp_path / str(count), test=count))["test"]
-        rows.to_parquet(tmp_path / "test.parquet")
-        commits.append(hub.add("tester/people", {"data/test.parquet": (tmp_path / "test.parquet").read_bytes()}))
-    counts, message = run(hub, tmp_path, DATA, *commits, "main", modules=True)
-    assert counts == [3, 5, 5]
-    assert "tester/people" in message and "v9" in message
-
-
-INDEX = """
+PINNED = """
 import json, shutil, sys
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
+from cada.data.loading import load_pairs_dataset
+from cada.files import CADAError
 from cada.gallery.index import build_index, open_index
 
+images, second, *revisions = sys.argv[1:]
+counts = [len(load_pairs_dataset("tester/people", revision=revision)["test"]) for revision in revisions]
+try:
+    load_pairs_dataset("tester/people", revision="v9")
+except CADAError as error:
+    message = str(error)
+
 def look(model=None):
-    build_index(sys.argv[1], "index", model)
+    build_index(images, "index", model)
     gallery = open_index("index")
     [found] = gallery.search("a red coat", rerank=0)
     return gallery.info()["revision"], [result.score for result in found]
 
 before = look("tester/cada-tiny")
-HfApi().upload_folder(folder_path=sys.argv[2], repo_id="tester/cada-tiny")
+HfApi().upload_folder(folder_path=second, repo_id="tester/cada-tiny")
 shutil.rmtree(HF_HUB_CACHE)
-json.dump([before, look()], open("results.json", "w"))
+json.dump([counts, message, before, look()], open("results.json", "w"))
 """
 
 
-def test_index_keeps_the_commit_of_its_model(hub, processor, tmp_path):
-    """An index made from `main` goes on with its weights when `main` has others."""
+def test_data_of_a_revision_and_an_index_that_keeps_the_commit_of_its_model(hub, processor, tmp_path):
+    """
+    Two commits of a data set with 3 and 5 test images, by commit and branch. An index made from `main` goes on with
+    its weights when `main` has others. In one process, as it takes long to start.
+    """
+    commits = []
+    for count in (3, 5):
+        rows = load_from_disk(save_colour_set(tmp_path / str(count), test=count))["test"]
+        rows.to_parquet(tmp_path / "test.parquet")
+        commits.append(hub.add("tester/people", {"data/test.parquet": (tmp_path / "test.parquet").read_bytes()}))
     (tmp_path / "images").mkdir()
     for number in range(3):
         Image.new("RGB", (16, 32), (80 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
     save(tmp_path / "first", processor, 0)
     save(tmp_path / "second", processor, 1)
     commit = hub.add("tester/cada-tiny", {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()})
-    before, after = run(hub, tmp_path, INDEX, tmp_path / "images", tmp_path / "second", modules=True)
+    arguments = (tmp_path / "images", tmp_path / "second", *commits, "main")
+    counts, message, before, after = run(hub, tmp_path, PINNED, *arguments, modules=True)
+    assert counts == [3, 5, 5]
+    assert "tester/people" in message and "v9" in message
     assert before == after and after[0] == commit
     newest = hub.files("tester/cada-tiny")["model.safetensors"]
     assert newest == (tmp_path / "second" / "model.safetensors").read_bytes()

@@ -6,15 +6,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_colour_set, save_tiny_start
+from conftest import count_calls, is_killed, save_colour_set, save_tiny_start
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -206,22 +204,15 @@ def test_a_loss_that_is_not_finite_ends_training(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(folder):
-    """SIGKILL twelve times, at any moment from the first import to the last file."""
-    output, draw, kills = "killed", random.Random(0), 0
-    command = [sys.executable, train_cada.__file__, *arguments(folder, output, "epoch")]
-    started = time.monotonic()
-    subprocess.run([*command, "--output_dir", str(folder / "timed")], check=True, capture_output=True)
-    seconds = time.monotonic() - started
+    """Twelve times, at any moment from the first line of the command to the last file."""
+    draw, kills = random.Random(0), 0
+    calls = count_calls(partial(train_cada.main, arguments(folder, "counted", "epoch")))
+    run = partial(train_cada.main, arguments(folder, "killed", "epoch"))
     while kills < 12:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            _, errors = process.communicate(timeout=draw.uniform(0.4, 1.1) * seconds)
-            assert process.returncode == 0, errors[-2000:]
-            assert_same_end(folder, output, "epoch")
-            shutil.rmtree(folder / output)  # and again from the beginning
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if is_killed(run, draw.randint(1, calls), draw.uniform(1e-6, 0.01)):
             kills += 1
-    subprocess.run(command, check=True, capture_output=True)
-    assert_same_end(folder, output, "epoch")
+        else:
+            assert_same_end(folder, "killed", "epoch")
+            shutil.rmtree(folder / "killed")  # and again from the beginning
+    run()
+    assert_same_end(folder, "killed", "epoch")

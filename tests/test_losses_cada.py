@@ -20,7 +20,7 @@ from losses_cada import (
 
 
 EPSILON = 1e-8
-PROPERTY = settings(deadline=None, max_examples=25)
+PROPERTY = settings(max_examples=25)
 BATCHES = st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=6), st.integers(0, 10**6))
 
 

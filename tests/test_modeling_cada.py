@@ -23,7 +23,7 @@ from modeling_cada import (
 )
 
 
-PROPERTY = settings(deadline=None, max_examples=25)
+PROPERTY = settings(max_examples=25)
 LOSSES = ["loss", "loss_ndf", "loss_atp", "loss_ara"]
 TIED = "vocabulary_head.decoder.weight"
 

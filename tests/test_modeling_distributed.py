@@ -45,7 +45,6 @@ def half_batch(rank: int) -> dict[str, torch.Tensor]:
 
 
 def one_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
     for changes, chunk_size in CASES:

@@ -92,7 +92,7 @@ def check(ranking, expected):
         assert found["global_score"] == pytest.approx(score - (local or 0), abs=1e-5)
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     rerank=st.integers(0, 9),
     batch_size=st.integers(1, 5),

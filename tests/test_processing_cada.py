@@ -114,7 +114,6 @@ def test_cleaning_strips_the_characters_of_the_recipe():
 
 
 @given(st.text(max_size=60))
-@settings(deadline=None)
 def test_cleaning_twice_is_cleaning_once(text):
     cleaned = clean_caption(text)
     assert clean_caption(cleaned) == cleaned
@@ -181,7 +180,7 @@ def test_units_are_masked_whole_at_the_stated_rate(processor):
 
 
 @given(st.lists(st.sampled_from(["red coat", "a man", "turquoise", "with", "long black hair", "T-shirt.", "ünïcode"])))
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_labels_and_masked_ids_restore_the_caption(processor, words):
     caption = clean_caption(" ".join(words))
     spans = AttributeMasker("phrase").find_spans(caption)

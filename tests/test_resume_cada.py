@@ -4,14 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_start, small_disk
+import torch.multiprocessing as mp
+from conftest import run_processes, save_tiny_start, small_disk
 from datasets import load_from_disk
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
@@ -31,15 +30,19 @@ def without_resuming(words: list[str]) -> list[str]:
     return words[:place] + words[place + 2 :]
 
 
-@pytest.fixture
-def stopped(folder, tmp_path, monkeypatch) -> Path:  # noqa: F811
-    """A run of three epochs that ended at step 5 of 9; its checkpoint is of step 3."""
-    output = folder / tmp_path.name
-    with monkeypatch.context() as patch, suppress(Stop):
+@pytest.fixture(scope="module")
+def stopped_once(folder) -> Path:  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch, suppress(Stop):
         stop_at(patch, 5, "on_step_end")
-        train_cada.main(arguments(folder, output.name, "epoch"))
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-3"]
-    return output
+        train_cada.main(arguments(folder, "stopped", "epoch"))
+    assert [path.name for path in (folder / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    return folder / "stopped"
+
+
+@pytest.fixture
+def stopped(folder, stopped_once, tmp_path) -> Path:  # noqa: F811
+    """A copy of a run of three epochs that ended at step 5 of 9; its checkpoint is of step 3."""
+    return Path(shutil.copytree(stopped_once, folder / tmp_path.name))
 
 
 def test_a_new_training_leaves_the_checkpoints_of_another_alone(folder, stopped):  # noqa: F811
@@ -189,20 +192,27 @@ def test_a_lost_worker_ends_with_a_remedy(folder, monkeypatch):  # noqa: F811
         train_cada.main([*arguments(folder, "lost_worker", "epoch"), "--dataloader_num_workers", "1"])
 
 
+def terminated_job(rank: int, words: list[str]) -> None:
+    """A training in a session of its own, all processes of which get SIGTERM after the first step."""
+
+    class Terminator(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.killpg(0, signal.SIGTERM)
+
+    os.setsid()
+    build = CADATrainer.__init__
+    CADATrainer.__init__ = lambda self, *a, **k: (build(self, *a, **k), self.add_callback(Terminator()))[0]
+    train_cada.main(words)
+
+
 def test_sigterm_to_all_processes_of_a_job(folder):  # noqa: F811
     """As clusters send it: the workers of the data loader get it too, and outlive it. Then as a whole run."""
     output = folder / "job"
     words = [*arguments(folder, output.name, "steps"), "--dataloader_num_workers", "2"]
-    words += ["--dataloader_persistent_workers", "true", "--logging_steps", "1", "--disable_tqdm", "true"]
-    job = subprocess.Popen(
-        [sys.executable, "-u", train_cada.__file__, *words], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    for line in job.stdout:
-        if "loss_ndf" in line:
-            os.killpg(job.pid, signal.SIGTERM)
-            break
-    job.stdout.read()
-    assert job.wait() == 143
+    words += ["--dataloader_persistent_workers", "true"]
+    with pytest.raises(mp.ProcessExitedException, match="143"):
+        run_processes(terminated_job, words, processes=1)
     assert list(output.glob("checkpoint-*"))
     train_cada.main(arguments(folder, output.name, "steps"))
     assert_same_end(folder, output.name, "steps")

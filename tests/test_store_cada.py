@@ -70,7 +70,7 @@ def written(store, listing: pa.Table, encoded: pa.Table):
     return type(store)(getattr(store, "folder", None), {**store.record, **changes})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     count=st.integers(1, 60),
     queries=st.integers(1, 4),
@@ -92,7 +92,7 @@ def test_exact_search_is_a_sorted_matrix_product(count, queries, k, rows_at_once
         np.testing.assert_allclose([score for score, _ in hits], scores[order], atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     cameras=st.lists(st.none() | st.integers(0, 4), min_size=1, max_size=30),
     symbol=st.sampled_from(sorted(PLAIN)),
