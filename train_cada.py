@@ -40,6 +40,7 @@ from cada.files import (
     read_json,
     run_command,
 )
+from cada.hardware import cpu_has_bfloat16
 from cada.hub.convert import SOURCES, convert, convert_processor, default_image_size, describe_origin
 from cada.hub.loading import (
     WEIGHTS,
@@ -427,6 +428,10 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     if not (args.do_train or args.do_eval or args.do_predict):
         raise CADAError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
     check_processes(args)
+    if args.mixed_precision == "bf16" and args.device.type == "cpu" and not cpu_has_bfloat16():
+        logger.warning(
+            "This processor has no instructions for bfloat16: --bf16 is slower than float32. Add --bf16 false."
+        )
     make_output_folder(args.output_dir)  # what keeps from saving shows now, not after days of training
     with only_writer(args.output_dir) if args.process_index == 0 else nullcontext():
         return train_and_evaluate(model_arguments, data, args)

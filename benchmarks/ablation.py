@@ -27,11 +27,11 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from report import footer
 from tqdm.auto import tqdm
 
 import cada.demo
 from cada.data.drawn import load_drawn
-from cada.hub.record import environment
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 
@@ -260,7 +260,6 @@ def write_report(
     name: str, studies, start: CADAConfig, output_dir: Path, seeds: list[int], arguments: list[str]
 ) -> Path:
     """`benchmarks/ablation_NAME.md` and its figure."""
-    where = environment()
     lines = [
         f"# Ablation: {name}",
         "",
@@ -283,12 +282,8 @@ def write_report(
     own = " ".join(["--seeds", *map(str, seeds), *([] if set(studies) == set(TITLES) else ["--studies", *studies])])
     lines += [
         "",
-        f"- Command: `python benchmarks/ablation.py {own}`",
         f"- Arguments of train_cada.py: `{' '.join(arguments)}`",
-        f"- Date: {where['date']}",
-        f"- Machine: {where['hardware']}",
-        f"- Versions: {', '.join(f'{package} {version}' for package, version in where['versions'].items())}",
-        "",
+        *footer(f"python benchmarks/ablation.py {own}"),
     ]
     draw_figure(studies, output_dir, seeds, ROOT / "benchmarks" / f"ablation_{name}.png")
     report = ROOT / "benchmarks" / f"ablation_{name}.md"

@@ -23,17 +23,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from report import footer
 from tqdm.auto import tqdm
 
 from cada.gallery.images import content_digest
 from cada.gallery.store import STORES, feature_column
-from cada.hub.record import environment
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,8 +219,6 @@ def main() -> None:
             shutil.rmtree(folder)
             loads.append(os.getloadavg()[0])
             bar.update()
-    where = environment()
-    versions = {**where["versions"], **{name: version(name) for name in ("pyarrow", "faiss-cpu", "milvus-lite")}}
     lines = [
         "# Search in large galleries, global stage",
         "",
@@ -249,12 +246,7 @@ def main() -> None:
         "one among them. Where that is more than 1, *best* is nearest to what the code itself takes.",
         "",
         *projection(rows),
-        f"- Command: `{' '.join(['python benchmarks/gallery.py', *sys.argv[1:]])}`",
-        f"- Threads: {torch.get_num_threads()} (`OMP_NUM_THREADS`)",
-        f"- Date: {where['date']}",
-        f"- Machine: {where['hardware']}",
-        f"- Versions: {', '.join(f'{package} {number}' for package, number in versions.items())}",
-        "",
+        *footer(" ".join(["python benchmarks/gallery.py", *sys.argv[1:]]), ("pyarrow", "faiss-cpu", "milvus-lite")),
     ]
     report = ROOT / "benchmarks" / "gallery.md"
     report.write_text("\n".join(lines), encoding="utf-8")

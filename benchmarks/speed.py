@@ -1,5 +1,5 @@
 """
-Time and memory against the authors' way and against BLIP of transformers, side by side, at base size.
+Time and operations against the authors' way and against BLIP of transformers, side by side, at base size.
 
     python benchmarks/speed.py
     python benchmarks/speed.py --demo demo    # and how far half precision changes the ranking of the demo's model
@@ -9,8 +9,8 @@ texts padded to 73, keys and values anew for every pair and pass, all positions 
 over all positions, a separate stack for ARA, plain attention, re-ranking one query at a time. (b) is
 `BlipForImageTextRetrieval`. Writes `benchmarks/speed_DEVICE.md`.
 
-With a GPU, the whole test of CUHK-PEDES is measured in its size: 3,074 images, 6,148 captions, K = 128. There (a) has
-the patch states of all images on the GPU from the start, which is fast and takes 1.9 GB.
+On a CPU the sizes follow a first short measurement, so that it ends within ten minutes; bfloat16 is left out where the
+processor has no instructions for it.
 """
 
 import cada  # noqa: F401  # before torch: it makes waiting threads sleep
@@ -19,38 +19,64 @@ import cada  # noqa: F401  # before torch: it makes waiting threads sleep
 # isort: split
 import argparse
 import copy
-import io
-import multiprocessing
-import os
-import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, Features, Image, List, Value, load_from_disk
-from torch.utils.flop_counter import FlopCounterMode
+from datasets import load_from_disk
+from report import footer
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from tqdm.auto import tqdm
-from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
+from transformers import BlipConfig, BlipForImageTextRetrieval
 
-from cada.data.drawn import load_drawn
-from cada.data.pairs import PairCollator, PairDataset
 from cada.evaluation.encoding import Gallery, Queries, encode_gallery, encode_queries
 from cada.evaluation.matching import match_candidates, score_gallery
-from cada.evaluation.metrics import rerank_scores, retrieval_metrics, top_candidates
-from cada.hub.record import environment
+from cada.evaluation.metrics import rerank_scores, top_candidates
+from cada.hardware import cpu_has_bfloat16
 from configuration_cada import CADAConfig
 from losses_cada import atp_loss, draw_negatives, group_states, ndf_loss, positive_pairs
 from modeling_cada import CADAForTextToImageRetrieval
-from processing_cada import CADAImageProcessor, CADAProcessor, clean_caption
+from processing_cada import CADAProcessor
 
 
 ROOT = Path(__file__).resolve().parent.parent
 PADDED = 73
+TURNS = 2  # measured, after one that warms up
+MINUTES = 7  # on a CPU, of measurements; making the models comes on top
 OURS, PLAIN, BLIP = "this code", "(a) authors' way", "(b) BLIP of transformers"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured: re-ranking of `texts` queries among `images`, K = `k`; training in batches of `batch`."""
+
+    images: int
+    texts: int
+    k: int
+    batch: int
+
+
+ON_A_GPU = Sizes(images=256, texts=512, k=32, batch=32)
+
+
+def sizes_for_cpu(seconds: float, precisions: int) -> Sizes:
+    """
+    The largest sizes, n = 2 to 8, that take `MINUTES` where encoding an image in float32 takes `seconds`.
+
+    n images have 2 n² pairs, 16 each at the most where CUHK-PEDES' test has 64, which is to our disadvantage. A batch
+    of few pairs shows too much of what a step costs anyway: weights cast to bfloat16, gradients of the vocabulary.
+    """
+
+    def encodings(n: int) -> float:  # that take as long; as measured on two cores with AVX-512
+        return (1 + TURNS) * (2.4 * n**2 + 40 * n) * (1 if precisions == 1 else 1.5)
+
+    n = max((n for n in range(2, 9) if encodings(n) * seconds <= 60 * MINUTES), default=2)
+    return Sizes(images=n, texts=2 * n, k=n, batch=n)
 
 
 def make_model(implementation: str = "sdpa", **overrides) -> CADAForTextToImageRetrieval:
@@ -166,31 +192,52 @@ def make_batch(size: int, config: CADAConfig, device: str) -> dict:
     }
 
 
-def interleaved(cases: dict[str, Callable[[], object]], repeats: int, device: str, bar) -> dict[str, float]:
-    """Median seconds of each case; the cases take turns, so that a drift of the machine meets all of them."""
+# The attention of a CPU, which torch does not count by itself.
+_COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a case takes: seconds, the median of `TURNS`, and GFLOP of matrix products, attention among them."""
+
+    seconds: float
+    operations: float
+
+    def each(self, count: int) -> "Case":
+        """The same per item."""
+        return Case(self.seconds / count, self.operations / count)
+
+
+def measure(cases: dict[str, Callable[[], object]], device: str, bar) -> dict[str, Case]:
+    """Each case by its name. The cases take turns, so that a drift of the machine meets all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(repeats + 1):  # the first turn warms up
-        for name, case in cases.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
+    operations = {}
+    for name, case in cases.items():  # and warm up
+        with FlopCounterMode(display=False, custom_mapping=_COUNTED) as counter:
             case()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
+        operations[name] = counter.get_total_flops() / 1e9
+        bar.update()
+    for _ in range(TURNS):
+        for name, case in cases.items():
+            seconds[name].append(seconds_of(case, device))
             bar.update()
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: Case(statistics.median(values), operations[name]) for name, values in seconds.items()}
 
 
-def backward(loss: torch.Tensor, *models) -> None:
-    """Gradients, and forget them."""
-    loss.backward()
-    for model in models:
-        model.zero_grad()
+def seconds_of(case: Callable[[], object], device: str) -> float:
+    """Seconds of one call, until an accelerator has done its part."""
+    synchronize = torch.cuda.synchronize if device == "cuda" else torch.cpu.synchronize
+    synchronize()
+    started = time.perf_counter()
+    case()
+    synchronize()
+    return time.perf_counter() - started
 
 
-def make_search(model, images: int, texts: int, k: int, device: str):
+def make_search(model, images: int, texts: int, k: int) -> tuple[Queries, Gallery, torch.Tensor]:
     """Queries, a gallery of random states, and K random candidates of each query."""
     config = model.config
     ids, mask = make_texts(texts, config.text_config.vocab_size)
@@ -201,27 +248,99 @@ def make_search(model, images: int, texts: int, k: int, device: str):
     return Queries(embeds[0], ids, mask), Gallery(embeds[1], states), candidates
 
 
-def operations_per_pair(config: CADAConfig, lengths: torch.Tensor, pairs_of_image: float) -> dict[str, float]:
-    """Additions and multiplications of re-ranking in GFLOP per pair, of matrix products alone."""
-    text, rows = config.text_config, config.vision_config.grid_size[0] * config.vision_config.grid_size[1] + 1
-    width, layers = text.hidden_size, text.num_hidden_layers
-    keys_and_values = 2 * rows * 2 * config.vision_config.hidden_size * width
+def encode_texts(model, input_ids, attention_mask) -> None:
+    """As `encode_queries` does: in batches of similar length."""
+    lengths = attention_mask.sum(dim=1)
+    for rows in lengths.argsort().split(32):
+        cut = slice(int(lengths[rows].max()))
+        model.get_text_features(input_ids[rows, cut], attention_mask[rows, cut])
 
-    def attention(tokens: float, read: float) -> float:
-        return 2 * tokens * 2 * read * width
 
-    def own_part(tokens: float, read_tokens: float) -> float:  # self-attention of a layer
-        return 2 * (2 * tokens + 2 * read_tokens) * width**2 + attention(read_tokens, tokens)
+@dataclass(frozen=True)
+class Models:
+    """The three, each with random weights in float32, and the stack that (a) has for ARA alone."""
 
-    def other_part(tokens: float) -> float:  # attention to the image, and the two layers behind
-        return 2 * 2 * tokens * width**2 + attention(tokens, rows) + 2 * 2 * tokens * width * text.intermediate_size
+    ours: CADAForTextToImageRetrieval
+    plain: CADAForTextToImageRetrieval
+    ara_stack: torch.nn.Module
+    blip: BlipForImageTextRetrieval
 
-    length = float(lengths.double().mean())
-    plain = layers * (own_part(PADDED, PADDED) + other_part(PADDED) + keys_and_values)
-    # The first self-attention is once per text, here shared by all its pairs; of the last layer e_cls alone is read.
-    ours = (layers - 2) * (own_part(length, length) + other_part(length)) + other_part(length)
-    ours += own_part(length, 1) + other_part(1) + layers * keys_and_values / pairs_of_image
-    return {OURS: ours / 1e9, PLAIN: plain / 1e9}
+
+def make_models(device: str) -> Models:
+    """On the device."""
+    with torch.device(device):
+        plain = make_model("eager")
+        blip = BlipForImageTextRetrieval(BlipConfig(image_text_hidden_size=256)).eval()
+        return Models(make_model(), plain, copy.deepcopy(plain.cada.text_model), blip)
+
+
+@torch.inference_mode()
+def measure_inference(models: Models, dtype: torch.dtype, sizes: Sizes, bar) -> dict[str, dict[str, Case]]:
+    """Cases by task, per pair, image and text; the weights are of `dtype`."""
+    device = models.ours.device.type
+    ours, plain, blip = (model.eval().to(dtype) for model in (models.ours, models.plain, models.blip))
+    queries, gallery, candidates = make_search(ours, sizes.images, sizes.texts, sizes.k)
+    ids, mask = queries.input_ids.to(device), queries.attention_mask.to(device)
+    search = ids, mask, gallery.states.to(device), candidates.to(device)
+    pixels = torch.randn(sizes.images, 3, 224, 224, device=device, dtype=dtype)
+    longest = int(mask.sum(dim=1).max())
+    tasks = {
+        "re-ranking, ms per pair": (
+            candidates.numel(),
+            {
+                OURS: lambda: match_candidates(ours, queries, gallery, candidates),
+                PLAIN: lambda: plain_rerank(plain, *search),
+                BLIP: lambda: blip_rerank(blip, *search),
+            },
+        ),
+        "image encoding, ms per image": (
+            sizes.images,
+            {
+                OURS: lambda: ours.get_image_features(pixels),
+                PLAIN: lambda: plain.get_image_features(pixels),
+                BLIP: lambda: blip.vision_model(pixels),
+            },
+        ),
+        "text encoding, ms per text": (
+            sizes.texts,
+            {
+                OURS: lambda: encode_texts(ours, ids, mask),
+                PLAIN: lambda: plain.get_text_features(ids, mask),
+                BLIP: lambda: blip.text_encoder(input_ids=ids[:, :longest], attention_mask=mask[:, :longest]),
+            },
+        ),
+    }
+    results = {}
+    for task, (count, cases) in tasks.items():
+        results[task] = {name: case.each(count) for name, case in measure(cases, device, bar).items()}
+    for model in (ours, plain, blip):
+        model.to(torch.float32)
+    return results
+
+
+def measure_training(models: Models, dtype: torch.dtype, size: int, bar) -> dict[str, dict[str, Case]]:
+    """Forward and backward, per sample. bfloat16 is autocast over float32 weights, as in training."""
+    device, ours, plain = models.ours.device.type, models.ours.train(), models.plain.train()
+    batch = make_batch(size, ours.config, device)
+
+    def step(losses, *networks, pool_padding: bool = True) -> None:
+        ours.config.pool_padding = pool_padding
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            loss = losses(*networks, batch)
+        loss.backward()
+        for network in networks:
+            network.zero_grad()
+
+    cases = {
+        OURS: lambda: step(our_losses, ours, pool_padding=False),
+        "padded": lambda: step(our_losses, ours),
+        PLAIN: lambda: step(plain_losses, plain, models.ara_stack),
+    }
+    each = {name: case.each(size) for name, case in measure(cases, device, bar).items()}
+    return {
+        "training, ms per sample, pool_padding=False": {name: each[name] for name in (OURS, PLAIN)},
+        "training, ms per sample, pool_padding=True": {OURS: each["padded"], PLAIN: each[PLAIN]},
+    }
 
 
 def compare_precisions(folder: Path) -> list[str]:
@@ -254,280 +373,19 @@ def compare_precisions(folder: Path) -> list[str]:
     return lines
 
 
-def peak_of_evaluation(kind: str, images: int, texts: int, k: int, dtype: str) -> float:
-    """Peak memory in GB that re-ranking adds to the loaded model, in a process of its own (Linux, CPU)."""
-
-    def memory(field: str) -> float:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024 / 1e9
-
-    model = make_model("eager" if kind == PLAIN else "sdpa").eval().to(getattr(torch, dtype))
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far is that of building the model
-    before = memory("VmRSS")
-    queries, gallery, candidates = make_search(model, images, texts, k, "cpu")
-    # A part of both: two queries, eight images. What comes after takes the memory that they have left.
-    if kind == PLAIN:
-        plain_rerank(model, queries.input_ids, queries.attention_mask, gallery.states, candidates[:2])
-    else:
-        match_candidates(model, queries, gallery, candidates, chosen=candidates < 8)
-    return memory("VmHWM") - before
-
-
-def measure(device: str, dtype: torch.dtype, sizes: dict, repeats: int, bar) -> dict[str, dict[str, float]]:
-    """Seconds per pair, sample, image and text for the three."""
-    with torch.device(device):
-        model, plain = make_model().eval().to(dtype), make_model("eager").eval().to(dtype)
-        blip = BlipForImageTextRetrieval(BlipConfig(image_text_hidden_size=256)).eval().to(dtype)
-    results = {}
-    queries, gallery, candidates = make_search(model, sizes["images"], sizes["texts"], sizes["k"], device)
-    moved = [
-        queries.input_ids.to(device),
-        queries.attention_mask.to(device),
-        gallery.states.to(device),
-        candidates.to(device),
-    ]
-    seconds = interleaved(
-        {
-            OURS: lambda: match_candidates(model, queries, gallery, candidates),
-            PLAIN: lambda: plain_rerank(plain, *moved),
-            BLIP: lambda: blip_rerank(blip, *moved),
-        },
-        repeats,
-        device,
-        bar,
-    )
-    results["re-ranking, ms per pair"] = {name: 1e3 * value / candidates.numel() for name, value in seconds.items()}
-
-    pixels = torch.randn(sizes["images"], 3, 224, 224, device=device, dtype=dtype)
-    with torch.inference_mode():
-        seconds = interleaved(
-            {
-                OURS: lambda: model.get_image_features(pixels),
-                PLAIN: lambda: plain.get_image_features(pixels),
-                BLIP: lambda: blip.vision_model(pixels),
-            },
-            repeats,
-            device,
-            bar,
-        )
-        results["image encoding, ms per image"] = {name: 1e3 * value / len(pixels) for name, value in seconds.items()}
-        longest = int(queries.attention_mask.sum(dim=1).max())
-        seconds = interleaved(
-            {
-                OURS: lambda: encode_texts(model, *moved[:2]),
-                PLAIN: lambda: plain.get_text_features(*moved[:2]),
-                BLIP: lambda: blip.text_encoder(input_ids=moved[0][:, :longest], attention_mask=moved[1][:, :longest]),
-            },
-            repeats,
-            device,
-            bar,
-        )
-        results["text encoding, ms per text"] = {name: 1e3 * value / len(moved[0]) for name, value in seconds.items()}
-    return results
-
-
-def encode_texts(model, input_ids, attention_mask) -> None:
-    """As `encode_queries` does: in batches of similar length."""
-    lengths = attention_mask.sum(dim=1)
-    for rows in lengths.argsort().split(32):
-        cut = slice(int(lengths[rows].max()))
-        model.get_text_features(input_ids[rows, cut], attention_mask[rows, cut])
-
-
-def measure_training(device: str, dtype: torch.dtype, size: int, repeats: int, bar) -> dict[str, dict[str, float]]:
-    """Seconds of forward and backward per sample. bfloat16 is autocast over float32 weights, as in training."""
-    with torch.device(device):
-        padded, own_length, plain = make_model(), make_model(pool_padding=False), make_model("eager")
-        ara_stack = copy.deepcopy(plain.cada.text_model)
-    batch = make_batch(size, padded.config, device)
-    mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
-
-    def step(losses, *models):
-        with mixed:
-            loss = losses(*models, batch)
-        backward(loss, *models)
-
-    seconds = interleaved(
-        {
-            OURS: lambda: step(our_losses, own_length),
-            "padded": lambda: step(our_losses, padded),
-            PLAIN: lambda: step(plain_losses, plain, ara_stack),
-        },
-        repeats,
-        device,
-        bar,
-    )
-    per_sample = {name: 1e3 * value / size for name, value in seconds.items()}
-    return {
-        "training, ms per sample, pool_padding=False": {name: per_sample[name] for name in (OURS, PLAIN)},
-        "training, ms per sample, pool_padding=True": {OURS: per_sample["padded"], PLAIN: per_sample[PLAIN]},
-    }
-
-
-@torch.no_grad()
-def operations_per_sample(size: int, bar) -> dict[str, float]:
-    """GFLOP per sample of a training step, of matrix products: of a forward pass, three times."""
-    padded, own_length = make_model("eager"), make_model("eager", pool_padding=False)
-    batch = make_batch(size, padded.config, "cpu")
-    cases = {
-        OURS: lambda: our_losses(own_length, batch),
-        "padded": lambda: our_losses(padded, batch),
-        PLAIN: lambda: plain_losses(padded, copy.deepcopy(padded.cada.text_model), batch),
-    }
-    operations = {}
-    for name, case in cases.items():
-        with FlopCounterMode(display=False) as counter:
-            case()
-        operations[name] = 3 * counter.get_total_flops() / size / 1e9
-        bar.update()
-    return operations
-
-
-READ_AGAIN = 0.08  # share of pairs that bfloat16 leaves in doubt: that of the demo's model. Random weights have none
-
-
-def make_test(images: int) -> tuple[Dataset, CADAProcessor]:
-    """A test split as CUHK-PEDES' own, of drawn persons: JPEG files of 100×250 pixels, two captions."""
-    rows = load_drawn(8, 8, 64, 1)["test"]
-    words = sorted({word for row in rows["captions"] for caption in row for word in clean_caption(caption).split()})
-    tokenizer = BertTokenizer().train_new_from_iterator(words * 4, vocab_size=2000, show_progress=False)
-    tokenizer.model_max_length = PADDED
-    words = [word for word in words if len(tokenizer.tokenize(word)) == 1]
-    files = []
-    for image in rows["image"]:
-        files.append(io.BytesIO())
-        image.resize((100, 250)).save(files[-1], "JPEG", quality=90)
-    lengths = make_texts(2 * images, 30_000)[1].sum(dim=1) - 2  # without [CLS] and [SEP]
-    generator = torch.Generator().manual_seed(2)
-    captions = [
-        " ".join(words[number] for number in torch.randint(len(words), (length,), generator=generator))
-        for length in lengths.tolist()
-    ]
-    columns = {
-        "image": [{"bytes": files[number % len(files)].getvalue(), "path": None} for number in range(images)],
-        "captions": [captions[2 * number : 2 * number + 2] for number in range(images)],
-        "person_id": [number // 3 for number in range(images)],
-    }
-    features = Features({"image": Image(), "captions": List(Value("string")), "person_id": Value("int64")})
-    return Dataset.from_dict(columns, features), CADAProcessor(CADAImageProcessor(), tokenizer)
-
-
-def measure_test(device: str, dtype: torch.dtype, images: int, k: int, bar) -> tuple[dict, dict]:
-    """
-    Seconds of a whole test, from the files to the metrics, and GB that it takes on a GPU. (a) re-ranks a part of the
-    queries. As with `--bf16`, encoding is in float32. Candidates are drawn, so that nearly every image is one.
-    """
-    rows, processor = make_test(images)
-    captions = [caption for row in rows["captions"] for caption in row]
-    with torch.device(device):
-        model, plain = make_model().eval(), make_model("eager").eval()
-    workers = 0 if device == "cpu" else 8
-    mixed = torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
-    generator = torch.Generator().manual_seed(3)
-    candidates = torch.rand(len(captions), images, generator=generator).argsort(dim=1)[:, :k]
-    again = torch.rand(candidates.shape, generator=generator) < READ_AGAIN
-
-    def ours() -> None:
-        gallery = encode_gallery(model, processor, rows, num_workers=workers, progress=False)
-        queries = encode_queries(model, processor, captions, progress=False)
-        with mixed:
-            local = match_candidates(model, queries, gallery, candidates)
-        if dtype != torch.float32:
-            local = torch.where(again, match_candidates(model, queries, gallery, candidates, chosen=again), local)
-        score(queries, gallery, local)
-
-    def score(queries, gallery, local) -> None:
-        persons = torch.tensor(rows["person_id"])
-        similarity = queries.embeds @ gallery.embeds.t()
-        retrieval_metrics(similarity, persons.repeat_interleave(2), persons)
-        scores = rerank_scores(similarity, candidates, local)
-        retrieval_metrics(scores, persons.repeat_interleave(2), persons)
-
-    def authors() -> float:
-        started = time.perf_counter()
-        gallery = encode_gallery(plain, processor, rows, num_workers=workers, progress=False)
-        inputs = processor(text=captions, return_tensors="pt", padding="max_length", max_length=PADDED)
-        ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-        with torch.inference_mode():
-            embeds = [plain.get_text_features(*part).pooler_output for part in zip(ids.split(256), mask.split(256))]
-        queries = Queries(F.normalize(torch.cat(embeds), dim=-1).cpu(), inputs["input_ids"], inputs["attention_mask"])
-        states, measured = gallery.states.to(device), max(4, len(captions) // 100)
-        encoded = time.perf_counter() - started
-        with mixed:  # the first query warms up
-            plain_rerank(plain, ids, mask, states, candidates[:1].to(device)).cpu()
-            matching = time.perf_counter()
-            local = plain_rerank(plain, ids, mask, states, candidates[:measured].to(device)).cpu()
-        matched = time.perf_counter()
-        score(queries, gallery, local.mean() * torch.ones(candidates.shape))
-        return encoded + (matched - matching) / measured * len(captions) + time.perf_counter() - matched
-
-    seconds, peaks = {}, {}
-    for name, case in {OURS: ours, PLAIN: authors}.items():
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        started = time.perf_counter()
-        estimated = case()
-        seconds[name] = time.perf_counter() - started if estimated is None else estimated
-        if device == "cuda":
-            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 1e9
-        bar.update()
-    return seconds, peaks
-
-
-def table_of_tests(tests: dict[str, tuple[dict, dict]], images: int, k: int) -> list[str]:
-    """Lines of the report about [`measure_test`], by precision."""
-    length = make_texts(2 * images, 30_000)[1].sum(dim=1).double().mean()
+def table_of_tasks(results: dict[str, dict[str, dict[str, Case]]]) -> list[str]:
+    """Lines of the report, from cases by precision and task."""
     lines = [
-        f"A whole test, once: {images:,} images of 100×250 pixels (JPEG files), {2 * images:,} captions of "
-        f"{length:.0f} tokens, K = {k}; from the files to the metrics. In bfloat16 {READ_AGAIN:.0%} of the pairs are "
-        "read again in float32. (a) re-ranks "
-        f"{max(4, 2 * images // 100)} queries, scaled to all.",
-        "",
-        f"| precision | {OURS}, s | {PLAIN}, s | times (a) | times (a) in float32 | GPU memory, GB | {PLAIN}, GB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| | precision | {OURS} | {PLAIN} | {BLIP} | times (a) | times (b) | GFLOP | GFLOP of (a) | times (a) |",
+        "|---|---|" + "---:|" * 8,
     ]
-    first = tests["float32"][0][PLAIN]
-    for name, (seconds, peaks) in tests.items():
-        figures = (*seconds.values(), seconds[PLAIN] / seconds[OURS], first / seconds[OURS], *peaks.values())
-        cells = [f"{value:.1f}" for value in figures] + ["–"] * (2 - len(peaks))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-PHOTOGRAPHS = {"as in CUHK-PEDES": (100, 250), "as in MSMT17": (300, 700), "a photograph": (1200, 2800)}
-
-
-def measure_data(folder: Path, images: int, bar) -> list[str]:
-    """
-    Lines of a table: images per second of one worker, for JPEG files of several sizes; once decoded in full, once as
-    small as [`open_image`] allows, and as whole training samples (decoded so, augmented, tokenized, masked).
-    """
-    rows = load_drawn(8, 8, images, 1)["test"]
-    captions = [clean_caption(caption) for row in rows["captions"] for caption in row]
-    tokenizer = BertTokenizer().train_new_from_iterator(captions, vocab_size=500, show_progress=False)
-    tokenizer.model_max_length = PADDED
-    processor = CADAProcessor(CADAImageProcessor(), tokenizer)
-    lines = []
-    for name, (width, height) in PHOTOGRAPHS.items():
-        files = []
-        for number, row in enumerate(rows):
-            files.append(str(folder / f"{width}_{number}.jpg"))
-            row["image"].resize((width, height)).save(files[-1], quality=90)
-        photographs = rows.remove_columns("image").add_column("image", files).cast_column("image", Image())
-        whole, reduced = PairDataset(photographs), PairDataset(photographs, (224, 224))
-        seconds = interleaved(
-            {
-                "whole": lambda whole=whole: [whole[2 * row]["image"] for row in range(images)],
-                "reduced": lambda reduced=reduced: [reduced[2 * row]["image"] for row in range(images)],
-                "sample": lambda pairs=reduced: PairCollator(processor)([pairs[2 * row] for row in range(images)]),
-            },
-            3,
-            "cpu",
-            bar,
-        )
-        rates = " | ".join(f"{images / value:.0f}" for value in seconds.values())
-        lines.append(f"| {width}×{height} ({name}) | {rates} |")
+    for task in results["float32"]:
+        for precision, tasks in results.items():
+            ours, plain, blip = (tasks[task].get(name) for name in (OURS, PLAIN, BLIP))
+            cells = [f"{1e3 * case.seconds:.1f}" if case else "–" for case in (ours, plain, blip)]
+            cells += [f"{case.seconds / ours.seconds:.2f}" if case else "–" for case in (plain, blip)]
+            cells += [f"{ours.operations:.1f}", f"{plain.operations:.1f}", f"{plain.operations / ours.operations:.2f}"]
+            lines.append(f"| {task} | {precision} | {' | '.join(cells)} |")
     return lines
 
 
@@ -535,93 +393,37 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--demo", type=Path, help="folder of results of `cada demo`")
     options = parser.parse_args()
-    small = options.device == "cpu"
-    # A CUHK-PEDES test with K = 32 has 64 pairs per image; here 16 on a CPU, which is to our disadvantage.
-    sizes = {"images": 8, "texts": 16, "k": 8} if small else {"images": 256, "texts": 512, "k": 32}
-    # Of fewer pairs what a step costs anyway is too much of it: weights cast to bfloat16, gradients of the vocabulary.
-    batch = 8 if small else 32
-    test = (8, 8) if small else (3074, 128)
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    tests: dict[str, tuple[dict, dict]] = {}
-    turns = options.repeats + 1
-    total = len(kinds) * (turns * 12 + 2) + 4 * 9 + 3
-    with tqdm(total=total, unit="measurement") as bar, TemporaryDirectory() as folder:
-        data = measure_data(Path(folder), 64, bar)
-        for name, dtype in kinds.items():
-            results[name] = measure(options.device, dtype, sizes, options.repeats, bar)
-            results[name].update(measure_training(options.device, dtype, batch, options.repeats, bar))
-            tests[name] = measure_test(options.device, dtype, *test, bar)
-        training = operations_per_sample(8, bar)
-    lengths = make_texts(sizes["texts"], CADAConfig().text_config.vocab_size)[1].sum(dim=1)
-    operations = operations_per_pair(CADAConfig(), lengths, sizes["texts"] * sizes["k"] / sizes["images"])
-    where = environment()
+    started, on_cpu = time.monotonic(), options.device == "cpu"
+    half = not on_cpu or cpu_has_bfloat16()
+    precisions = {"float32": torch.float32, **({"bfloat16": torch.bfloat16} if half else {})}
+    models, sizes = make_models(options.device), ON_A_GPU
+    if on_cpu:
+        image = torch.randn(1, 3, 224, 224)
+        with torch.inference_mode():
+            first = [seconds_of(lambda: models.ours.get_image_features(image), "cpu") for _ in range(4)]
+        sizes = sizes_for_cpu(statistics.median(first[1:]), len(precisions))
+    results = {}
+    with tqdm(total=len(precisions) * 12 * (1 + TURNS), unit="measurement") as bar:
+        for name, dtype in precisions.items():
+            results[name] = measure_inference(models, dtype, sizes, bar)
+            results[name] |= measure_training(models, dtype, sizes.batch, bar)
     lines = [
         f"# Speed: {options.device}",
         "",
-        "Base size (ViT-B/16, 224×224, 12 text layers), captions of 28 tokens on average. "
-        f"Median of {options.repeats} turns.",
-        f"Re-ranking: {sizes['texts']} queries, K = {sizes['k']}, {sizes['images']} images.",
-        f"Training: forward and backward of a batch of {batch}.",
+        f"Base size (ViT-B/16, 224×224, 12 text layers), captions of 28 tokens on average. Median of {TURNS} turns. "
+        "GFLOP: additions and multiplications of matrix products.",
+        f"Re-ranking: {sizes.texts} queries, K = {sizes.k}, {sizes.images} images.",
+        f"Training: forward and backward of a batch of {sizes.batch}.",
+        *([] if half else ["bfloat16 is left out: this processor has no instructions for it."]),
         "",
-        f"| | precision | {OURS} | {PLAIN} | {BLIP} | times (a) | times (a) in float32 | times (b) |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        *table_of_tasks(results),
     ]
-    for task in results["float32"]:
-        for name in kinds:
-            row, first = results[name][task], results["float32"][task][PLAIN]
-            other = row.get(BLIP)
-            cells = [f"{row[OURS]:.1f}", f"{row[PLAIN]:.1f}", f"{other:.1f}" if other else "–"]
-            ratios = [row[PLAIN] / row[OURS], first / row[OURS], other / row[OURS] if other else None]
-            cells += [f"{ratio:.2f}" if ratio else "–" for ratio in ratios]
-            lines.append(f"| {task} | {name} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Matrix products of re-ranking, GFLOP per pair: {operations[OURS]:.1f} here, {operations[PLAIN]:.1f} the "
-        f"authors' way, {operations[PLAIN] / operations[OURS]:.2f} times as many.",
-        f"Of training, GFLOP per sample: {training[OURS]:.0f} here, {training['padded']:.0f} with padding, "
-        f"{training[PLAIN]:.0f} the authors' way, {training[PLAIN] / training[OURS]:.2f} and "
-        f"{training[PLAIN] / training['padded']:.2f} times as many.",
-        "",
-        *table_of_tests(tests, *test),
-    ]
-    if options.demo is not None:
+    if options.demo is not None and half:
         lines += ["", *compare_precisions(options.demo)]
-    if small:
-        lines += [
-            "",
-            "Peak memory that re-ranking 64 texts, K = 32, among 32 images adds to the loaded model (GB), from the "
-            "pairs of the first 8 images here, of the first 2 texts in (a):",
-            "",
-        ]
-        # Large tensors are given back at once: what a peak is does not depend on gaps between them.
-        os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"
-        lines += [f"| precision | {OURS} | {PLAIN} |", "|---|---:|---:|"]
-        context = multiprocessing.get_context("spawn")
-        for name in kinds:
-            peaks = []
-            for kind in (OURS, PLAIN):
-                with context.Pool(1) as pool:
-                    peaks.append(f"{pool.apply(peak_of_evaluation, (kind, 32, 64, 32, name)):.3f}")
-            lines.append(f"| {name} | {' | '.join(peaks)} |")
-    lines += [
-        "",
-        "Data: images per second of one data loader worker, of JPEG files, for images of 224×224.",
-        "",
-        "| width×height | decoded whole | decoded at reduced size | training samples |",
-        "|---|---:|---:|---:|",
-        *data,
-        "",
-        f"- Command: `python benchmarks/speed.py --repeats {options.repeats}"
-        f"{'' if options.demo is None else ' --demo demo'}`",
-        f"- Date: {where['date']}",
-        f"- Machine: {where['hardware']}",
-        f"- Versions: {', '.join(f'{package} {version}' for package, version in where['versions'].items())}",
-        "",
-    ]
+    lines += ["", f"All of it took {(time.monotonic() - started) / 60:.1f} minutes.", ""]
+    lines += footer(" ".join(["python benchmarks/speed.py", *sys.argv[1:]]))
     report = ROOT / "benchmarks" / f"speed_{options.device}.md"
     report.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))

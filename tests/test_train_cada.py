@@ -303,6 +303,17 @@ def test_one_process_with_several_gpus_is_refused(start, tmp_path, monkeypatch):
         train_cada.main(training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_predict"))
 
 
+@pytest.mark.parametrize("instructions", [False, True])
+def test_bf16_without_its_instructions_is_said_at_the_start(instructions, start, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(train_cada, "cpu_has_bfloat16", lambda: instructions)
+    words = training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train", "--bf16", "--use_cpu")
+    with pytest.raises(CADAError, match="data_captions.json"):  # there is no data; the line comes before
+        train_cada.main(words)
+    lines = [record.getMessage() for record in caplog.records if "bfloat16" in record.getMessage()]
+    remedy = "This processor has no instructions for bfloat16: --bf16 is slower than float32. Add --bf16 false."
+    assert lines == ([] if instructions else [remedy])
+
+
 def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
     """A model trained on all persons of ICFG-PEDES: the ones held out later are not unseen."""
     LAYOUTS["icfg_pedes"](tmp_path)
