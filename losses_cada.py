@@ -1,14 +1,11 @@
 """
-The losses of CADA (arXiv 2312.01745) as pure functions of tensors, and what their batch needs: rows of all processes,
-and rows that do not fit into memory together. Equation numbers are the paper's.
+The losses of CADA (arXiv 2312.01745) as pure functions of tensors, and of the rows of all processes, which they
+need. Equation numbers are the paper's.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 
 EPSILON = 1e-8
@@ -21,19 +18,16 @@ class _GatherWithGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        ctx.rows = rows
-        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, rows)])
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone()  # autograd may hand the same tensor to others
         dist.all_reduce(grad)
-        return grad.split(ctx.rows)[dist.get_rank()], None
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -43,26 +37,21 @@ def rank_and_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def count_rows(own: int, device: torch.device) -> list[int]:
-    """How many rows of the batch every process holds, of which this one holds `own`; it may be none."""
-    rank, size = rank_and_size()
-    if size == 1:
-        return [own]
-    rows = torch.zeros(size, dtype=torch.long, device=device)
-    rows[rank] = own
-    dist.all_reduce(rows)
-    return rows.tolist()
+def gather_batch(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, which hold equally many `(rows, ...)`, with gradient."""
+    return tensor if rank_and_size()[1] == 1 else _GatherWithGradient.apply(tensor.contiguous())
 
 
-def own_rows(rows: list[int], device: torch.device) -> torch.Tensor:
-    """Where the rows of this process stand in the batch of all processes, which hold `rows` each."""
-    rank, _ = rank_and_size()
-    return torch.arange(rows[rank], device=device) + sum(rows[:rank])
+def own_rows(rows: int, device: torch.device) -> torch.Tensor:
+    """Where the `rows` of this process stand in the batch of all processes."""
+    return torch.arange(rows, device=device) + rows * rank_and_size()[0]
 
 
-def gather_batch(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """The rows of all processes `(sum(rows), ...)`, with gradient; the number of each is in `rows`."""
-    return tensor if len(rows) == 1 else _GatherWithGradient.apply(tensor, rows)
+def check_equal_parts(rows: int, device: torch.device) -> None:
+    """Every process has to hold as many `rows` of the batch: others would wait for what is missing."""
+    parts = gather_batch(torch.tensor([rows], device=device)).tolist() if rank_and_size()[1] > 1 else [rows]
+    if len(set(parts)) > 1:
+        raise ValueError(f"The processes hold {parts} pairs of the batch. Give each as many (`drop_last`).")
 
 
 def batch_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
@@ -75,16 +64,6 @@ def batch_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         count = count.clone()
         dist.all_reduce(count)
     return size * total / count.clamp(min=1)
-
-
-def run_in_chunks(function: Callable, size: int, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """
-    `function` over `size` rows of `tensors` at a time, its results joined. What a slice needs for its backward pass is
-    computed again there, so memory holds one slice. Gradients are exact, as with cached gradients (arXiv 2101.06983).
-    """
-    slices = zip(*(tensor.split(size) for tensor in tensors))
-    parts = [checkpoint(function, *rows, use_reentrant=False) for rows in slices]
-    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else tuple(map(torch.cat, zip(*parts)))
 
 
 def positive_pairs(row_ids: torch.Tensor, column_ids: torch.Tensor) -> torch.Tensor:
@@ -284,23 +263,3 @@ def ara_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels: `(masked,)`, the ids that were masked.
     """
     return batch_mean(F.cross_entropy(logits.float(), labels, reduction="sum"), torch.ones_like(labels).sum())
-
-
-__all__ = [
-    "ara_loss",
-    "atp_loss",
-    "batch_mean",
-    "cmpm_loss",
-    "contrastive_loss",
-    "count_rows",
-    "draw_negatives",
-    "gather_batch",
-    "group_states",
-    "match_pairs",
-    "ndf_loss",
-    "ndf_reference_loss",
-    "own_rows",
-    "positive_pairs",
-    "rank_and_size",
-    "run_in_chunks",
-]
