@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
@@ -22,30 +22,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 try:
     from .configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
-    from .losses_cada import (
-        ara_loss,
-        atp_loss,
-        check_equal_parts,
-        contrastive_loss,
-        gather_batch,
-        group_states,
-        match_pairs,
-        own_rows,
-    )
+    from .losses_cada import ara_loss, atp_loss, check_parts, contrastive_loss, gather_batch, group_states, match_pairs
 except ImportError:
     if __package__:
         raise
     from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
-    from losses_cada import (
-        ara_loss,
-        atp_loss,
-        check_equal_parts,
-        contrastive_loss,
-        gather_batch,
-        group_states,
-        match_pairs,
-        own_rows,
-    )
+    from losses_cada import ara_loss, atp_loss, check_parts, contrastive_loss, gather_batch, group_states, match_pairs
 
 
 @dataclass
@@ -56,24 +38,16 @@ class CADAOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*, returned with `person_ids`):
             Equation (8): `loss_ndf + loss_atp + ara_weight * loss_ara`.
-        loss_ndf (`torch.FloatTensor` of shape `()`, *optional*):
-            Contrastive loss, equation (2).
-        loss_atp (`torch.FloatTensor` of shape `()`, *optional*):
-            Association of text tokens to image patches, equation (5).
+        loss_ndf, loss_atp (`torch.FloatTensor` of shape `()`, *optional*, returned with `person_ids`):
+            Contrastive loss, equation (2), and association of text tokens to image patches, equation (5).
         loss_ara (`torch.FloatTensor` of shape `()`, *optional*, returned with `masked_input_ids` and `labels`):
             Association of image regions to text attributes, equation (7).
-        logits_per_image (`torch.FloatTensor` of shape `(images, texts)`):
+        logits_per_image, logits_per_text (`torch.FloatTensor` of shape `(images, texts)` and `(texts, images)`):
             Cosine similarity of equation (1), divided by the temperature.
-        logits_per_text (`torch.FloatTensor` of shape `(texts, images)`):
-            The same, transposed.
-        image_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`):
-            Normalised image features.
-        text_embeds (`torch.FloatTensor` of shape `(texts, projection_dim)`):
-            Normalised text features.
-        vision_model_output (`BaseModelOutputWithPooling`):
-            Output of the vision tower: patch states, v_cls.
-        text_model_output (`BaseModelOutputWithPoolingAndCrossAttentions`):
-            Output of the text stack as encoder: token states, t_cls.
+        image_embeds, text_embeds (`torch.FloatTensor` of shape `(images, projection_dim)`, `(texts, projection_dim)`):
+            Normalised features.
+        vision_model_output, text_model_output (`BaseModelOutputWithPooling` and `...AndCrossAttentions`):
+            Outputs of the vision tower (patch states, v_cls) and of the text stack as encoder (token states, t_cls).
     """
 
     loss: torch.FloatTensor | None = None
@@ -108,7 +82,7 @@ def blocks_of_pairs(image_index: torch.LongTensor) -> torch.LongTensor | None:
     return blocks
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Without waiting, where that is safe: other accelerators than CUDA may read the memory when it is gone."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
@@ -128,7 +102,7 @@ class CADAImages:
 
     def __init__(self, states: torch.FloatTensor, share: bool = True):
         self.states = states
-        self.keys_and_values: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = {} if share else None
+        self.keys_and_values: dict[int, tuple[Tensor, Tensor]] | None = {} if share else None
         self.image_index: torch.LongTensor | None = None  # of every text, or of every block
         self.blocks: tuple[torch.LongTensor, torch.LongTensor] | None = None  # their pairs; the place of each pair
 
@@ -150,16 +124,7 @@ class CADAImages:
         return chosen
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_attention_forward(module, query, key, value, attention_mask, scaling: float, dropout: float = 0.0, **kwargs):
     """Plain attention over `(batch, heads, length, head_dim)`; also returns the probabilities."""
     weights = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
@@ -185,14 +150,7 @@ class CADAAttention(nn.Module):
         self.v_proj = nn.Linear(key_value_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, query, key, value, attention_mask=None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention over `(batch, length, hidden)`, before the last projection, and its probabilities."""
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -207,12 +165,8 @@ class CADASelfAttention(CADAAttention):
     """Patches read patches, or tokens read tokens."""
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        num_queries: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, num_queries: int | None = None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
         """The first `num_queries` positions, by default all, read all positions of `(batch, length, hidden)`."""
         query = self.q_proj(hidden_states[:, :num_queries])
         key, value = self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -228,29 +182,23 @@ class CADACrossAttention(CADAAttention):
         self.layer_idx = layer_idx
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        image_states: torch.Tensor,
-        images: CADAImages,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: Tensor, patches: Tensor, images: CADAImages, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
         """Texts `(texts, length, hidden)` read patches `(images, 1 + patches, vision hidden)`."""
         query = self.q_proj(hidden_states)
         if images.keys_and_values is None:
-            key, value = self.k_proj(image_states), self.v_proj(image_states)
+            key, value = self.k_proj(patches), self.v_proj(patches)
         else:
             if self.layer_idx not in images.keys_and_values:
-                images.keys_and_values[self.layer_idx] = self.k_proj(image_states), self.v_proj(image_states)
+                images.keys_and_values[self.layer_idx] = self.k_proj(patches), self.v_proj(patches)
             key, value = images.keys_and_values[self.layer_idx]
         if images.image_index is not None:
             key, value = key.index_select(0, images.image_index), value.index_select(0, images.image_index)
-        if images.blocks is None:
-            output, weights = self.attend(query, key, value, None, **kwargs)
-        else:  # the queries of a block are one long query
-            pairs, places = images.blocks
-            query = query.index_select(0, pairs).reshape(key.shape[0], -1, query.shape[-1])
-            output, weights = self.attend(query, key, value, None, **kwargs)
-            output = output.reshape(-1, *hidden_states.shape[1:]).index_select(0, places)
+        if images.blocks is not None:  # the queries of a block are one long query
+            query = query.index_select(0, images.blocks[0]).reshape(key.shape[0], -1, query.shape[-1])
+        output, weights = self.attend(query, key, value, **kwargs)
+        if images.blocks is not None:
+            output = output.reshape(-1, *hidden_states.shape[1:]).index_select(0, images.blocks[1])
         return self.out_proj(output), weights
 
 
@@ -263,11 +211,11 @@ class CADAMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
-def resize_positions(positions: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Positions `(1, 1 + rows * columns, hidden)` for another grid, bicubic; that of the class token stays."""
     if old_grid == new_grid:
         return positions
@@ -288,7 +236,7 @@ class CADAVisionEmbeddings(nn.Module):
         )
         self.position_embedding = nn.Parameter(torch.zeros(1, config.sequence_length, config.hidden_size))
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         height, width = pixel_values.shape[-2:]
         if interpolate_pos_encoding:
             grid = height // self.config.patch_size, width // self.config.patch_size
@@ -315,7 +263,7 @@ class CADAVisionLayer(GradientCheckpointingLayer):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CADAMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
         hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), **kwargs)[0]
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
@@ -330,7 +278,7 @@ class CADATextEmbeddings(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         length = input_ids.shape[1]
         if length > self.position_embeddings.num_embeddings:
             raise ValueError(
@@ -360,19 +308,19 @@ class CADATextLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        # The states of `images` are an argument of their own: checkpointing and sharding look for tensors among these.
-        image_states: torch.Tensor | None = None,
-        images: CADAImages | None = None,
-        num_queries: int | None = None,
-        is_causal: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+        hidden_states,
+        attention_mask=None,
+        patches=None,
+        images=None,
+        num_queries=None,
+        is_causal=False,
+        **kwargs,
+    ) -> Tensor:
+        # `patches` are the states of `images`: checkpointing and sharding look for tensors among the arguments.
         output, _ = self.self_attn(hidden_states, attention_mask, num_queries, is_causal=is_causal, **kwargs)
         hidden_states = self.self_attn_layer_norm(self.dropout(output) + hidden_states[:, :num_queries])
         if images is not None:
-            output, _ = self.cross_attn(hidden_states, image_states, images, **kwargs)
+            output, _ = self.cross_attn(hidden_states, patches, images, **kwargs)
             hidden_states = self.cross_attn_layer_norm(self.dropout(output) + hidden_states)
         return self.mlp_layer_norm(self.dropout(self.mlp(hidden_states)) + hidden_states)
 
@@ -477,7 +425,7 @@ class CADATextModel(CADAPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         encoder_hidden_states: torch.FloatTensor | CADAImages | None = None,
         num_queries: int | None = None,
         is_causal: bool = False,
@@ -501,21 +449,21 @@ class CADATextModel(CADAPreTrainedModel):
         """
         if is_causal and num_queries is not None:
             raise ValueError(
-                "`num_queries` does not go with `is_causal`: leave it out, and give the first tokens only."
+                "`num_queries` does not go with `is_causal`. Give the first tokens alone, and leave it out."
             )
-        images, image_states = encoder_hidden_states, None
+        images, patches = encoder_hidden_states, None
         if images is not None:
             if not self.config.add_cross_attention:
                 raise ValueError("This text stack has no cross-attention. Set `use_atp` or `use_ara` in CADAConfig.")
             images = CADAImages(images, share=False) if torch.is_tensor(images) else images
-            image_states = images.states
+            patches = images.states
         hidden_states = self.embeddings(input_ids)
         mask = self._attention_mask(hidden_states, attention_mask, None, is_causal)
         for number, layer in enumerate(self.layers):
             queries = num_queries if number + 1 == len(self.layers) else None
             if queries is not None:
                 mask = self._attention_mask(hidden_states, attention_mask, queries, is_causal)
-            hidden_states = layer(hidden_states, mask, image_states, images, queries, is_causal=is_causal, **kwargs)
+            hidden_states = layer(hidden_states, mask, patches, images, queries, is_causal=is_causal, **kwargs)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
         )
@@ -540,15 +488,9 @@ class CADAModel(CADAPreTrainedModel):
 
     @can_return_tuple
     def get_text_features(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        r"""
-        Output of the text encoder with the projected, not normalised features `(texts, projection_dim)` as
-        `pooler_output`.
-        """
+        """Output of the text encoder; `pooler_output` is projected, not normalised `(texts, projection_dim)`."""
         outputs = self.text_model(input_ids, attention_mask, return_dict=True, **kwargs)
         outputs.pooler_output = self.text_projection(outputs.pooler_output)
         return outputs
@@ -560,10 +502,7 @@ class CADAModel(CADAPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
-        r"""
-        Output of the vision tower with the projected, not normalised features `(images, projection_dim)` as
-        `pooler_output`.
-        """
+        """Output of the vision tower; `pooler_output` is projected, not normalised `(images, projection_dim)`."""
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         outputs.pooler_output = self.visual_projection(outputs.pooler_output)
         return outputs
@@ -573,24 +512,11 @@ class CADAModel(CADAPreTrainedModel):
         self,
         input_ids: torch.LongTensor,
         pixel_values: torch.FloatTensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CADAOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(texts, length)`):
-                Word pieces of the captions.
-            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`):
-                Normalised images.
-            attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
-                1 for real tokens, 0 for padding.
-            interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-                Whether to accept another image size than the configured one.
-
-        Returns:
-            [`CADAOutput`] without losses.
-        """
+        """[`CADAOutput`] without losses; arguments as in [`CADAForTextToImageRetrieval`]. Numbers may be unequal."""
         vision_outputs = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         text_outputs = self.text_model(input_ids, attention_mask, return_dict=True, **kwargs)
         image_embeds = F.normalize(self.visual_projection(vision_outputs.pooler_output), dim=-1)
@@ -616,7 +542,7 @@ class CADAVocabularyHead(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states))))
 
 
@@ -648,10 +574,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
 
     @can_return_tuple
     def get_text_features(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """As [`CADAModel.get_text_features`]."""
         return self.cada.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
@@ -666,11 +589,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         """As [`CADAModel.get_image_features`]."""
         return self.cada.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
 
-    def encode_images(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def encode_images(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
         """Patch states `(images, 1 + patches, hidden)` of `pixel_values`, the input of [`match`]."""
         return self.cada.vision_model(pixel_values, return_dict=True, **kwargs).last_hidden_state
 
-    def _decode(self, input_ids, attention_mask, images, **kwargs) -> torch.Tensor:
+    def _decode(self, input_ids, attention_mask, images, **kwargs) -> Tensor:
         """Decoder states of the matching task, whose input begins with [ENC] in place of [CLS]."""
         input_ids = F.pad(input_ids[:, 1:], (1, 0), value=self.config.text_config.enc_token_id)
         return self.cada.text_model(input_ids, attention_mask, images, return_dict=True, **kwargs).last_hidden_state
@@ -678,7 +601,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     def match(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor,
+        attention_mask: Tensor,
         image_states: torch.FloatTensor | CADAImages,
         text_index: torch.LongTensor | None = None,
         image_index: torch.LongTensor | None = None,
@@ -730,7 +653,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         self,
         input_ids: torch.LongTensor,
         pixel_values: torch.FloatTensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Tensor | None = None,
         person_ids: torch.LongTensor | None = None,
         masked_input_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -749,25 +672,18 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 1 for real tokens, 0 for padding.
             person_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 The person of pair i, for the losses: text i describes image i. Several processes compute the losses
-                together, over all their pairs, so all of them have to call.
-            masked_input_ids (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                The captions with masked attributes, for ARA.
-            labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
-                The masked ids, -100 elsewhere.
+                together, over all their pairs, so all of them have to call, with equally many.
+            masked_input_ids, labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
+                For ARA: the captions with masked attributes; the ids that were masked, -100 elsewhere.
             return_loss (`bool`, *optional*):
                 `False` computes no losses; `True` demands `person_ids`. By default losses follow from `person_ids`.
             negative_temperature (`float`, *optional*):
-                `None` takes the hardest negatives for ATP, as the paper does; a number T draws them with probability
-                softmax(S / T).
+                `None` takes the hardest negatives for ATP, as the paper does; a number T draws by softmax(S / T).
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept another image size than the configured one.
-
-        Returns:
-            [`CADAOutput`].
         """
-        outputs = self.cada(
-            input_ids, pixel_values, attention_mask, interpolate_pos_encoding, return_dict=True, **kwargs
-        )
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True, **kwargs}
+        outputs = self.cada(input_ids, pixel_values, attention_mask, **options)
         if return_loss and person_ids is None:
             raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
         if person_ids is None or return_loss is False:
@@ -775,10 +691,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         self._check_pairs(input_ids, pixel_values, person_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         features, all_ids = self._gather_features(outputs), gather_batch(person_ids)
-        loss_ndf, loss_atp, loss_ara = self._contrastive_loss(features, all_ids), None, None
-        loss, image_states = loss_ndf, outputs.vision_model_output.last_hidden_state
-        # Both decoder passes share keys and values.
-        images = CADAImages(image_states, share=not (self.training and self.is_gradient_checkpointing))
+        loss = loss_ndf = self._ndf_loss(features, all_ids)
+        loss_atp = loss_ara = None
+        # Both passes of the decoder share keys and values.
+        image_states = outputs.vision_model_output.last_hidden_state
+        images = CADAImages(image_states, share=not (self.training and self.is_activation_checkpointing))
         if self.config.use_atp:
             images, pairs = self._match_pairs(features, all_ids, images, negative_temperature)
             loss_atp = self._atp_loss(input_ids, attention_mask, images, *pairs)
@@ -786,9 +703,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
             loss_ara = self._ara_loss(masked_input_ids, attention_mask, labels, images, **kwargs)
             loss = loss + self.config.ara_weight * loss_ara
-        return CADAOutput(
-            **{**outputs, "loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
-        )
+        losses = {"loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
+        return CADAOutput(**{**outputs, **losses})
 
     def _check_pairs(self, input_ids, pixel_values, person_ids) -> None:
         if not len(person_ids) == len(input_ids) == len(pixel_values):
@@ -801,16 +717,16 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 f"The texts have {input_ids.shape[1]} tokens, above `max_text_length` "
                 f"({self.config.max_text_length}). Truncate them in the processor, or raise `max_text_length`."
             )
-        check_equal_parts(len(person_ids), person_ids.device)
+        check_parts(len(person_ids), person_ids.device)
 
-    def _gather_features(self, outputs: CADAOutput) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather_features(self, outputs: CADAOutput) -> tuple[Tensor, Tensor]:
         """Unnormalised features of images and texts `(batch, projection_dim)`, of all processes."""
         image_features = self.cada.visual_projection(outputs.vision_model_output.pooler_output)
         text_features = self.cada.text_projection(outputs.text_model_output.pooler_output)
         # In float32, also under autocast: divided by τ = 0.02, half precision would leave steps of 0.2 in the logits.
         return gather_batch(image_features.float()), gather_batch(text_features.float())
 
-    def _contrastive_loss(self, features, all_ids) -> torch.Tensor:
+    def _ndf_loss(self, features, all_ids) -> Tensor:
         """Equation (2), or what takes its place."""
         with torch.autocast(all_ids.device.type, enabled=False):
             return contrastive_loss(self.config.contrastive_loss, *features, all_ids, self.config.temperature)
@@ -820,17 +736,17 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         The images that the pairs of equation (5) read, and of each pair text (of all processes), image and label. Text
         i of this process reads image i of its own.
         """
-        own = own_rows(len(images.states), all_ids.device)
+        rows = len(images.states)
         if self.config.hard_negative_similarity == "cosine":
             features = tuple(F.normalize(values, dim=-1) for values in features)
-        text_index, image_index, match_labels = match_pairs(*features, all_ids, own, temperature)
-        if len(own) < len(all_ids):  # of other processes' images, those that are a negative here
+        text_index, image_index, match_labels = match_pairs(*features, all_ids, rows, temperature)
+        if rows < len(all_ids):  # of other processes' images, those that are a negative here
             used, image_index = image_index.unique(return_inverse=True)
             states, share = gather_batch(images.states)[used], images.keys_and_values is not None
-            images = CADAImages(states, share).for_pairs(torch.searchsorted(used, own))
+            images = CADAImages(states, share).for_pairs(image_index[:rows])
         return images, (text_index, image_index, match_labels)
 
-    def _atp_loss(self, input_ids, attention_mask, images, text_index, image_index, match_labels) -> torch.Tensor:
+    def _atp_loss(self, input_ids, attention_mask, images, text_index, image_index, match_labels) -> Tensor:
         """Equation (5) for pairs of a text of all processes and an image of `images`."""
         config = self.config
         if config.pool_padding and is_flash_attention_requested(config.text_config):
@@ -849,7 +765,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         groups, group_mask = group_states(states, masks, config.group_size, config.group_stride, config.pool_padding)
         return atp_loss(self.match_head(states[:, 0]), self.group_match_head(groups), group_mask, match_labels)
 
-    def _ara_loss(self, masked_input_ids, attention_mask, labels, images, **kwargs) -> torch.Tensor:
+    def _ara_loss(self, masked_input_ids, attention_mask, labels, images, **kwargs) -> Tensor:
         """Equation (7)."""
         options = {"is_causal": self.config.ara_causal, "return_dict": True, **kwargs}
         states = self.cada.text_model(masked_input_ids, attention_mask, images, **options).last_hidden_state
