@@ -716,7 +716,7 @@ def test_images_share_keys_and_values():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_step_shares_keys_and_values(checkpointing):
-    """Both passes of the decoder share them; under checkpointing each computes its own, and again for its gradients."""
+    """Both passes of the decoder share them; under checkpointing each computes its own, twice."""
     model, batch = tiny_model().train(), tiny_batch()
     projected = []
     for layer in model.cada.text_model.layers:
