@@ -1,14 +1,12 @@
 """
-The losses of CADA (arXiv 2312.01745) as pure functions of tensors, and what their batch needs: rows of all processes,
-and rows that do not fit into memory together. Equation numbers are the paper's.
+The losses of CADA (arXiv 2312.01745) as pure functions of tensors, and of the rows of all processes, which they
+need. Equation numbers are the paper's.
 """
-
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 
 EPSILON = 1e-8
@@ -21,19 +19,16 @@ class _GatherWithGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        ctx.rows = rows
-        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, rows)])
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.clone()  # autograd may hand the same tensor to others
         dist.all_reduce(grad)
-        return grad.split(ctx.rows)[dist.get_rank()], None
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -43,29 +38,19 @@ def rank_and_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def count_rows(own: int, device: torch.device) -> list[int]:
-    """How many rows of the batch every process holds, of which this one holds `own`; it may be none."""
-    rank, size = rank_and_size()
-    if size == 1:
-        return [own]
-    rows = torch.zeros(size, dtype=torch.long, device=device)
-    rows[rank] = own
-    dist.all_reduce(rows)
-    return rows.tolist()
+def gather_batch(tensor: Tensor) -> Tensor:
+    """The rows of all processes, which hold equally many `(rows, ...)`, with gradient."""
+    return tensor if rank_and_size()[1] == 1 else _GatherWithGradient.apply(tensor.contiguous())
 
 
-def own_rows(rows: list[int], device: torch.device) -> torch.Tensor:
-    """Where the rows of this process stand in the batch of all processes, which hold `rows` each."""
-    rank, _ = rank_and_size()
-    return torch.arange(rows[rank], device=device) + sum(rows[:rank])
+def check_parts(rows: int, device: torch.device) -> None:
+    """Every process has to hold as many `rows` of the batch: else they would wait for each other without end."""
+    parts = gather_batch(torch.tensor([rows], device=device))
+    if len(parts) > 1 and parts.min() < parts.max():
+        raise ValueError(f"The processes hold {parts.tolist()} pairs of the batch. Give each as many (`drop_last`).")
 
 
-def gather_batch(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """The rows of all processes `(sum(rows), ...)`, with gradient; the number of each is in `rows`."""
-    return tensor if len(rows) == 1 else _GatherWithGradient.apply(tensor, rows)
-
-
-def batch_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def batch_mean(total: Tensor, count: Tensor) -> Tensor:
     """
     `total / count`. Of several processes each has a part of both: then the mean over the processes of what they get,
     as DDP takes it, is the mean over the whole batch. 0 where there is nothing to count.
@@ -77,27 +62,23 @@ def batch_mean(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     return size * total / count.clamp(min=1)
 
 
-def run_in_chunks(function: Callable, size: int, *tensors: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """
-    `function` over `size` rows of `tensors` at a time, its results joined. What a slice needs for its backward pass is
-    computed again there, so memory holds one slice. Gradients are exact, as with cached gradients (arXiv 2101.06983).
-    """
-    slices = zip(*(tensor.split(size) for tensor in tensors))
-    parts = [checkpoint(function, *rows, use_reentrant=False) for rows in slices]
-    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else tuple(map(torch.cat, zip(*parts)))
-
-
-def positive_pairs(row_ids: torch.Tensor, column_ids: torch.Tensor) -> torch.Tensor:
+def positive_pairs(row_ids: Tensor, column_ids: Tensor) -> Tensor:
     """Boolean matrix y of shape `(rows, columns)`: true where both sides show the same person."""
     return row_ids[:, None] == column_ids[None, :]
 
 
-def _target_distribution(positives: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _target_distribution(positives: Tensor, dtype: torch.dtype) -> Tensor:
     targets = positives.to(dtype)
     return targets / targets.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def ndf_loss(similarity: torch.Tensor, positives: torch.Tensor, temperature: float) -> torch.Tensor:
+def _compare(scores: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms of KL(p‖q) + KL(q‖p) and of the cross entropy of q, p the softmax of every row and q the true one."""
+    log_p, q = F.log_softmax(scores, dim=1), _target_distribution(positives, scores.dtype)
+    return (log_p.exp() - q) * (log_p - torch.log(q + EPSILON)), -q * log_p
+
+
+def ndf_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tensor:
     """
     Equation (2): symmetric Kullback-Leibler divergence between the distribution of matching scores and the true one,
     mean over both directions.
@@ -110,31 +91,23 @@ def ndf_loss(similarity: torch.Tensor, positives: torch.Tensor, temperature: flo
     Returns:
         A scalar.
     """
-
-    def one_direction(scores: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-        log_p = F.log_softmax(scores / temperature, dim=1)
-        q = _target_distribution(same, scores.dtype)
-        return ((log_p.exp() - q) * (log_p - torch.log(q + EPSILON))).sum(dim=1).mean()
-
-    return (one_direction(similarity, positives) + one_direction(similarity.t(), positives.t())) / 2
+    divergence, _ = _compare(similarity / temperature, positives)
+    other_divergence, _ = _compare(similarity.t() / temperature, positives.t())
+    return (divergence.sum(dim=1).mean() + other_divergence.sum(dim=1).mean()) / 2
 
 
-def ndf_reference_loss(similarity: torch.Tensor, positives: torch.Tensor, temperature: float) -> torch.Tensor:
+def ndf_reference_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tensor:
     """
     Equation (2) as the authors' code computes it: both divergences averaged over all entries instead of summed over
     a row, plus the cross entropy of the soft labels. Arguments as in [`ndf_loss`].
     """
-
-    def one_direction(scores: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-        log_p = F.log_softmax(scores / temperature, dim=1)
-        q = _target_distribution(same, scores.dtype)
-        divergence = ((log_p.exp() - q) * (log_p - torch.log(q + EPSILON))).mean()
-        return divergence - (q * log_p).sum(dim=1).mean()
-
-    return (one_direction(similarity, positives) + one_direction(similarity.t(), positives.t())) / 2
+    divergence, entropy = _compare(similarity / temperature, positives)
+    other_divergence, other_entropy = _compare(similarity.t() / temperature, positives.t())
+    one_way, other_way = entropy.sum(dim=1).mean(), other_entropy.sum(dim=1).mean()
+    return (divergence.mean() + one_way + other_divergence.mean() + other_way) / 2
 
 
-def cmpm_loss(image_features: torch.Tensor, text_features: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+def cmpm_loss(image_features: Tensor, text_features: Tensor, positives: Tensor) -> Tensor:
     """
     Cross-modal projection matching (Zhang and Lu, ECCV 2018), the baseline of the paper's ablation: KL(p‖q) with p the
     softmax of one modality projected on the normalised other one. Both directions are added.
@@ -144,7 +117,7 @@ def cmpm_loss(image_features: torch.Tensor, text_features: torch.Tensor, positiv
         positives: boolean `(images, texts)`.
     """
 
-    def one_direction(features: torch.Tensor, others: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    def one_direction(features: Tensor, others: Tensor, same: Tensor) -> Tensor:
         log_p = F.log_softmax(features @ F.normalize(others, dim=-1).t(), dim=1)
         q = _target_distribution(same, features.dtype)
         return (log_p.exp() * (log_p - torch.log(q + EPSILON))).sum(dim=1).mean()
@@ -155,12 +128,8 @@ def cmpm_loss(image_features: torch.Tensor, text_features: torch.Tensor, positiv
 
 
 def contrastive_loss(
-    kind: str,
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    person_ids: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
+    kind: str, image_features: Tensor, text_features: Tensor, person_ids: Tensor, temperature: float
+) -> Tensor:
     """The loss that `CADAConfig.contrastive_loss` names, of unnormalised features `(batch, d)` of `person_ids`."""
     positives = positive_pairs(person_ids, person_ids)
     if kind == "cmpm":
@@ -170,9 +139,7 @@ def contrastive_loss(
     return loss(similarity, positives, temperature)
 
 
-def draw_negatives(
-    similarity: torch.Tensor, positives: torch.Tensor, temperature: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_negatives(similarity: Tensor, positives: Tensor, temperature: float | None = None) -> tuple[Tensor, Tensor]:
     """
     The negative of every row for equation (5): a column that shows another person.
 
@@ -198,12 +165,8 @@ def draw_negatives(
 
 
 def match_pairs(
-    image_features: torch.Tensor,
-    text_features: torch.Tensor,
-    person_ids: torch.Tensor,
-    own: torch.Tensor,
-    temperature: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    image_features: Tensor, text_features: Tensor, person_ids: Tensor, rows: int, temperature: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """
     The pairs of equation (5) for this process: first its own pairs, then every image with its negative text, then
     every text with its negative image.
@@ -211,12 +174,13 @@ def match_pairs(
     Args:
         image_features, text_features: `(batch, d)`, of all processes.
         person_ids: `(batch,)`.
-        own: rows of this process, see [`own_rows`].
+        rows: of this process, as many as of every other one.
         temperature: as in [`draw_negatives`].
 
     Returns:
         Text and image of each pair, as rows of the batch, and 1 for a match, 0 for none: three times `(pairs,)`.
     """
+    own = torch.arange(rows, device=person_ids.device) + rows * rank_and_size()[0]
     positives = positive_pairs(person_ids[own], person_ids)
     with torch.autocast(image_features.device.type, enabled=False):
         to_texts = image_features[own] @ text_features.t()
@@ -231,8 +195,8 @@ def match_pairs(
 
 
 def group_states(
-    states: torch.Tensor, attention_mask: torch.Tensor, size: int, stride: int, pool_padding: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    states: Tensor, attention_mask: Tensor, size: int, stride: int, pool_padding: bool
+) -> tuple[Tensor, Tensor]:
     """
     Equation (4): means of groups of decoder states.
 
@@ -254,9 +218,7 @@ def group_states(
     return means, count > 0
 
 
-def atp_loss(
-    match_logits: torch.Tensor, group_logits: torch.Tensor, group_mask: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+def atp_loss(match_logits: Tensor, group_logits: Tensor, group_mask: Tensor, labels: Tensor) -> Tensor:
     """
     Equation (5): cross entropy of match against no match, for e_cls plus for the groups.
 
@@ -275,7 +237,7 @@ def atp_loss(
     return loss + batch_mean((per_group * counts).sum(), counts.sum())
 
 
-def ara_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def ara_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     Equation (7): cross entropy of the masked attribute tokens. Zero, with a gradient, where nothing is masked.
 
@@ -284,23 +246,3 @@ def ara_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels: `(masked,)`, the ids that were masked.
     """
     return batch_mean(F.cross_entropy(logits.float(), labels, reduction="sum"), torch.ones_like(labels).sum())
-
-
-__all__ = [
-    "ara_loss",
-    "atp_loss",
-    "batch_mean",
-    "cmpm_loss",
-    "contrastive_loss",
-    "count_rows",
-    "draw_negatives",
-    "gather_batch",
-    "group_states",
-    "match_pairs",
-    "ndf_loss",
-    "ndf_reference_loss",
-    "own_rows",
-    "positive_pairs",
-    "rank_and_size",
-    "run_in_chunks",
-]

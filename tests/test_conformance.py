@@ -23,7 +23,7 @@ from transformers import BertTokenizer
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from configuration_cada import CADAConfig
-from modeling_cada import CADAForTextToImageRetrieval, CADAModel, CADATextModel, CADAVisionModel
+from modeling_cada import CADAForTextToImageRetrieval, CADAImages, CADAModel, CADATextModel, CADAVisionModel
 from processing_cada import CADAImageProcessor, CADAProcessor
 
 
@@ -181,7 +181,8 @@ class CADATextModelAsDecoderTest(CommonModelTest, unittest.TestCase):
         self.assertTrue(all(weights.grad is not None for weights in out.cross_attentions))
         # One image that every text reads is the same as its states repeated.
         states, index = inputs.pop("encoder_hidden_states"), torch.tensor([1, 1, 3, 0])
-        indexed = model(**inputs, encoder_hidden_states=states, encoder_index=index, output_attentions=True)
+        images = CADAImages(states).for_pairs(index)
+        indexed = model(**inputs, encoder_hidden_states=images, output_attentions=True)
         repeated = model(**inputs, encoder_hidden_states=states[index], output_attentions=True)
         torch.testing.assert_close(indexed.cross_attentions, repeated.cross_attentions)
 

@@ -232,10 +232,10 @@ def test_vocabulary_grows_to_hold_enc(tmp_path):
     assert "The vocabulary grew by 2 word(s) to 30524." in str(report)
     weights = {
         "cada.text_model.embeddings.word_embeddings.weight": torch.ones(3, 2),
-        "vocabulary_head.bias": torch.ones(3),
+        "vocabulary_head.decoder.bias": torch.ones(3),
     }
     assert grow_vocabulary(weights, 5, std=0.02) == 2
-    assert weights["vocabulary_head.bias"].tolist() == [1, 1, 1, 0, 0]
+    assert weights["vocabulary_head.decoder.bias"].tolist() == [1, 1, 1, 0, 0]
 
 
 def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):

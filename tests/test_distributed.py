@@ -36,12 +36,12 @@ from modeling_cada import CADAForTextToImageRetrieval
 
 
 RECIPES = Path(train_cada.__file__).parent / "recipes"
-PAIRS = 19  # two batches of 8 and one of 3: of four processes, one gets nothing of the last batch
+PAIRS = 20  # two batches of 8 and one of 4
 BATCH = 8
 EXACT = ("--optim", "sgd", "--learning_rate", "0.01", "--lr_scheduler_type", "constant")
 CASES = {
     "padded": (),
-    "chunked": ("--chunk_size", "3"),
+    "checkpointing": ("--gradient_checkpointing",),
     "own length, dot": ("--config_overrides", '{"pool_padding": false, "hard_negative_similarity": "dot"}'),
     "cmpm alone": ("--config_overrides", '{"contrastive_loss": "cmpm", "use_atp": false, "use_ara": false}'),
 }
@@ -209,10 +209,13 @@ def sharded_process(rank: int, folder: str, start: str) -> None:
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
     fully_shard([words, head], mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
-    for chunk_size in (None, 2):
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+            model.train()
         model.zero_grad()
         batch = {name: values[rank::2] for name, values in tiny_batch(length=13).items()}
-        loss = model(**batch, chunk_size=chunk_size).loss
+        loss = model(**batch).loss
         loss.backward()
         grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
         results.append((loss.item(), grads))
@@ -220,7 +223,7 @@ def sharded_process(rank: int, folder: str, start: str) -> None:
     whole = whole_model(model)
     scores = evaluate_retrieval(whole, tiny_processor(bert_tokenizer()), rows, batch_size=2, progress=False)
     digest = model_digest(whole)
-    model(**batch, chunk_size=2).loss.backward()  # training goes on afterwards
+    model(**batch).loss.backward()  # training goes on afterwards
     torch.save((results, scores, digest), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -237,12 +240,12 @@ def test_sharded_weights_equal_whole_ones(folder):
     rows = load_from_disk(folder / "data")["test"]
     scores = evaluate_retrieval(model, tiny_processor(bert_tokenizer()), rows, batch_size=2, progress=False)
     saved = [torch.load(shared / f"{rank}.pt") for rank in range(2)]
-    for (_, found, digest), chunked in zip(saved, (0, 1)):
+    for (_, found, digest), step in zip(saved, (0, 1)):
         assert found == scores
         assert digest == model_digest(model)
-        assert sum(results[chunked][0] for results, *_ in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
+        assert sum(results[step][0] for results, *_ in saved) / 2 == pytest.approx(loss.item(), rel=1e-5)
         for name, parameter in model.named_parameters():
-            got = saved[0][0][chunked][1][name]
+            got = saved[0][0][step][1][name]
             torch.testing.assert_close(got, parameter.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 

@@ -15,7 +15,7 @@ import cada.evaluation.matching
 from cada.evaluation.encoding import Gallery, Queries, encode_gallery, encode_queries
 from cada.evaluation.matching import evaluate_retrieval, in_doubt, match_candidates, score_gallery
 from cada.evaluation.metrics import METRICS, RetrievalMetric, rerank_scores, retrieval_metrics, top_candidates
-from modeling_cada import CADAForTextToImageRetrieval, blocks_of_pairs
+from modeling_cada import CADAForTextToImageRetrieval, CADAImages, blocks_of_pairs
 
 
 def test_metrics_by_hand():
@@ -354,22 +354,24 @@ def test_match_candidates_keeps_to_its_memory(small_model, monkeypatch, images_o
     mask = (torch.arange(9)[None] < torch.randint(3, 10, (20, 1))).long()
     queries = Queries(torch.randn(20, 8), torch.randint(5, 1000, (20, 9)) * mask, mask)
     monkeypatch.setattr(cada.evaluation.matching, "_BATCHES", {"cpu": (10**9, 10**3)})  # so that memory alone bounds
-    project, match, groups, batches, last = small_model.project_images, small_model.match, [], [], []
+    match, groups, batches, last = small_model.match, [], [], []
 
-    def project_images(states):
-        assert all(reference() is None for reference in last), "the group before is still there"
-        projections = project(states)
-        groups.append(len(states))
-        last[:] = [weakref.ref(tensor) for pair in projections for tensor in pair]
-        return projections
+    class Images(CADAImages):
+        def __init__(self, states):
+            assert all(reference() is None for reference in last), "the group before is still there"
+            super().__init__(states)
+            groups.append(len(states))
 
-    def match_pairs(input_ids, attention_mask, projections, text_index, image_index):
+    def match_pairs(input_ids, attention_mask, images, text_index, image_index):
         blocks = blocks_of_pairs(image_index)
         tokens = len(text_index) * int(attention_mask[text_index].sum(dim=1).max())
         batches.append((len(text_index), len(text_index if blocks is None else blocks) * layer + tokens * token))
-        return match(input_ids, attention_mask, projections, text_index, image_index)
+        logits = match(input_ids, attention_mask, images, text_index, image_index)
+        last[:] = [weakref.ref(tensor) for pair in images.keys_and_values.values() for tensor in pair]
+        assert len(last) == 2 * text.num_hidden_layers
+        return logits
 
-    monkeypatch.setattr(small_model, "project_images", project_images)
+    monkeypatch.setattr(cada.evaluation.matching, "CADAImages", Images)
     monkeypatch.setattr(small_model, "match", match_pairs)
     match_candidates(small_model, queries, gallery, top_candidates(torch.randn(20, 40), 30), memory=4 * quarter / 1e9)
     assert max(groups) == images_of_a_quarter and sum(groups) == 40

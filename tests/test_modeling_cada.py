@@ -15,6 +15,7 @@ from configuration_cada import CADAConfig
 from losses_cada import cmpm_loss, draw_negatives, ndf_loss, ndf_reference_loss
 from modeling_cada import (
     CADAForTextToImageRetrieval,
+    CADAImages,
     CADAModel,
     CADATextLayer,
     CADAVisionLayer,
@@ -137,7 +138,7 @@ def test_random_weights_follow_the_configuration():
     assert vision.embeddings.position_embedding.std().item() == pytest.approx(0.5, rel=0.3)
     assert vision.embeddings.class_embedding.abs().max() > 0
     assert text.embeddings.word_embeddings.weight[0].abs().max() == 0  # [PAD]
-    assert model.vocabulary_head.bias.abs().max() == 0
+    assert model.vocabulary_head.decoder.bias.abs().max() == 0
     assert vision.layers[1].self_attn.q_proj.bias.abs().max() == 0
     assert text.embeddings.layer_norm.weight.tolist() == [1.0] * 16
 
@@ -331,15 +332,15 @@ def test_cross_attentions():
     assert [tuple(weights.shape) for weights in out.attentions] == [(3, 2, 7, 7)] * 2
 
 
-def test_first_queries_of_a_causal_stack():
-    model, batch = tiny_model(attn_implementation="eager"), tiny_batch()
-    for causal in (False, True):
-        out = [
-            model.cada.text_model(batch["input_ids"], batch["attention_mask"], num_queries=number, is_causal=causal)
-            for number in (None, 2)
-        ]
-        assert out[1].last_hidden_state.shape == (4, 2, 16)
-        assert_close(out[1].last_hidden_state, out[0].last_hidden_state[:, :2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_first_queries(attention):
+    model, batch = tiny_model(attn_implementation=attention), tiny_batch()
+    inputs = batch["input_ids"], batch["attention_mask"]
+    first = model.cada.text_model(*inputs, num_queries=2).last_hidden_state
+    assert first.shape == (4, 2, 16)
+    assert_close(first, model.cada.text_model(*inputs).last_hidden_state[:, :2])
+    with pytest.raises(ValueError, match="num_queries.*is_causal"):
+        model.cada.text_model(*inputs, num_queries=2, is_causal=True)
 
 
 @pytest.mark.parametrize(
@@ -651,39 +652,6 @@ def test_one_person(pool_padding):
     assert all(gradient.isfinite().all() for gradient in gradients(model, batch).values())
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 6, 9])
-@pytest.mark.parametrize("changes", [{}, {"pool_padding": False}, {"use_atp": False}, {"use_ara": False}], ids=str)
-def test_a_batch_in_chunks_is_the_whole_batch(changes, chunk_size):
-    """Losses and gradients; negatives come from the whole batch."""
-    model, batch = tiny_model(**changes), tiny_batch(batch=6)
-    assert losses(model, batch, chunk_size=chunk_size) == pytest.approx(losses(model, batch), rel=1e-5)
-    chunked = gradients(model, batch, chunk_size=chunk_size)
-    for name, gradient in gradients(model, batch).items():
-        scale = 1 + gradient.abs().max()
-        assert_close(chunked[name] / scale, gradient / scale, 1e-5)
-
-
-def test_chunks_repeat_their_dropout():
-    """The second forward pass of a chunk drops what the first one dropped: its gradients fit its loss."""
-    model, batch = tiny_model(text_config={"hidden_dropout_prob": 0.3}), tiny_batch(batch=4)
-    model.train()
-    bias = model.cada.text_model.layers[0].mlp.fc2.bias
-
-    def loss_at(shift: float) -> torch.Tensor:
-        torch.manual_seed(3)
-        with torch.no_grad():
-            bias[0] += shift
-        loss = model(**batch, chunk_size=2).loss
-        with torch.no_grad():
-            bias[0] -= shift
-        return loss
-
-    loss_at(0.0).backward()
-    step = 1e-2
-    expected = (loss_at(step) - loss_at(-step)).item() / (2 * step)
-    assert bias.grad[0].item() == pytest.approx(expected, rel=0.05, abs=1e-3)
-
-
 def test_one_pair():
     model, batch = tiny_model(), tiny_batch(batch=1)
     out = losses(model, batch)
@@ -704,11 +672,12 @@ def test_annealed_negatives():
 def test_annealed_negatives_in_both_directions():
     """Per pair a drawn text for the image, then a drawn image for the text: both vary from call to call."""
     model, batch = tiny_model(), tiny_batch(batch=4)
-    pairs = []  # of the decoder: the text and the image of each
+    pairs, every_text = [], F.pad(batch["input_ids"], (0, 4))  # of the decoder: the text and the image of each
 
     def record(_, args):
-        if len(args) > 4:
-            pairs.append((args[4].tolist(), args[3].tolist()))
+        if len(args) > 2 and args[2].image_index is not None:
+            texts = [every_text[:, 1:].tolist().index(row) for row in args[0][:, 1:].tolist()]
+            pairs.append((texts, args[2].image_index.tolist()))
 
     model.cada.text_model.register_forward_pre_hook(record)
     torch.manual_seed(0)
@@ -722,43 +691,40 @@ def test_annealed_negatives_in_both_directions():
     assert len({tuple(texts[4:8]) for texts, _ in pairs}) > 1  # texts of the images
 
 
-def test_projected_images_take_the_place_of_states():
+def test_images_share_keys_and_values():
     """Several calls share the keys and values of the same images; what is read and the gradients stay the same."""
     model, batch = tiny_model(), tiny_batch(batch=4)
-    model.eval()
-    inputs, text, image = (
-        (batch["input_ids"], batch["attention_mask"]),
-        torch.tensor([0, 1, 3]),
-        torch.tensor([2, 2, 0]),
-    )
+    inputs = batch["input_ids"], batch["attention_mask"]
+    text, image = torch.tensor([0, 1, 3]), torch.tensor([2, 2, 0])
     states = model.encode_images(batch["pixel_values"])
-    projected = model.project_images(states)
-    assert len(projected) == model.config.text_config.num_hidden_layers
-    expected = model.match(*inputs, states, text, image)
-    torch.testing.assert_close(model.match(*inputs, projected, text, image), expected)
+    projected = []
+    for layer in model.cada.text_model.layers:
+        layer.cross_attn.k_proj.register_forward_hook(lambda _, args, out: projected.append(tuple(out.shape)))
+    calls = [(text, image), (text[:2], image[1:]), (None, None)]
+    expected = torch.cat([model.match(*inputs, states, *pairs) for pairs in calls])
+    assert projected == [(4, 9, 16)] * 2 * 3
+    images = CADAImages(states)
+    actual = torch.cat([model.match(*inputs, images, *pairs) for pairs in calls])
+    assert projected == [(4, 9, 16)] * 2 * 4
+    torch.testing.assert_close(actual, expected)
     weights = [parameter for name, parameter in model.named_parameters() if "cross_attn" in name]
-    wanted = torch.autograd.grad(expected.sum(), weights, retain_graph=True)
-    got = torch.autograd.grad(model.match(*inputs, projected, text, image).sum(), weights)
+    wanted = torch.autograd.grad(expected.square().sum(), weights, retain_graph=True)
+    got = torch.autograd.grad(actual.square().sum(), weights)
     torch.testing.assert_close(got, wanted)
     assert any(gradient.abs().sum() > 0 for gradient in got)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("num_queries", [None, 1])
-def test_texts_are_read_once_for_all_their_pairs(layers, num_queries):
-    """The first self-attention comes before the image, so pairs of one text share it: same states, same gradients."""
-    model, batch = tiny_model(text_config={"num_hidden_layers": layers}), tiny_batch()
-    text_index, image_index = torch.tensor([2, 0, 2, 1, 2]), torch.tensor([0, 0, 3, 1, 2])
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    image_states = model.encode_images(batch["pixel_values"]).detach()
-    results = []
-    for texts, masks, index in ((ids, mask, text_index), (ids[text_index], mask[text_index], None)):
-        model.zero_grad()
-        states = model.cada.text_model(texts, masks, image_states, image_index, index, num_queries).last_hidden_state
-        states.square().sum().backward()
-        results.append((states, model.cada.text_model.layers[0].self_attn.k_proj.weight.grad.clone()))
-    torch.testing.assert_close(*(states for states, _ in results))
-    torch.testing.assert_close(*(gradient for _, gradient in results))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_shares_keys_and_values(checkpointing):
+    """Both passes of the decoder share them; under checkpointing each computes its own, twice."""
+    model, batch = tiny_model().train(), tiny_batch()
+    projected = []
+    for layer in model.cada.text_model.layers:
+        layer.cross_attn.k_proj.register_forward_hook(lambda *_: projected.append(1))
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model(**batch).loss.backward()
+    assert len(projected) == (2 * 2 * 2 if checkpointing else 2)
 
 
 def test_blocks_of_pairs_by_hand():
@@ -790,14 +756,15 @@ def test_blocks_of_pairs_change_nothing(implementation, num_queries):
     model, batch = tiny_model(), tiny_batch()
     model.set_attn_implementation(implementation)
     text_index, image_index = torch.tensor([2, 0, 2, 1, 1, 0, 3]), torch.tensor([0, 0, 3, 3, 0, 3, 3])
-    blocks = blocks_of_pairs(image_index)
-    assert blocks.shape == (3, 3)  # two places are left over
+    assert blocks_of_pairs(image_index).shape == (3, 3)  # two places are left over
     results = []
-    for chosen in (None, blocks):
+    for side_by_side in (False, True):
         model.zero_grad()
         image_states = model.encode_images(batch["pixel_values"]).detach().requires_grad_()
-        inputs = (batch["input_ids"], batch["attention_mask"], image_states, image_index, text_index, num_queries)
-        states = model.cada.text_model(*inputs, encoder_blocks=chosen).last_hidden_state
+        images = CADAImages(image_states).for_pairs(image_index, side_by_side)
+        assert (images.blocks is not None) is side_by_side
+        inputs = (batch["input_ids"][text_index], batch["attention_mask"][text_index], images, num_queries)
+        states = model.cada.text_model(*inputs).last_hidden_state
         states.square().sum().backward()
         projections = [layer.cross_attn.q_proj.weight.grad.clone() for layer in model.cada.text_model.layers]
         results.append((states, image_states.grad, *projections))
@@ -829,7 +796,7 @@ def test_vocabulary_head_by_hand():
     hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
     hidden = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, unbiased=False, keepdim=True) + 1e-12).sqrt()
     hidden = hidden * head.layer_norm.weight + head.layer_norm.bias
-    assert_close(head(states), torch.einsum("ph,vh->pv", hidden, words) + head.bias)
+    assert_close(head(states), torch.einsum("ph,vh->pv", hidden, words) + head.decoder.bias)
 
 
 def test_nothing_masked():
@@ -943,8 +910,8 @@ def test_match_reads_nothing_back():
     model, batch = tiny_model().to("meta"), tiny_batch(batch=5, length=9)
     text_index, image_index = torch.tensor([0, 1, 2, 3, 4] * 3), torch.tensor([0] * 6 + [1] * 5 + [2] * 4)
     assert len(batch["attention_mask"].sum(dim=1).unique()) > 1  # so that there is a mask
-    projections = model.project_images(model.encode_images(batch["pixel_values"].to("meta")))
-    logits = model.match(batch["input_ids"], batch["attention_mask"], projections, text_index, image_index)
+    images = CADAImages(model.encode_images(batch["pixel_values"].to("meta")))
+    logits = model.match(batch["input_ids"], batch["attention_mask"], images, text_index, image_index)
     assert model.local_score(logits).shape == (15,) and logits.is_meta
 
 

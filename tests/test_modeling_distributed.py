@@ -6,7 +6,7 @@ import torch.distributed as dist
 from conftest import run_processes, tiny_batch
 from test_modeling_cada import LOSSES, assert_close, gradients, losses, tiny_model
 
-from modeling_cada import gather_batch
+from losses_cada import gather_batch
 
 
 SETTINGS = [
@@ -34,9 +34,6 @@ def joint_batch() -> dict[str, torch.Tensor]:
     return batch
 
 
-CASES = [(changes, chunk_size) for changes in SETTINGS for chunk_size in (None, 2)]
-
-
 def half_batch(rank: int) -> dict[str, torch.Tensor]:
     """Three pairs, padded as far as they need: 9 tokens on the first process, 11 on the second."""
     half = {name: tensor[3 * rank : 3 * rank + 3] for name, tensor in joint_batch().items()}
@@ -47,17 +44,19 @@ def half_batch(rank: int) -> dict[str, torch.Tensor]:
 def one_process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
-    for changes, chunk_size in CASES:
+    for changes in SETTINGS:
         model = torch.nn.parallel.DistributedDataParallel(tiny_model(**changes))
-        out = model(**half_batch(rank), chunk_size=chunk_size)
+        out = model(**half_batch(rank))
         out.loss.backward()
         grads = {name: parameter.grad for name, parameter in model.module.named_parameters()}
         results.append(({name: out[name].item() for name in LOSSES if out.get(name) is not None}, grads))
     # Process r holds x = r + 1 and y = 10 (r + 1), and weighs the gathered sum with (1 + r) * [1, 2].
     x = torch.tensor([rank + 1.0], requires_grad=True)
     y = torch.tensor([10 * (rank + 1.0)], requires_grad=True)
-    total = gather_batch(x, [1, 1]) + gather_batch(y, [1, 1])
+    total = gather_batch(x) + gather_batch(y)
     total.backward((1 + rank) * torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"hold \[3, 2\] pairs"):  # on every process: none waits for another
+        tiny_model()(**{name: tensor[: 3 - rank] for name, tensor in half_batch(rank).items()})
     torch.save((results, total.detach(), x.grad, y.grad), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -71,7 +70,7 @@ def test_two_processes_equal_one(tmp_path):
     """
     run_processes(one_process, str(tmp_path))
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for (changes, _), (first, grads), (second, other_grads) in zip(CASES, saved[0][0], saved[1][0], strict=True):
+    for changes, (first, grads), (second, other_grads) in zip(SETTINGS, saved[0][0], saved[1][0], strict=True):
         model = tiny_model(**changes)
         expected = losses(model, joint_batch())
         assert first.keys() == second.keys() == expected.keys()

@@ -48,7 +48,7 @@ def test_decoder_states_and_groups(reference_model, reference):
     inputs, expected = reference["inputs"], reference["outputs"]
     with torch.no_grad():
         states = reference_model._decode(
-            inputs["input_ids"], inputs["attention_mask"], expected["image_hidden_states"], None, None
+            inputs["input_ids"], inputs["attention_mask"], expected["image_hidden_states"]
         )
     assert_agrees(states, expected["decoder_hidden_states"])
     groups, _ = group_states(states, inputs["attention_mask"], 36, 36, pool_padding=True)

@@ -14,6 +14,7 @@ from cada.evaluation.encoding import (
     sum_over_processes,
 )
 from cada.evaluation.metrics import _ROWS_AT_ONCE, METRICS, metric_sums, rerank_scores, top_candidates
+from modeling_cada import CADAImages
 
 
 # Tokens of a batch, and batches of a group of images. Large enough for fast matrix products; an accelerator needs more
@@ -94,9 +95,9 @@ def match_candidates(
                 copied = min(rows, max(rows // 8 + images, 2 * images)) * projected
                 return rows * length > tokens_at_once or copied + rows * length * per_token > budget
 
-            projections = None  # those of the group before, which would double the memory
+            group_images = None  # with the keys and values of the group before, which would double the memory
             states = states.pin_memory() if at_once else states
-            projections = model.project_images(states.to(device, non_blocking=at_once))
+            group_images = CADAImages(states.to(device, non_blocking=at_once))
             pairs = order[ends[group[0]] - counts[group[0]] : ends[group[-1]]]
             image_index = torch.repeat_interleave(torch.arange(len(group)), counts[group])
             # By length, and the pairs of one text side by side.
@@ -105,7 +106,7 @@ def match_candidates(
             for batch in _batches(lengths[pairs // k].tolist(), too_much):
                 texts, text_index = (pairs[batch] // k).unique(return_inverse=True)
                 inputs = (queries.input_ids[texts], queries.attention_mask[texts])
-                logits = model.match(*inputs, projections, text_index, image_index[batch])
+                logits = model.match(*inputs, group_images, text_index, image_index[batch])
                 scores[pairs[batch].to(device, non_blocking=at_once)] = model.local_score(logits).float()
                 bar.update(len(pairs[batch]))
     return sum_over_processes(scores, device).view_as(candidates)

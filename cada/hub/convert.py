@@ -68,7 +68,7 @@ _TEXT_AND_HEADS = [
     (r"^itm_local_head\.", "group_match_head."),
     (r"^text_decoder\.cls\.predictions\.transform\.dense\.", "vocabulary_head.dense."),
     (r"^text_decoder\.cls\.predictions\.transform\.LayerNorm\.", "vocabulary_head.layer_norm."),
-    (r"^text_decoder\.cls\.predictions\.bias$", "vocabulary_head.bias"),
+    (r"^text_decoder\.cls\.predictions\.bias$", "vocabulary_head.decoder.bias"),
 ]
 _RULES = {
     "blip": _VISION_OF_BLIP + _TEXT_AND_HEADS,
@@ -264,8 +264,9 @@ def grow_vocabulary(weights: dict[str, torch.Tensor], size: int, std: float) -> 
     missing = size - len(words)
     if missing > 0:
         weights[name] = torch.cat([words, std * torch.randn(missing, words.shape[1]).to(words.dtype)])
-        if "vocabulary_head.bias" in weights:
-            weights["vocabulary_head.bias"] = F.pad(weights["vocabulary_head.bias"], (0, missing))
+        if "vocabulary_head.decoder.bias" in weights:
+            bias = weights["vocabulary_head.decoder.bias"]
+            weights["vocabulary_head.decoder.bias"] = F.pad(bias, (0, missing))
     return max(missing, 0)
 
 

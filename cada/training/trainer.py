@@ -82,14 +82,6 @@ class CADATrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = field(
         default="local_R1", metadata={"help": "Validation score that chooses the checkpoint."}
     )
-    chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Pairs whose activations are in memory at once. A batch of 96 fits a small device so, at the "
-            "price of a second forward pass; losses, negatives and gradients stay those of the whole batch. "
-            "Default: all."
-        },
-    )
     rerank_memory: float = field(
         default=RERANK_MEMORY,
         metadata={"help": "GB that an evaluation may take for patch states and batches, whatever the gallery."},
@@ -155,8 +147,6 @@ class CADATrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.negative_sampling not in ("hardest", "annealed"):
             raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise ValueError(f"`chunk_size` is {self.chunk_size}. Give a number of pairs, or leave it out.")
         if not 0 < self.rerank_memory < math.inf:
             raise ValueError(f"`rerank_memory` is {self.rerank_memory}. Give the GB an evaluation may take.")
         if not math.inf > self.negative_temperature_start >= self.negative_temperature_end > 0:
@@ -323,7 +313,6 @@ class CADATrainer(Trainer):
             **{name: values for name, values in inputs.items() if name != "pair"},
             return_loss=True,
             negative_temperature=self.negative_temperature(),
-            chunk_size=self.args.chunk_size,
         )
         if not torch.isfinite(outputs.loss):
             raise CADAError(self._describe_divergence(outputs, inputs))
@@ -360,7 +349,9 @@ class CADATrainer(Trainer):
             return super().train(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                remedy = "Take a --chunk_size, which gives the same gradients in less memory, or a smaller batch."
+                remedy = (
+                    "Add --gradient_checkpointing, which gives the same gradients in less memory, or lower the batch."
+                )
             elif "DataLoader worker" in str(error):
                 remedy = "Was a worker killed for want of memory? Take fewer --dataloader_num_workers."
             elif isinstance(error, NotImplementedError):
