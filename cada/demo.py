@@ -52,13 +52,15 @@ SENTENCES = {
 }
 # The training: arguments of train_cada.py.
 RECIPE = (
-    *("--num_train_epochs", "6.75", "--per_device_train_batch_size", "64"),
-    *("--learning_rate", "2e-3", "--warmup_steps", "0.05", "--max_grad_norm", "5"),
+    *("--max_steps", "900", "--per_device_train_batch_size", "64"),
+    # Muon reaches in 600 steps what AdamW needs 1,700 for.
+    *("--muon_learning_rate", "0.02", "--learning_rate", "2e-3", "--weight_decay", "0"),
+    *("--warmup_steps", "0.05", "--max_grad_norm", "5"),
     # From random weights the hardest negatives teach nothing at first.
     *("--negative_sampling", "annealed"),
     *("--negative_temperature_start", "1", "--negative_temperature_end", "0.1"),
     *("--eval_strategy", "steps", "--eval_steps", "0.5", "--save_strategy", "steps", "--save_steps", "0.5"),
-    # Heads of 16 numbers and texts of 31 tokens: plain attention is faster here than the fused one.
+    # Heads of 32 numbers and texts of 31 tokens: plain attention is faster here than the fused one.
     *("--logging_steps", "100", "--attn_implementation", "eager"),
 )
 MAX_TEXT_LENGTH = 35  # no caption is longer
@@ -81,12 +83,12 @@ def build_start(splits: DatasetDict, folder: Path, seed: int) -> None:
         "hidden_size": 96,
         "intermediate_size": 192,
         "num_hidden_layers": 2,
-        "num_attention_heads": 6,
+        "num_attention_heads": 3,
         # A narrow network needs a wider spread of its random weights than the 0.02 of one that is 768 wide.
-        "initializer_range": 0.08,
+        "initializer_range": 0.05,
     }
     config = CADAConfig(
-        vision_config={**tower, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": 12},
+        vision_config={**tower, "num_hidden_layers": 4, "image_size": IMAGE_SIZE, "patch_size": 16},
         text_config={
             **tower,
             "vocab_size": len(processor.tokenizer),
@@ -102,7 +104,8 @@ def build_start(splits: DatasetDict, folder: Path, seed: int) -> None:
         # The decoder has to learn where to look. Masked attributes teach it, so they count more than the paper's 0.1
         # for a pre-trained decoder; and the contrastive loss has the form of the authors' code, which has a steeper
         # gradient far from the goal.
-        ara_weight=3.0,
+        ara_weight=6.0,
+        pool_padding=False,  # then a text is padded to the longest of its batch only
         contrastive_loss="ndf_reference",
     )
     set_seed(seed)

@@ -26,10 +26,19 @@ from modeling_cada import CADAForTextToImageRetrieval
 logger = logging.get_logger(__name__)
 
 RECIPE_FILE = "cada_recipe.json"
+THREADS = "threads"  # of a process, in the recipe; another number goes on, with a warning
 # Arguments on which the weights depend, and which of them are kept; with other ones it is another training.
 _RECIPE = (
     *("seed", "data_seed", "num_train_epochs", "max_steps", "gradient_accumulation_steps", "dataloader_drop_last"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *(
+        "learning_rate",
+        "muon_learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+    ),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
     *("negative_sampling", "negative_temperature_start", "negative_temperature_end"),
     *("metric_for_best_model", "load_best_model_at_end"),
@@ -47,6 +56,7 @@ def recipe_of(args: TrainingArguments, model: CADAForTextToImageRetrieval, split
     recipe = {name: getattr(args, name) for name in _RECIPE}
     recipe = {name: getattr(value, "value", value) for name, value in recipe.items()}
     recipe["batch"] = args.train_batch_size * args.world_size
+    recipe[THREADS] = torch.get_num_threads()
     for name, value in model.config.to_dict().items():
         if isinstance(value, dict) and name not in _UNLIKE:
             recipe |= {f"{name}.{field}": own for field, own in value.items() if field not in _UNLIKE}
@@ -98,7 +108,12 @@ def find_checkpoint(args: TrainingArguments, recipe: dict) -> str | None:
             raise CADAError(f"{TRAINER_STATE_NAME} or {RECIPE_FILE} of {folder} holds something else.")
     except CADAError as error:
         raise CADAError(f"{folder} is not whole. {error} {_OTHER.format(folder)}") from error
-    changed = [name for name in {**saved, **recipe} if saved.get(name) != recipe.get(name)]
+    if saved.get(THREADS) not in (None, recipe.get(THREADS)):
+        logger.warning(
+            f"{folder} was trained with {saved[THREADS]} threads a process, this run has {recipe[THREADS]}. Sums round "
+            f"differently then: the weights will not be equal to the bit. Set OMP_NUM_THREADS={saved[THREADS]} for that."
+        )
+    changed = [name for name in {**saved, **recipe} if saved.get(name) != recipe.get(name) and name != THREADS]
     if changed:
         changed = [f"{name} ({saved.get(name, '-')}, now {recipe.get(name, '-')})" for name in changed]
         raise CADAError(

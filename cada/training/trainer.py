@@ -34,6 +34,7 @@ from cada.evaluation.metrics import METRICS
 from cada.files import CADAError, one_line, remove_folder, replace_folder
 from cada.hub.loading import check_processor
 from cada.hub.publish import publish
+from cada.training.muon import MuonAdamW
 from cada.training.resume import RECIPE_FILE, SaveOnSigterm, best_checkpoint, recipe_of
 from losses_cada import rank_and_size
 from modeling_cada import CADAForTextToImageRetrieval
@@ -103,6 +104,13 @@ class CADATrainingArguments(TrainingArguments):
     hub_overwrite: bool = field(
         default=False, metadata={"help": "With --push_to_hub: replace weights that the repository holds already."}
     )
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train the weight matrices of the layers by Muon with this highest learning rate, such as 0.02, "
+            "and the rest by AdamW: faster from random weights. By default AdamW trains all."
+        },
+    )
     negative_sampling: str = field(
         default="hardest",
         metadata={
@@ -121,7 +129,17 @@ class CADATrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"`{name}` is {value}. Give {lowest} or more.")
-        for name in (*("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "adam_epsilon"), *STEPS):
+        for name in (
+            *(
+                "learning_rate",
+                "muon_learning_rate",
+                "weight_decay",
+                "max_grad_norm",
+                "num_train_epochs",
+                "adam_epsilon",
+            ),
+            *STEPS,
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:  # also where it is NaN
                 raise ValueError(f"`{name}` is {value}. Give a number of 0 or more.")
@@ -290,9 +308,32 @@ class CADATrainer(Trainer):
             )
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """As in `Trainer`."""
+        """As in `Trainer`; with `muon_learning_rate` the matrices of the layers go to Muon."""
         with made_of_arguments("The optimizer"):
+            if self.args.muon_learning_rate is not None and self.optimizer is None:
+                self.optimizer = self._muon()
             return super().create_optimizer(*args, **kwargs)
+
+    def _muon(self) -> MuonAdamW:
+        """Embeddings and heads, whose rows are words and classes, stay with AdamW, as do vectors."""
+        args = self.args
+        weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        matrices = {
+            name: weight
+            for name, weight in weights.items()
+            if weight.ndim == 2 and "embed" not in name and "head" not in name
+        }
+        decay = self.get_decay_parameter_names(self.model)
+        others = weights.keys() - matrices.keys()
+        groups = [
+            {"params": [weights[name] for name in weights if name in others & set(decay)]},
+            {"params": [weights[name] for name in weights if name in others - set(decay)], "weight_decay": 0.0},
+            {"params": list(matrices.values()), "lr": args.muon_learning_rate, "momentum": 0.95},
+        ]
+        betas = (args.adam_beta1, args.adam_beta2)
+        return MuonAdamW(
+            groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
+        )
 
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """As in `Trainer`."""
