@@ -110,8 +110,8 @@ def find_checkpoint(args: TrainingArguments, recipe: dict) -> str | None:
         raise CADAError(f"{folder} is not whole. {error} {_OTHER.format(folder)}") from error
     if saved.get(THREADS) not in (None, recipe.get(THREADS)):
         logger.warning(
-            f"{folder} was trained with {saved[THREADS]} threads a process, this run has {recipe[THREADS]}. Sums round "
-            f"differently then: the weights will not be equal to the bit. Set OMP_NUM_THREADS={saved[THREADS]} for that."
+            f"{folder} was trained with {saved[THREADS]} threads a process, this run has {recipe[THREADS]}. Sums "
+            "round differently then, and weights are not equal to the bit. For that set OMP_NUM_THREADS as it was."
         )
     changed = [name for name in {**saved, **recipe} if saved.get(name) != recipe.get(name) and name != THREADS]
     if changed:
