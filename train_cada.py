@@ -548,6 +548,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     except (ImportError, OSError, TypeError, ValueError) as error:  # unknown arguments, wrong values
         raise CADAError(f"{error} (`python train_cada.py --help` lists all arguments.)") from error
     logging.set_verbosity(parsed[2].get_process_log_level())
+    logging.disable_progress_bar()  # for each model that is loaded or saved; the bars of the phases stay
     transformers.logging.enable_explicit_format()
     return run(*parsed)
 

@@ -16,6 +16,7 @@ import numpy as np
 import typer
 from accelerate import PartialState
 from transformers import set_seed
+from transformers.utils import logging
 from typer import Argument, Option
 
 from cada.data.check import check_dataset
@@ -340,6 +341,7 @@ def demo(
 
 
 def _run(arguments: list[str] | None) -> int:
+    logging.disable_progress_bar()  # of transformers, for each model that is loaded or saved
     try:
         return typer.main.get_command(app).main(args=arguments, prog_name="cada", standalone_mode=False)
     except Exception as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, disable_progress_bars
 from transformers import BertTokenizer, set_seed
 
 import train_cada
@@ -63,7 +63,7 @@ RECIPE = (
     # Heads of 32 numbers and texts of 31 tokens: plain attention is faster here than the fused one.
     *("--logging_steps", "100", "--attn_implementation", "eager"),
 )
-MAX_TEXT_LENGTH = 35  # no caption is longer
+MAX_TEXT_LENGTH = 35  # tokens; one caption in forty is longer and loses its last words
 TOP = 8  # ranked images in the picture
 SAVED_IMAGES = 12
 
@@ -187,8 +187,13 @@ def run_demo(folder: Path, seed: int = 0) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
 
-    print("Drawing pedestrians", flush=True)
+    print(
+        "The demo takes about five minutes on two CPU cores; beside other work, longer: the bar of the training tells."
+        "\nDrawing pedestrians",
+        flush=True,
+    )
     splits = load_drawn(seed=seed)
+    disable_progress_bars()  # of saving tables, which takes no time
     scores = train(splits, folder, seed)
     table = compare(splits["test"], scores)
     search(folder)
