@@ -569,6 +569,8 @@ class GalleryIndex:
     def _states(self, rows: list[dict]) -> torch.Tensor:
         """Patch states `(rows, 1 + patches, hidden)`: kept ones, or of the image files. Zeros for those `left_out`."""
         read, good, found = self._kept_states if self.record["keep_patches"] else self._decode, [], []
+        if not self.record["keep_patches"]:
+            self._source  # noqa: B018  # where no image is there any more, that is an error of all, not of each
         for number, row in enumerate(rows):
             try:
                 found.append(read(row))
@@ -606,6 +608,7 @@ class GalleryIndex:
         row = self.store.find(path)
         if row is None:
             raise CADAError(f"The index holds no image {path!r}.")
+        self._source  # noqa: B018  # as in `_states`
         try:
             return self._decode(row, full_size=True)
         except (OSError, KeyError, CADAError) as error:
