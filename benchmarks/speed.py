@@ -224,8 +224,8 @@ def operations_per_pair(config: CADAConfig, lengths: torch.Tensor, pairs_of_imag
 
     length = float(lengths.double().mean())
     plain = layers * (own_part(PADDED, PADDED) + other_part(PADDED) + keys_and_values)
-    # The first self-attention is once per text, here shared by all its pairs; of the last layer e_cls alone is read.
-    ours = (layers - 2) * (own_part(length, length) + other_part(length)) + other_part(length)
+    # Of the last layer e_cls alone is read.
+    ours = (layers - 1) * (own_part(length, length) + other_part(length))
     ours += own_part(length, 1) + other_part(1) + layers * keys_and_values / pairs_of_image
     return {OURS: ours / 1e9, PLAIN: plain / 1e9}
 
