@@ -38,21 +38,16 @@ def _reject_typing_errors(config: PreTrainedConfig, unknown: dict) -> None:
         logger.warning(message)
 
 
-def _require_positive(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:  # also where it is NaN
-            raise ValueError(f"{type(config).__name__}: `{name}` is {getattr(config, name)}. Give a number above 0.")
+def _require(config: PreTrainedConfig, positive: tuple[str, ...], shares: tuple[str, ...]) -> None:
+    for name in (*positive, *shares):
+        value = getattr(config, name)
+        if not (value > 0 if name in positive else 0 <= value <= 1):  # also where it is NaN
+            remedy = "a number above 0" if name in positive else "a share from 0 to 1"
+            raise ValueError(f"{type(config).__name__}: `{name}` is {value}. Give {remedy}.")
 
 
-def _require_probability(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(
-                f"{type(config).__name__}: `{name}` is {getattr(config, name)}. Give a share from 0 to 1."
-            )
-
-
-def _require_heads(config: PreTrainedConfig) -> None:
+def _require_sizes(config: PreTrainedConfig) -> None:
+    _require(config, ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), ())
     if config.hidden_size % config.num_attention_heads != 0:
         raise ValueError(
             f"{type(config).__name__}: `hidden_size` ({config.hidden_size}) is not a multiple of "
@@ -66,28 +61,18 @@ class CADAVisionConfig(PreTrainedConfig):
     The vision tower, a ViT with a class token. The defaults are ViT-B/16 at 224×224.
 
     Args:
-        hidden_size (`int`, *optional*, defaults to 768):
-            Width of the patch states.
-        intermediate_size (`int`, *optional*, defaults to 3072):
-            Width of the MLP.
-        num_hidden_layers (`int`, *optional*, defaults to 12):
-            Number of layers.
-        num_attention_heads (`int`, *optional*, defaults to 12):
-            Number of attention heads; has to divide `hidden_size`.
-        num_channels (`int`, *optional*, defaults to 3):
-            Number of image channels.
+        hidden_size, intermediate_size (`int`, *optional*, default to 768 and 3072):
+            Width of the patch states, and inside the MLP.
+        num_hidden_layers, num_attention_heads (`int`, *optional*, default to 12):
+            Number of layers, and of attention heads, which has to divide `hidden_size`.
         image_size (`int` or `(height, width)`, *optional*, defaults to 224):
             Size of the input image in pixels. Pedestrian crops are often taller than wide: `(384, 128)`.
-        patch_size (`int`, *optional*, defaults to 16):
-            Side of a square patch in pixels; has to divide both sides of the image.
-        hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the MLP.
-        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
-            Epsilon of the layer norms.
-        attention_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout on the attention probabilities.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the random weights.
+        num_channels, patch_size (`int`, *optional*, default to 3 and 16):
+            Number of image channels, and side of a patch in pixels, which has to divide both sides of the image.
+        hidden_act, attention_dropout (`str` and `float`, *optional*, default to `"gelu"` and 0.0):
+            Activation of the MLP, and dropout on the attention probabilities.
+        layer_norm_eps, initializer_range (`float`, *optional*, default to 1e-6 and 0.02):
+            Epsilon of the layer norms, and standard deviation of the random weights.
 
     ```python
     >>> from configuration_cada import CADAVisionConfig
@@ -136,10 +121,8 @@ class CADAVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
-        _require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _require_positive(self, "num_channels", "patch_size")
-        _require_probability(self, "attention_dropout")
-        _require_heads(self)
+        _require_sizes(self)
+        _require(self, ("num_channels", "patch_size"), ("attention_dropout",))
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise ValueError(
                 f"CADAVisionConfig: `image_size` is {self.image_size}. Give one number or (height, width)."
@@ -158,36 +141,23 @@ class CADATextConfig(PreTrainedConfig):
     The text stack, a BERT. It is the text encoder and, with cross-attention to the image, the decoder.
 
     Args:
-        vocab_size (`int`, *optional*, defaults to 30524):
-            Number of word pieces: `bert-base-uncased` plus `[DEC]` and `[ENC]`, as in BLIP.
-        hidden_size (`int`, *optional*, defaults to 768):
-            Width of the token states.
-        intermediate_size (`int`, *optional*, defaults to 3072):
-            Width of the MLP.
-        num_hidden_layers (`int`, *optional*, defaults to 12):
-            Number of layers.
-        num_attention_heads (`int`, *optional*, defaults to 12):
-            Number of attention heads; has to divide `hidden_size`.
-        max_position_embeddings (`int`, *optional*, defaults to 512):
-            Longest text in tokens.
+        vocab_size, max_position_embeddings (`int`, *optional*, default to 30524 and 512):
+            Word pieces (`bert-base-uncased` plus `[DEC]` and `[ENC]`, as in BLIP), and longest text in tokens.
+        hidden_size, intermediate_size (`int`, *optional*, default to 768 and 3072):
+            Width of the token states, and inside the MLP.
+        num_hidden_layers, num_attention_heads (`int`, *optional*, default to 12):
+            Number of layers, and of attention heads, which has to divide `hidden_size`.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the MLP.
-        hidden_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout on embeddings and on the output of attention and MLP.
-        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.1):
-            Dropout on the attention probabilities.
-        layer_norm_eps (`float`, *optional*, defaults to 1e-12):
-            Epsilon of the layer norms.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the random weights.
-        pad_token_id (`int`, *optional*, defaults to 0):
-            Id of `[PAD]`.
-        enc_token_id (`int`, *optional*, defaults to 30523):
-            Id of `[ENC]`, which takes the place of `[CLS]` when the stack works as decoder.
-        add_cross_attention (`bool`, *optional*, defaults to `True`):
-            Whether the layers have cross-attention. [`CADAConfig`] sets it: a model without ATP and ARA has none.
-        encoder_hidden_size (`int`, *optional*, defaults to 768):
-            Width of the states that cross-attention reads. [`CADAConfig`] sets it to the width of the vision tower.
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, *optional*, default to 0.1):
+            Dropout on embeddings and on the output of attention and MLP, and on the attention probabilities.
+        layer_norm_eps, initializer_range (`float`, *optional*, default to 1e-12 and 0.02):
+            Epsilon of the layer norms, and standard deviation of the random weights.
+        pad_token_id, enc_token_id (`int`, *optional*, default to 0 and 30523):
+            Ids of `[PAD]`, and of `[ENC]`, which takes the place of `[CLS]` when the stack works as decoder.
+        add_cross_attention, encoder_hidden_size (`bool` and `int`, *optional*, default to `True` and 768):
+            Whether the layers have cross-attention, and the width of the patch states that it reads. [`CADAConfig`]
+            sets both: a model without ATP and ARA has none.
     """
 
     model_type = "cada_text_model"
@@ -215,10 +185,9 @@ class CADATextConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
-        _require_positive(self, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _require_positive(self, "vocab_size", "max_position_embeddings")
-        _require_probability(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        _require_heads(self)
+        _require_sizes(self)
+        dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+        _require(self, ("vocab_size", "max_position_embeddings"), dropouts)
         for name in ("enc_token_id", "pad_token_id"):
             token_id = getattr(self, name)
             if token_id is not None and not 0 <= token_id < self.vocab_size:
@@ -236,20 +205,14 @@ class CADAConfig(PreTrainedConfig):
     `mask_unit="word"`, `mask_rate=0.4` and `ara_causal=True` give the authors' published code, which differs from it.
 
     Args:
-        vision_config (`dict` or `CADAVisionConfig`, *optional*):
-            The vision tower.
-        text_config (`dict` or `CADATextConfig`, *optional*):
-            The text stack.
-        projection_dim (`int`, *optional*, defaults to 256):
-            Width d of the shared space of equation (1).
-        temperature (`float`, *optional*, defaults to 0.02):
-            Temperature τ of equation (1).
+        vision_config, text_config (`dict`, or `CADAVisionConfig` and `CADATextConfig`, *optional*):
+            The vision tower and the text stack.
+        projection_dim, temperature (`int` and `float`, *optional*, default to 256 and 0.02):
+            Width d of the shared space of equation (1), and its temperature τ.
         max_text_length (`int`, *optional*, defaults to 73):
             Longest text in tokens: the first token and M = 72 others, which equation (4) cuts in groups.
-        group_size (`int`, *optional*, defaults to 36):
-            Number s of token states in a group of equation (4).
-        group_stride (`int`, *optional*, defaults to 36):
-            Step from one group to the next.
+        group_size, group_stride (`int`, *optional*, default to 36):
+            Number s of token states in a group of equation (4), and step from one group to the next.
         pool_padding (`bool`, *optional*, defaults to `True`):
             Whether the mean of a group counts padding positions, as the paper's code does. `False` takes real tokens
             only and leaves empty groups out of the loss.
@@ -259,14 +222,10 @@ class CADAConfig(PreTrainedConfig):
             Similarity that chooses the negatives of ATP: of normalised, or of unnormalised features.
         match_score (`"probability"` or `"logit"`, *optional*, defaults to `"probability"`):
             Form of the local score S_L: probability, or logit, of the class "match".
-        mask_unit (`"phrase"` or `"word"`, *optional*, defaults to `"phrase"`):
-            What ARA masks: whole attribute phrases, or single adjectives and nouns.
-        mask_rate (`float`, *optional*, defaults to 0.8):
-            Share of the attribute units that ARA masks.
-        use_atp (`bool`, *optional*, defaults to `True`):
-            Whether the model has the match heads and the loss of equation (5).
-        use_ara (`bool`, *optional*, defaults to `True`):
-            Whether the model has the vocabulary head and the loss of equation (7).
+        mask_unit, mask_rate (`"phrase"` or `"word"`, and `float`, *optional*, default to `"phrase"` and 0.8):
+            What ARA masks: whole attribute phrases, or single adjectives and nouns; and which share of them.
+        use_atp, use_ara (`bool`, *optional*, default to `True`):
+            Whether the model has the match heads and the loss of equation (5); the vocabulary head and that of (7).
         ara_weight (`float`, *optional*, defaults to 0.1):
             Weight β of equation (8).
         ara_causal (`bool`, *optional*, defaults to `False`):
@@ -347,8 +306,7 @@ class CADAConfig(PreTrainedConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"CADAConfig: `{name}` is {getattr(self, name)!r}. Choose one of {allowed}.")
-        _require_positive(self, "projection_dim", "temperature", "group_size", "group_stride", "rerank_k")
-        _require_probability(self, "mask_rate")
+        _require(self, ("projection_dim", "temperature", "group_size", "group_stride", "rerank_k"), ("mask_rate",))
         if not self.ara_weight >= 0:
             raise ValueError(f"CADAConfig: `ara_weight` is {self.ara_weight}. Give 0 or more.")
         states = self.max_text_length - 1

@@ -1,7 +1,4 @@
-"""
-The losses of CADA (arXiv 2312.01745) as pure functions of tensors, and of the rows of all processes, which they
-need. Equation numbers are the paper's.
-"""
+"""The losses of CADA (arXiv 2312.01745), and the batch of all processes. Equation numbers are the paper's."""
 
 import torch
 import torch.distributed as dist
@@ -67,15 +64,11 @@ def positive_pairs(row_ids: Tensor, column_ids: Tensor) -> Tensor:
     return row_ids[:, None] == column_ids[None, :]
 
 
-def _target_distribution(positives: Tensor, dtype: torch.dtype) -> Tensor:
-    targets = positives.to(dtype)
-    return targets / targets.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _compare(scores: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Terms of KL(p‖q) + KL(q‖p) and of the cross entropy of q, p the softmax of every row and q the true one."""
-    log_p, q = F.log_softmax(scores, dim=1), _target_distribution(positives, scores.dtype)
-    return (log_p.exp() - q) * (log_p - torch.log(q + EPSILON)), -q * log_p
+def _distributions(scores: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row: log p, p the softmax of the scores; the true q, and its logarithm."""
+    q = positives.to(scores.dtype)
+    q = q / q.sum(dim=1, keepdim=True).clamp(min=1)
+    return F.log_softmax(scores, dim=1), q, torch.log(q + EPSILON)
 
 
 def ndf_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tensor:
@@ -91,9 +84,11 @@ def ndf_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tenso
     Returns:
         A scalar.
     """
-    divergence, _ = _compare(similarity / temperature, positives)
-    other_divergence, _ = _compare(similarity.t() / temperature, positives.t())
-    return (divergence.sum(dim=1).mean() + other_divergence.sum(dim=1).mean()) / 2
+    total = 0
+    for scores, same in ((similarity, positives), (similarity.t(), positives.t())):
+        log_p, q, log_q = _distributions(scores / temperature, same)
+        total = total + ((log_p.exp() - q) * (log_p - log_q)).sum(dim=1).mean()
+    return total / 2
 
 
 def ndf_reference_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tensor:
@@ -101,10 +96,11 @@ def ndf_reference_loss(similarity: Tensor, positives: Tensor, temperature: float
     Equation (2) as the authors' code computes it: both divergences averaged over all entries instead of summed over
     a row, plus the cross entropy of the soft labels. Arguments as in [`ndf_loss`].
     """
-    divergence, entropy = _compare(similarity / temperature, positives)
-    other_divergence, other_entropy = _compare(similarity.t() / temperature, positives.t())
-    one_way, other_way = entropy.sum(dim=1).mean(), other_entropy.sum(dim=1).mean()
-    return (divergence.mean() + one_way + other_divergence.mean() + other_way) / 2
+    total = 0
+    for scores, same in ((similarity, positives), (similarity.t(), positives.t())):
+        log_p, q, log_q = _distributions(scores / temperature, same)
+        total = total + ((log_p.exp() - q) * (log_p - log_q)).mean() - (q * log_p).sum(dim=1).mean()
+    return total / 2
 
 
 def cmpm_loss(image_features: Tensor, text_features: Tensor, positives: Tensor) -> Tensor:
@@ -117,14 +113,11 @@ def cmpm_loss(image_features: Tensor, text_features: Tensor, positives: Tensor) 
         positives: boolean `(images, texts)`.
     """
 
-    def one_direction(features: Tensor, others: Tensor, same: Tensor) -> Tensor:
-        log_p = F.log_softmax(features @ F.normalize(others, dim=-1).t(), dim=1)
-        q = _target_distribution(same, features.dtype)
-        return (log_p.exp() * (log_p - torch.log(q + EPSILON))).sum(dim=1).mean()
-
-    return one_direction(image_features, text_features, positives) + one_direction(
-        text_features, image_features, positives.t()
-    )
+    total, directions = 0, ((image_features, text_features, positives), (text_features, image_features, positives.t()))
+    for rows, columns, same in directions:
+        log_p, _, log_q = _distributions(rows @ F.normalize(columns, dim=-1).t(), same)
+        total = total + (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+    return total
 
 
 def contrastive_loss(
@@ -144,8 +137,7 @@ def draw_negatives(similarity: Tensor, positives: Tensor, temperature: float | N
     The negative of every row for equation (5): a column that shows another person.
 
     Args:
-        similarity: `(rows, columns)`.
-        positives: boolean `(rows, columns)`, true for the same person.
+        similarity, positives: `(rows, columns)`; boolean, true for the same person.
         temperature:
             `None` takes the hardest, the highest similarity. A number T draws a column with probability
             softmax(similarity / T): any of them where T is large, the hardest where it is small.
@@ -172,8 +164,7 @@ def match_pairs(
     every text with its negative image.
 
     Args:
-        image_features, text_features: `(batch, d)`, of all processes.
-        person_ids: `(batch,)`.
+        image_features, text_features, person_ids: `(batch, d)` and `(batch,)`, of all processes.
         rows: of this process, as many as of every other one.
         temperature: as in [`draw_negatives`].
 
@@ -203,8 +194,7 @@ def group_states(
     Args:
         states: `(pairs, 1 + M, hidden)`; the first state, e_cls, belongs to no group.
         attention_mask: `(pairs, 1 + M)`, 1 for real tokens.
-        size, stride: of a group, in tokens.
-        pool_padding: whether padding positions count in the mean.
+        size, stride, pool_padding: of a group, in tokens; whether padding positions count in the mean.
 
     Returns:
         Group means `(pairs, groups, hidden)` and a boolean `(pairs, groups)`, true for groups that count.
@@ -223,8 +213,7 @@ def atp_loss(match_logits: Tensor, group_logits: Tensor, group_mask: Tensor, lab
     Equation (5): cross entropy of match against no match, for e_cls plus for the groups.
 
     Args:
-        match_logits: `(pairs, 2)`, from e_cls.
-        group_logits: `(pairs, groups, 2)`.
+        match_logits, group_logits: `(pairs, 2)`, from e_cls, and `(pairs, groups, 2)`.
         group_mask: boolean `(pairs, groups)`, true for groups that count.
         labels: `(pairs,)`, 1 for a match.
     """

@@ -1,7 +1,6 @@
 """PyTorch CADA: Cross-Modal Adaptive Dual Association for text-to-image person retrieval (arXiv 2312.01745)."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +94,8 @@ class CADAImages:
         states (`torch.FloatTensor` of shape `(images, 1 + patches, hidden)`):
             Patch states.
         share (`bool`, *optional*, defaults to `True`):
-            Whether to keep the keys and values of every layer from their first use, `2 * layers` times the memory of
-            the states, for all later texts that read this object or a choice of [`for_pairs`]. Not with gradient
-            checkpointing: a recomputation would find them and take another path.
+            Whether the keys and values of every layer are kept from their first use for all later texts, in `2 *
+            layers` times the memory. Not with gradient checkpointing: a recomputation would take another path.
     """
 
     def __init__(self, states: torch.FloatTensor, share: bool = True):
@@ -152,9 +150,7 @@ class CADAAttention(nn.Module):
 
     def attend(self, query, key, value, attention_mask=None, **kwargs) -> tuple[Tensor, Tensor | None]:
         """Attention over `(batch, length, hidden)`, before the last projection, and its probabilities."""
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         heads = (states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for states in (query, key, value))
         dropout = self.dropout if self.training else 0.0
         output, weights = attention(self, *heads, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs)
@@ -286,9 +282,8 @@ class CADATextEmbeddings(nn.Module):
                 f"({self.position_embeddings.num_embeddings}). Let the processor truncate it."
             )
         positions = torch.arange(length, device=input_ids.device)
-        return self.dropout(
-            self.layer_norm(self.word_embeddings(input_ids) + self.position_embeddings(positions)[None])
-        )
+        embeddings = self.word_embeddings(input_ids) + self.position_embeddings(positions)[None]
+        return self.dropout(self.layer_norm(embeddings))
 
 
 class CADATextLayer(GradientCheckpointingLayer):
@@ -366,10 +361,7 @@ class CADAVisionModel(CADAPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self,
-        pixel_values: torch.FloatTensor,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
         Args:
@@ -379,8 +371,7 @@ class CADAVisionModel(CADAPreTrainedModel):
                 Whether to accept another image size than the configured one.
 
         Returns:
-            `last_hidden_state` `(images, 1 + patches, hidden)`: v_cls, v_1..v_N; `pooler_output` `(images, hidden)`:
-            v_cls.
+            `last_hidden_state` `(images, 1 + patches, hidden)`: v_cls, v_1..v_N; `pooler_output`: v_cls.
         """
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
         for layer in self.layers:
@@ -409,7 +400,7 @@ class CADATextModel(CADAPreTrainedModel):
 
     def _attention_mask(self, hidden_states, attention_mask, num_queries, is_causal):
         """The mask of self-attention, in the form that the attention implementation takes."""
-        if is_causal:  # the last argument has another name in each version of transformers
+        if is_causal:  # the cache goes by position: transformers 5.24 gave the argument another name
             return create_causal_mask(self.config, hidden_states, attention_mask, None)
         return create_bidirectional_mask(
             config=self.config,
@@ -448,9 +439,7 @@ class CADATextModel(CADAPreTrainedModel):
             `last_hidden_state` `(texts, num_queries or length, hidden)`; `pooler_output`, its first position.
         """
         if is_causal and num_queries is not None:
-            raise ValueError(
-                "`num_queries` does not go with `is_causal`. Give the first tokens alone, and leave it out."
-            )
+            raise ValueError("`num_queries` does not go with `is_causal`. Give the first tokens alone instead.")
         images, patches = encoder_hidden_states, None
         if images is not None:
             if not self.config.add_cross_attention:
@@ -497,10 +486,7 @@ class CADAModel(CADAPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """Output of the vision tower; `pooler_output` is projected, not normalised `(images, projection_dim)`."""
         outputs = self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
@@ -581,10 +567,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor,
-        interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         """As [`CADAModel.get_image_features`]."""
         return self.cada.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
