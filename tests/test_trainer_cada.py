@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_colour_set, tiny_config, training_command
+from datasets import Value
 from pedes_layout import LAYOUTS
 
 import train_cada
@@ -194,6 +195,28 @@ def test_several_sets_and_none_are_evaluated(trainer, tmp_path):
     without = trainer(args=arguments(tmp_path, eval_strategy="no", load_best_model_at_end=False), eval_dataset=None)
     with pytest.raises(CADAError, match="no set to evaluate on"):
         without.evaluate()
+
+
+def test_several_sets_are_evaluated_in_a_training(trainer, tmp_path):
+    """Both after every epoch; no checkpoint is chosen."""
+    sets = {name: trainer().eval_dataset for name in ("a", "b")}
+    training = trainer(args=arguments(tmp_path, load_best_model_at_end=False), eval_dataset=sets)
+    training.train()
+    scores = [entry for entry in training.state.log_history if any(key.endswith("local_R1") for key in entry)]
+    assert [(entry["step"], *(name for name in sets if f"eval_{name}_local_R1" in entry)) for entry in scores] == [
+        (2, "a"),
+        (2, "b"),
+        (4, "a"),
+        (4, "b"),
+    ]
+    assert training.state.best_model_checkpoint is None
+
+
+def test_persons_that_are_texts_are_named(trainer):
+    one = trainer()
+    rows = one.eval_dataset.cast_column("person_id", Value("string"))
+    with pytest.raises(CADAError, match="`person_id` holds string. Give every person a whole number"):
+        one.evaluate(rows)
 
 
 def test_what_a_trainer_cannot_take_is_named(trainer, start, tmp_path):

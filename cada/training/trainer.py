@@ -270,6 +270,8 @@ class CADATrainer(Trainer):
             several = isinstance(self.eval_dataset, dict)
             if several and self.args.load_best_model_at_end:
                 raise CADAError("Several sets choose no checkpoint: pass `load_best_model_at_end=False`, or one set.")
+            if several:  # a score without the name of a set is nowhere among theirs
+                self.args.metric_for_best_model = None
             others = self.eval_dataset if several else {"val": self.eval_dataset}
             splits = {"train": self.train_dataset.dataset, **others}
             self.recipe = recipe_of(self.args, self.model, splits)
@@ -536,6 +538,9 @@ class CADATrainer(Trainer):
             for name, one in dataset.items():
                 metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
+        kind = dataset.features["person_id"].dtype
+        if "int" not in kind:
+            raise CADAError(f"The column `person_id` holds {kind}. Give every person a whole number.")
         try:
             with self.accelerator.autocast():
                 metrics = evaluate_retrieval(
