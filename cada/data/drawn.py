@@ -196,130 +196,123 @@ def _draw_background(rng: random.Random, width: int, height: int, domain: Domain
     return canvas
 
 
+class _Figure:
+    """A person in a pose, drawn part by part from back to front. Sizes are in 200ths of the height of the picture."""
+
+    def __init__(self, canvas: PILImage.Image, person: dict[str, str], rng: random.Random):
+        width, height = canvas.size
+        self.canvas, self.pen, self.person = canvas, ImageDraw.Draw(canvas), person
+        # Crop: the person is not centred and not always of the same size.
+        self.scale = rng.uniform(0.86, 1.02) * height / 200
+        self.origin_x = width / 2 + rng.uniform(-9, 9)
+        self.origin_y = height * 0.02 + rng.uniform(-4, 8)
+        self.mirror = rng.choice((-1, 1))
+        self.skin = random.Random(repr(person)).choice(SKIN)  # no attribute, but the same in all images of a person
+        self.hair = _shade(HAIR_COLOURS[person["hair_colour"]], rng)
+        self.upper, self.lower, self.shoes = (
+            _shade(COLOURS[person[f"{part}_colour"]], rng) for part in ("upper", "lower", "shoes")
+        )
+        self.bag = None if person["bag_type"] == "none" else _shade(COLOURS[person["bag_colour"]], rng)
+        # What a caption names has to be visible, the ceiling counts on it: men and women differ in their outline, a
+        # coat ends above the hem of shorts and skirts, the legs of shorts stand apart, a skirt is wide.
+        self.shoulder, self.waist, self.hip = (18, 12, 20) if person["sex"] == "woman" else (26, 21, 19)
+        self.stride, self.swing, self.lean = rng.uniform(6, 16), rng.uniform(-10, 14), rng.uniform(-3, 3)
+        self.hat = None if person["hat_type"] == "none" else _shade(COLOURS[person["hat_colour"]], rng)
+        self.brim = _shade(self.hat, rng, 30) if person["hat_type"] == "beanie" else self.hat
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        return self.origin_x + self.mirror * x * self.scale, self.origin_y + y * self.scale
+
+    def box(self, x: float, y: float, half_width: float, half_height: float) -> tuple[float, float, float, float]:
+        (x, y), half_width, half_height = self.at(x, y), half_width * self.scale, half_height * self.scale
+        return x - half_width, y - half_height, x + half_width, y + half_height
+
+    def limb(self, start, end, thickness: float, colour) -> None:
+        self.pen.line((*self.at(*start), *self.at(*end)), fill=colour, width=max(1, round(thickness * self.scale)))
+
+    def cloth(self, part: str, *corners: tuple[float, float]) -> None:
+        polygon = [self.at(*corner) for corner in corners]
+        _draw_cloth(self.canvas, polygon, getattr(self, part), self.person[f"{part}_pattern"])
+
+    def draw_back(self) -> None:
+        if self.person["bag_type"] == "backpack":
+            self.pen.rounded_rectangle(self.box(-self.shoulder - 3, 68, 13, 22), radius=6, fill=self.bag)
+        if self.person["hair_length"] == "long":
+            self.pen.rounded_rectangle(self.box(self.lean, 34, 15, 22), radius=9, fill=self.hair)
+
+    def draw_legs(self) -> None:
+        """Legs, shoes, lower garment."""
+        kind, hip, ankle = self.person["lower_type"], self.hip, 180
+        for side, foot in ((-1, -self.stride), (1, self.stride)):
+            start, end = (side * hip * 0.5, 108), (foot + side * 6, ankle)
+            self.limb(start, end, 13, self.skin)
+            if kind != "skirt":
+                x, y = end if kind == "trousers" else ((start[0] + end[0]) / 2, 143)
+                half = 9 if kind == "trousers" else 10
+                top = [(start[0] - half, 104), (start[0] + half, 104)]
+                self.cloth("lower", *top, (x + half - 2, y), (x - half + 2, y))
+            self.pen.ellipse(self.box(end[0] + 4, ankle + 5, 11, 6), fill=self.shoes)
+        if kind == "skirt":
+            self.cloth("lower", (-hip + 3, 100), (hip - 3, 100), (hip + 12, 148), (-hip - 12, 148))
+        else:
+            self.cloth("lower", (-hip, 98), (hip, 98), (hip, 116), (-hip, 116))
+
+    def draw_upper(self) -> None:
+        """Arms and upper garment: its length and its sleeves tell the type."""
+        kind, lean, shoulder = self.person["upper_type"], self.lean, self.shoulder
+        for side in (-1, 1):
+            elbow = (side * (shoulder + 4) + lean, 80)
+            hand = (side * (shoulder + 5) + side * self.swing * 0.4, 108)
+            self.limb((side * shoulder + lean, 54), elbow, 11, self.upper)
+            self.limb(elbow, hand, *((8, self.skin) if kind == "t-shirt" else (9, self.upper)))
+            self.pen.ellipse(self.box(hand[0], hand[1] + 3, 5, 5), fill=self.skin)
+        bottom = {"t-shirt": 104, "sweater": 107, "jacket": 108, "coat": 126}[kind]
+        waist, hem = self.waist + 2, self.hip + {"coat": 9, "sweater": 3}.get(kind, 1)
+        right = [(shoulder + lean, 49), (waist, 85), (hem, bottom)]
+        self.cloth("upper", (-shoulder + lean, 49), *right, (-hem, bottom), (-waist, 85))
+        if kind in ("jacket", "coat"):  # open in front
+            inner = (215, 215, 210) if sum(self.upper) < 420 else (60, 60, 65)
+            corners = ((-6 + lean, 49), (6 + lean, 49), (3, bottom - 2), (-1, bottom - 2))
+            self.pen.polygon([self.at(*corner) for corner in corners], fill=inner)
+
+    def draw_head(self) -> None:
+        """Head, hair, hat."""
+        lean = self.lean
+        self.limb((lean, 38), (lean, 52), 9, self.skin)
+        self.pen.ellipse(self.box(lean, 25, 11, 15), fill=self.skin)
+        self.pen.pieslice(self.box(lean, 22, 13, 15), 180, 360, fill=self.hair)
+        if self.person["hair_length"] == "long":
+            for side in (-1, 1):
+                self.limb((side * 11 + lean, 22), (side * 13 + lean, 52), 6, self.hair)
+        if self.hat is not None:
+            self.pen.pieslice(self.box(lean, 19, 14, 16), 180, 360, fill=self.hat)
+        if self.person["hat_type"] == "cap":
+            self.pen.rectangle(self.box(lean + 12, 18, 13, 2), fill=self.brim)
+        elif self.person["hat_type"] == "beanie":
+            self.pen.rectangle(self.box(lean, 19, 14, 4), fill=self.brim)
+            self.pen.ellipse(self.box(lean, 3, 5, 5), fill=self.hat)
+
+    def draw_bag(self) -> None:
+        kind, lean = self.person["bag_type"], self.lean
+        if kind == "backpack":
+            for side in (-1, 1):
+                self.limb((side * 13 + lean, 50), (side * 14, 84), 5, self.bag)
+        elif kind == "handbag":
+            hand_x = self.shoulder + 6 + self.swing * 0.4
+            self.pen.arc(self.box(hand_x, 112, 8, 10), 180, 360, fill=self.bag, width=3)
+            self.pen.rectangle(self.box(hand_x, 123, 12, 11), fill=self.bag)
+        elif kind == "shoulder bag":
+            self.limb((-self.shoulder + 4 + lean, 49), (self.hip + 2, 104), 5, self.bag)
+            self.pen.rectangle(self.box(self.hip + 5, 110, 12, 9), fill=self.bag)
+
+
 def draw_image(person: dict[str, str], rng: random.Random, domain: Domain = DOMAINS["day"]) -> PILImage.Image:
     """One image of a person, `IMAGE_SIZE` large: same attributes, new pose, crop, light, background and noise."""
     height, width = (side * _DRAW_SCALE for side in IMAGE_SIZE)
-    canvas = _draw_background(rng, width, height, domain)
-    draw = ImageDraw.Draw(canvas)
-    woman = person["sex"] == "woman"
-
-    # Crop: the person is not centred and not always of the same size.
-    scale = rng.uniform(0.86, 1.02) * height / 200
-    origin_x = width / 2 + rng.uniform(-9, 9)
-    origin_y = height * 0.02 + rng.uniform(-4, 8)
-    mirror = rng.choice((-1, 1))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return origin_x + mirror * x * scale, origin_y + y * scale
-
-    def box(x: float, y: float, half_width: float, half_height: float) -> tuple[float, float, float, float]:
-        center_x, center_y = at(x, y)
-        return (
-            center_x - half_width * scale,
-            center_y - half_height * scale,
-            center_x + half_width * scale,
-            center_y + half_height * scale,
-        )
-
-    def limb(start, end, thickness: float, colour) -> None:
-        draw.line((*at(*start), *at(*end)), fill=colour, width=max(1, round(thickness * scale)))
-
-    skin = random.Random(repr(person)).choice(SKIN)  # not an attribute, but the same in all images of a person
-    hair = _shade(HAIR_COLOURS[person["hair_colour"]], rng)
-    upper = _shade(COLOURS[person["upper_colour"]], rng)
-    lower = _shade(COLOURS[person["lower_colour"]], rng)
-    shoes = _shade(COLOURS[person["shoes_colour"]], rng)
-    bag = None if person["bag_type"] == "none" else _shade(COLOURS[person["bag_colour"]], rng)
-    # What a caption names has to be visible, the ceiling counts on it: men and women differ in their outline, a coat
-    # ends above the hem of shorts and skirts, the legs of shorts stand apart, a skirt is wide.
-    shoulder, waist, hip = (18, 12, 20) if woman else (26, 21, 19)
-    stride = rng.uniform(6, 16)
-    swing = rng.uniform(-10, 14)
-    lean = rng.uniform(-3, 3)
-
-    if person["bag_type"] == "backpack":
-        draw.rounded_rectangle(box(-shoulder - 3, 68, 13, 22), radius=6, fill=bag)
-    if person["hair_length"] == "long":
-        draw.rounded_rectangle(box(lean, 34, 15, 22), radius=9, fill=hair)
-
-    # Legs, shoes, lower garment.
-    knee_y, ankle_y = 143, 180
-    for side, foot in ((-1, -stride), (1, stride)):
-        start, end = (side * hip * 0.5, 108), (foot + side * 6, ankle_y)
-        middle = ((start[0] + end[0]) / 2, knee_y)
-        limb(start, end, 13, skin)
-        if person["lower_type"] != "skirt":
-            stop = end if person["lower_type"] == "trousers" else middle
-            half = 9 if person["lower_type"] == "trousers" else 10
-            leg = [
-                at(start[0] - half, 104),
-                at(start[0] + half, 104),
-                at(stop[0] + half - 2, stop[1]),
-                at(stop[0] - half + 2, stop[1]),
-            ]
-            _draw_cloth(canvas, leg, lower, person["lower_pattern"])
-        draw.ellipse(box(end[0] + 4, ankle_y + 5, 11, 6), fill=shoes)
-    if person["lower_type"] == "skirt":
-        skirt = [at(-hip + 3, 100), at(hip - 3, 100), at(hip + 12, 148), at(-hip - 12, 148)]
-        _draw_cloth(canvas, skirt, lower, person["lower_pattern"])
-    else:
-        _draw_cloth(canvas, [at(-hip, 98), at(hip, 98), at(hip, 116), at(-hip, 116)], lower, person["lower_pattern"])
-
-    # Upper garment: its length and its sleeves tell the type.
-    bottom = {"t-shirt": 104, "sweater": 107, "jacket": 108, "coat": 126}[person["upper_type"]]
-    for side in (-1, 1):
-        elbow = (side * (shoulder + 4) + lean, 80)
-        hand = (side * (shoulder + 5) + side * swing * 0.4, 108)
-        limb((side * shoulder + lean, 54), elbow, 11, upper)
-        limb(
-            elbow,
-            hand,
-            9 if person["upper_type"] != "t-shirt" else 8,
-            upper if person["upper_type"] != "t-shirt" else skin,
-        )
-        draw.ellipse(box(hand[0], hand[1] + 3, 5, 5), fill=skin)
-    flare = {"coat": 9, "sweater": 3}.get(person["upper_type"], 1)
-    torso = [
-        at(-shoulder + lean, 49),
-        at(shoulder + lean, 49),
-        at(waist + 2, 85),
-        at(hip + flare, bottom),
-        at(-hip - flare, bottom),
-        at(-waist - 2, 85),
-    ]
-    _draw_cloth(canvas, torso, upper, person["upper_pattern"])
-    if person["upper_type"] in ("jacket", "coat"):  # open in front
-        inner = (215, 215, 210) if sum(upper) < 420 else (60, 60, 65)
-        draw.polygon([at(-6 + lean, 49), at(6 + lean, 49), at(3, bottom - 2), at(-1, bottom - 2)], fill=inner)
-
-    # Head, hair, hat.
-    limb((lean, 38), (lean, 52), 9, skin)
-    draw.ellipse(box(lean, 25, 11, 15), fill=skin)
-    draw.pieslice(box(lean, 22, 13, 15), 180, 360, fill=hair)
-    if person["hair_length"] == "long":
-        for side in (-1, 1):
-            limb((side * 11 + lean, 22), (side * 13 + lean, 52), 6, hair)
-    if person["hat_type"] != "none":
-        hat = _shade(COLOURS[person["hat_colour"]], rng)
-        draw.pieslice(box(lean, 19, 14, 16), 180, 360, fill=hat)
-        if person["hat_type"] == "cap":
-            draw.rectangle(box(lean + 12, 18, 13, 2), fill=hat)
-        else:
-            draw.rectangle(box(lean, 19, 14, 4), fill=_shade(hat, rng, 30))
-            draw.ellipse(box(lean, 3, 5, 5), fill=hat)
-
-    if person["bag_type"] == "backpack":
-        for side in (-1, 1):
-            limb((side * 13 + lean, 50), (side * 14, 84), 5, bag)
-    elif person["bag_type"] == "handbag":
-        hand_x = shoulder + 6 + swing * 0.4
-        draw.arc(box(hand_x, 112, 8, 10), 180, 360, fill=bag, width=3)
-        draw.rectangle(box(hand_x, 123, 12, 11), fill=bag)
-    elif person["bag_type"] == "shoulder bag":
-        limb((-shoulder + 4 + lean, 49), (hip + 2, 104), 5, bag)
-        draw.rectangle(box(hip + 5, 110, 12, 9), fill=bag)
-
-    image = canvas.reduce(_DRAW_SCALE)
+    figure = _Figure(_draw_background(rng, width, height, domain), person, rng)
+    for draw_part in (figure.draw_back, figure.draw_legs, figure.draw_upper, figure.draw_head, figure.draw_bag):
+        draw_part()
+    image = figure.canvas.reduce(_DRAW_SCALE)
     image = ImageEnhance.Brightness(image).enhance(rng.uniform(*domain.brightness))
     image = ImageEnhance.Contrast(image).enhance(rng.uniform(*domain.contrast))
     warmth = rng.uniform(*domain.warmth)
@@ -355,109 +348,113 @@ _COLOUR_WORDS = {"grey": ("grey", "gray"), "blond": ("blond", "blonde"), "purple
 _PLURAL = ("trousers", "pants", "shorts", "short pants")
 
 
-def draw_caption(person: dict[str, str], rng: random.Random, domain: Domain = DOMAINS["day"]) -> DrawnCaption:
-    """A caption of a person from a varied grammar that leaves attributes out."""
-    named: list[str] = []
-    phrases: list[str] = []
+def _with_article(text: str) -> str:
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
-    def name(attribute: str, chance: float) -> bool:
-        if rng.random() < chance:
-            named.append(attribute)
+
+class _Writer:
+    """Parts of a caption of a person, drawn one after the other; keeps what they named, and their phrases."""
+
+    def __init__(self, person: dict[str, str], rng: random.Random):
+        self.person, self.rng = person, rng
+        self.named: list[str] = ["sex"]
+        self.phrases: list[str] = []
+
+    def names(self, attribute: str, chance: float) -> bool:
+        if self.rng.random() < chance:
+            self.named.append(attribute)
             return True
         return False
 
-    def colour(attribute: str) -> str:
-        return rng.choice(_COLOUR_WORDS.get(person[attribute], (person[attribute],)))
+    def colour(self, part: str) -> str:
+        colour = self.person[f"{part}_colour"]
+        return self.rng.choice(_COLOUR_WORDS.get(colour, (colour,)))
 
-    def phrase(words: list[str], article: bool) -> str:
-        text = " ".join(words)
-        phrases.append(text)
-        if not article:
-            return text
-        return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+    def noun(self, part: str) -> str:
+        return self.rng.choice(_NOUNS[self.person[f"{part}_type"]])
 
-    def garment(part: str, chance: float) -> str:
+    def phrase(self, words: list[str], article: bool = False) -> str:
+        self.phrases.append(" ".join(words))
+        return _with_article(self.phrases[-1]) if article else self.phrases[-1]
+
+    def garment(self, part: str, chance: float) -> str:
         """Adjectives in one of two orders and the garment's noun."""
-        words = [colour(f"{part}_colour")] if name(f"{part}_colour", chance) else []
-        if person[f"{part}_pattern"] == "plain":
-            if name(f"{part}_pattern", 0.1):
-                words.insert(0, "plain")
-        elif name(f"{part}_pattern", 0.6):
-            words.insert(rng.randint(0, len(words)), person[f"{part}_pattern"])
-        named.append(f"{part}_type")
-        noun = rng.choice(_NOUNS[person[f"{part}_type"]])
-        if not words:
-            return noun if noun in _PLURAL else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-        return phrase([*words, noun], article=noun not in _PLURAL)
+        words = [self.colour(part)] if self.names(f"{part}_colour", chance) else []
+        pattern = self.person[f"{part}_pattern"]
+        if self.names(f"{part}_pattern", 0.1 if pattern == "plain" else 0.6):
+            words.insert(0 if pattern == "plain" else self.rng.randint(0, len(words)), pattern)
+        self.named.append(f"{part}_type")
+        noun = self.noun(part)
+        article = noun not in _PLURAL
+        if words:
+            return self.phrase([*words, noun], article)
+        return _with_article(noun) if article else noun
 
-    def hair() -> str:
-        words = [person["hair_length"]] if name("hair_length", 0.75) else []
-        words += [colour("hair_colour")] if name("hair_colour", 0.85) else []
-        return phrase([*words, "hair"], article=False) if words else ""
+    def hair(self, pattern: str = "{}") -> str:
+        """`pattern` with the hair in it, or nothing where no attribute is named."""
+        words = [self.person["hair_length"]] if self.names("hair_length", 0.75) else []
+        words += [self.colour("hair")] if self.names("hair_colour", 0.85) else []
+        return pattern.format(self.phrase([*words, "hair"])) if words else ""
 
-    def shoes() -> str:
-        named.append("shoes_colour")
-        return phrase([colour("shoes_colour"), rng.choice(("shoes", "sneakers", "shoes"))], article=False)
+    def shoes(self) -> str:
+        self.named.append("shoes_colour")
+        return self.phrase([self.colour("shoes"), self.rng.choice(("shoes", "sneakers", "shoes"))])
 
-    def item(kind: str) -> str:
-        named.append(f"{kind}_type")
-        words = [colour(f"{kind}_colour")] if name(f"{kind}_colour", 0.75) else []
-        noun = rng.choice(_NOUNS[person[f"{kind}_type"]])
-        return phrase([*words, noun], article=True) if words else f"a {noun}"
+    def item(self, kind: str) -> str:
+        self.named.append(f"{kind}_type")
+        words = [self.colour(kind)] if self.names(f"{kind}_colour", 0.75) else []
+        noun = self.noun(kind)
+        return self.phrase([*words, noun], article=True) if words else f"a {noun}"
 
-    named.append("sex")
-    woman = person["sex"] == "woman"
-    who = rng.choice(
-        ("a woman", "the woman", "a lady", "a female pedestrian")
-        if woman
-        else ("a man", "the man", "a guy", "a male pedestrian")
-    )
-    pronoun = "she" if woman else "he"
+    def sentences(self, style: int, has_hair: bool, has_shoes: bool, who: str) -> list[str]:
+        """Hair, clothes and shoes in one of the styles of [`Domain`]."""
+        woman = self.person["sex"] == "woman"
+        if style == 0:  # one flowing sentence, hair first
+            start = who + (self.hair(" with {}") if has_hair else "")
+            clothes = [self.garment("upper", 0.85), self.garment("lower", 0.8)]
+            clothes += [self.shoes()] if has_shoes else []
+            verb = self.rng.choice(("wearing", "dressed in", "who wears", "in"))
+            return [f"{start} {verb} {', '.join(clothes[:-1])} and {clothes[-1]}"]
+        if style == 1:  # short sentences
+            pronoun = "she" if woman else "he"
+            first = f"{who} is wearing {self.garment('upper', 0.85)}"
+            second = f"{pronoun} has {self.rng.choice(('on ', ''))}{self.garment('lower', 0.8)}"
+            second += f" with {self.shoes()}" if has_shoes else ""
+            hair = self.hair() if has_hair else ""
+            if hair and self.rng.random() < 0.3:
+                hair = f"{'her' if woman else 'his'} hair is easy to see, {hair}"
+            elif hair:
+                hair = f"{pronoun} has {hair}"
+            return [first, second, *([hair] if hair else [])]
+        lower = self.garment("lower", 0.8)  # from the feet up
+        with_shoes = f" and {self.shoes()}" if has_shoes else ""
+        first = f"{who} wears {lower}{with_shoes}, with {self.garment('upper', 0.85)} on top"
+        hair = self.hair(f"the {'woman' if woman else 'man'} has {{}}") if has_hair else ""
+        return [first, *([hair] if hair else [])]
 
-    has_hair = rng.random() < 0.6
-    has_shoes = rng.random() < 0.5
+
+def draw_caption(person: dict[str, str], rng: random.Random, domain: Domain = DOMAINS["day"]) -> DrawnCaption:
+    """A caption of a person from a varied grammar that leaves attributes out."""
+    writer, woman = _Writer(person, rng), person["sex"] == "woman"
+    nouns = ("a woman", "the woman", "a lady", "a female pedestrian")
+    who = rng.choice(nouns if woman else ("a man", "the man", "a guy", "a male pedestrian"))
+    has_hair, has_shoes = rng.random() < 0.6, rng.random() < 0.5
     has_bag = person["bag_type"] != "none" and rng.random() < 0.65
     has_hat = person["hat_type"] != "none" and rng.random() < 0.65
-    sentences: list[str] = []
-    style = rng.choice(domain.styles)
-    if style == 0:  # one flowing sentence, hair first
-        hair_text = hair() if has_hair else ""
-        start = f"{who} with {hair_text}" if hair_text else who
-        clothes = [garment("upper", 0.85), garment("lower", 0.8)] + ([shoes()] if has_shoes else [])
-        verb = rng.choice(("wearing", "dressed in", "who wears", "in"))
-        sentences.append(f"{start} {verb} {', '.join(clothes[:-1])} and {clothes[-1]}")
-    elif style == 1:  # short sentences
-        sentences.append(f"{who} is wearing {garment('upper', 0.85)}")
-        sentences.append(
-            f"{pronoun} has {rng.choice(('on ', ''))}{garment('lower', 0.8)}"
-            + (f" with {shoes()}" if has_shoes else "")
-        )
-        hair_text = hair() if has_hair else ""
-        if hair_text:
-            sentences.append(
-                f"{'her' if woman else 'his'} hair is easy to see, {hair_text}"
-                if rng.random() < 0.3
-                else f"{pronoun} has {hair_text}"
-            )
-    else:  # from the feet up
-        lower = garment("lower", 0.8)
-        with_shoes = f" and {shoes()}" if has_shoes else ""
-        sentences.append(f"{who} wears {lower}{with_shoes}, with {garment('upper', 0.85)} on top")
-        hair_text = hair() if has_hair else ""
-        if hair_text:
-            sentences.append(f"the {'woman' if woman else 'man'} has {hair_text}")
+    pronoun = "she" if woman else "he"
+    sentences = writer.sentences(rng.choice(domain.styles), has_hair, has_shoes, who)
     if has_hat:
-        sentences.append(f"{pronoun} wears {item('hat')}{rng.choice((' on the head', ''))}")
+        sentences.append(f"{pronoun} wears {writer.item('hat')}{rng.choice((' on the head', ''))}")
     if has_bag:
-        sentences.append(f"{pronoun} {rng.choice(('carries', 'is carrying', 'has'))} {item('bag')}")
+        sentences.append(f"{pronoun} {rng.choice(('carries', 'is carrying', 'has'))} {writer.item('bag')}")
     text = ". ".join(sentence[0].upper() + sentence[1:] for sentence in sentences) + "."
 
     cleaned, spans, position = clean_caption(text), [], 0
-    for words in phrases:  # in the order of the text
-        start = cleaned.index(clean_caption(words), position)
-        position = start + len(clean_caption(words))
+    for phrase in map(clean_caption, writer.phrases):  # in the order of the text
+        start = cleaned.index(phrase, position)
+        position = start + len(phrase)
         spans.append([start, position])
-    return DrawnCaption(text, named, spans)
+    return DrawnCaption(text, writer.named, spans)
 
 
 FEATURES = Features(
