@@ -309,6 +309,19 @@ def test_own_data_with_file_names_of_images(laid_out, tmp_path, caplog, monkeypa
     assert len(load_pairs_dataset(str(tmp_path / "own"), skip_unreadable=True)["train"]) == 3
 
 
+def test_own_data_without_splits(laid_out, tmp_path, capsys):
+    """`Dataset.save_to_disk`; the remedy is run as the message says it."""
+    rows = load_pairs_dataset("icfg_pedes", laid_out["icfg_pedes"], splits=["test"])["test"]
+    rows.save_to_disk(tmp_path / "table")
+    with pytest.raises(CADAError, match="table is one table without splits. Give them names: DatasetDict"):
+        load_pairs_dataset(str(tmp_path / "table"))
+    assert cli.main(["check", "--dataset", str(tmp_path / "table")]) == 1
+    message = capsys.readouterr().err
+    call = message[message.index("DatasetDict(") : message.index(".save_to_disk")]
+    eval(call).save_to_disk(tmp_path / "splits")
+    assert len(load_pairs_dataset(str(tmp_path / "splits"))["train"]) == len(rows)
+
+
 def test_own_data_without_a_column(tmp_path):
     DatasetDict(train=Dataset.from_dict({"image": ["a.png"], "caption": ["a man"]})).save_to_disk(tmp_path / "own")
     with pytest.raises(CADAError, match="split 'train' lacks the column.*captions, person_id"):
@@ -342,6 +355,27 @@ def test_word_unit_splits_the_phrases_that_a_set_brings():
     assert add_attribute_spans(rows, AttributeMasker("phrase"))["attribute_spans"] == rows["attribute_spans"]
     words = add_attribute_spans(rows, AttributeMasker("word"))["attribute_spans"][0][0]
     assert [cleaned[a:b] for a, b in words] == ["long", "black", "coat"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"captions": [["a man"], ["a"]], "person_id": [1, 2]}, None),
+        (
+            {"captions": ["a man", "a woman"], "person_id": [1, 2]},
+            "Row 0: `captions` is the text 'a man'. Give a list",
+        ),
+        ({"captions": [["a"], ["b"]], "person_id": ["1", "2"]}, "Row 0: `person_id` is the text '1'. Give a whole"),
+    ],
+)
+def test_letters_are_no_captions(columns, message):
+    """Rows made in Python, which nothing has checked before."""
+    rows = Dataset.from_dict({"image": [b""] * 2, **columns})
+    if message is None:
+        assert len(PairDataset(rows)) == 2
+        return
+    with pytest.raises(CADAError, match=message):
+        PairDataset(rows)
 
 
 def test_pairs_hold_every_caption_once(laid_out):

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import (
-    Dataset,
-)
+from datasets import Dataset
 from PIL import Image as PILImage
 
 import processing_cada
@@ -135,8 +133,8 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset, image_size: tuple[int, int] | None = None):
         self.dataset, self.image_size = undecoded(dataset), image_size
-        counts = [len(captions) for captions in dataset["captions"]]
-        self.pairs = [(row, number) for row, count in enumerate(counts) for number in range(count)]
+        captions, _ = captions_and_persons(dataset)
+        self.pairs = [(row, number) for row, own in enumerate(captions) for number in range(len(own))]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -158,6 +156,22 @@ class PairDataset(torch.utils.data.Dataset):
         row_index, number = self.pairs[index]
         row = self.dataset.select_columns([name for name in self.dataset.column_names if name != "image"])[row_index]
         return f"{row.get('file_name', 'image')} (row {row_index}, person {row['person_id']}, caption {number + 1})"
+
+
+def captions_and_persons(dataset: Dataset) -> tuple[list[list[str]], list[int]]:
+    """
+    The columns `captions` and `person_id` of rows that somebody made in Python.
+
+    Raises:
+        CADAError: names the row where one is a text: its letters would count as captions, and it is no number.
+    """
+    columns = list(dataset["captions"]), list(dataset["person_id"])
+    for row, (captions, person_id) in enumerate(zip(*columns)):
+        if isinstance(captions, str):
+            raise CADAError(f"Row {row}: `captions` is the text {captions!r:.80}. Give a list, also of one caption.")
+        if isinstance(person_id, str):
+            raise CADAError(f"Row {row}: `person_id` is the text {person_id!r:.80}. Give a whole number.")
+    return columns
 
 
 def read_row(dataset: Dataset, index: int, size: tuple[int, int] | None = None) -> dict:
