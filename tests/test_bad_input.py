@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-import cada.data.check
+import cada.evaluation.metrics
 import cada.explain
 import cada.hub.convert
 import cada.hub.publish
@@ -482,7 +482,7 @@ def released(tmp_path_factory) -> Path:
     """A checkpoint with a full record."""
     folder = save_tiny_start(tmp_path_factory.mktemp("released"))
     where = {**cada.hub.record.environment(), "dataset": "rstp_reid", "captions_per_image": 2}
-    metrics = {f"{stage}_{name}": 50.0 for stage in ("global", "local") for name in cada.hub.publish.METRICS}
+    metrics = {f"{stage}_{name}": 50.0 for stage in ("global", "local") for name in cada.evaluation.metrics.METRICS}
     evaluation = {**where, "split": "test", "metrics": {**metrics, "queries": 12, "gallery": 6, "rerank_k": 3}}
     evaluation |= {"weights": cada.hub.record.checkpoint_digest(folder), "unreadable_images_skipped": False}
     evaluation["precision"] = "float32"
