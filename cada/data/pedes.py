@@ -145,6 +145,7 @@ def _image_path(name, root: Path, where: str) -> Path:
 
 
 def check_person(person_id, where: str) -> int:
+    """The person of the row `where`, a whole number; anything else is a `CADAError`."""
     if isinstance(person_id, bool) or not isinstance(person_id, int) or abs(person_id) >= 2**63:
         raise CADAError(
             f"{where}: the person id is {person_id!r:.80}, not a whole number of at most 18 digits. Correct the row."
@@ -153,6 +154,7 @@ def check_person(person_id, where: str) -> int:
 
 
 def check_captions(captions, where: str) -> list[str]:
+    """The captions of the row `where`, texts that say something; anything else is a `CADAError`."""
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise CADAError(f"{where}: `captions` should be a list of strings with at least one. Correct the row.")
     for number, caption in enumerate(captions):
