@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, List, Value, config, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, config, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
+from cada.data.drawn import FEATURES as DRAWN_FEATURES
 from cada.data.drawn import load_drawn
 from cada.data.images import find_bad_images
 from cada.data.pedes import PEDES_SETS, check_captions, check_person, read_annotations
@@ -32,14 +33,7 @@ logger = logging.get_logger(__name__)
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")  # of `datasets`, for a folder of files
 DRAWN_SETS = {"demo": "day", "demo_night": "night"}  # name -> domain
 
-FEATURES = Features(
-    {
-        "image": Image(),
-        "captions": List(Value("string")),
-        "person_id": Value("int64"),
-        "file_name": Value("string"),
-    }
-)
+FEATURES = Features({name: DRAWN_FEATURES[name] for name in ("image", "captions", "person_id", "file_name")})
 
 
 def _rows(records: list[dict]) -> Iterator[dict]:
