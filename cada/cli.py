@@ -273,11 +273,8 @@ def explain(
             make_output_folder(path.parent)
     photo = open_file(image)
     network, processor = load_model_and_processor(model, revision)
-    try:
-        attention = word_attention(network, processor, photo, text, layer, head)
-        predictions = attribute_predictions(network, processor, photo, text) if network.config.use_ara else []
-    except ValueError as error:
-        raise CADAError(str(error)) from error
+    attention = word_attention(network, processor, photo, text, layer, head)
+    predictions = attribute_predictions(network, processor, photo, text) if network.config.use_ara else []
     with written_whole(out) as path:
         draw_explanation(photo, text, attention, predictions).save(path)
     if arrays is not None:

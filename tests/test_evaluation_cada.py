@@ -15,6 +15,7 @@ import cada.evaluation.matching
 from cada.evaluation.encoding import Gallery, Queries, encode_gallery, encode_queries
 from cada.evaluation.matching import evaluate_retrieval, in_doubt, match_candidates, score_gallery
 from cada.evaluation.metrics import METRICS, RetrievalMetric, rerank_scores, retrieval_metrics, top_candidates
+from cada.files import CADAError
 from modeling_cada import CADAForTextToImageRetrieval, blocks_of_pairs
 
 
@@ -406,6 +407,23 @@ def test_model_without_match_heads_is_evaluated_globally(processor):
 def test_rerank_k_has_to_be_positive(small_model, processor):
     with pytest.raises(ValueError, match="rerank_k"):
         evaluate_retrieval(small_model, processor, small_set(), rerank_k=0)
+
+
+def test_letters_are_no_captions_and_texts_no_persons(small_model, processor):
+    """Rows and captions made in Python, which nothing has checked before."""
+    rows = small_set()
+    first = rows.remove_columns("captions").add_column("captions", ["a man"] * len(rows))
+    second = rows.remove_columns("person_id").add_column("person_id", ["0007"] * len(rows))
+    for wrong, message in (
+        (first, "Row 0: `captions` is the text 'a man'"),
+        (second, "Row 0: `person_id` is the text"),
+    ):
+        with pytest.raises(CADAError, match=message):
+            evaluate_retrieval(small_model, processor, wrong, progress=False)
+    with pytest.raises(ValueError, match="`query_ids` does not hold numbers: 'a'. Give persons whole numbers"):
+        retrieval_metrics([[0.5]], ["a"], ["a"])
+    with pytest.raises(CADAError, match="`captions` is the text 'a man'. Give a list"):
+        encode_queries(small_model, processor, "a man", progress=False)
 
 
 def test_evaluate_metric_gives_the_same_numbers():
