@@ -15,7 +15,6 @@ import cada.evaluation.matching
 from cada.evaluation.encoding import Gallery, Queries, encode_gallery, encode_queries
 from cada.evaluation.matching import evaluate_retrieval, in_doubt, match_candidates, score_gallery
 from cada.evaluation.metrics import METRICS, RetrievalMetric, rerank_scores, retrieval_metrics, top_candidates
-from cada.files import CADAError
 from modeling_cada import CADAForTextToImageRetrieval, blocks_of_pairs
 
 
@@ -418,11 +417,11 @@ def test_letters_are_no_captions_and_texts_no_persons(small_model, processor):
         (first, "Row 0: `captions` is the text 'a man'"),
         (second, "Row 0: `person_id` is the text"),
     ):
-        with pytest.raises(CADAError, match=message):
+        with pytest.raises(ValueError, match=message):
             evaluate_retrieval(small_model, processor, wrong, progress=False)
     with pytest.raises(ValueError, match="`query_ids` does not hold numbers: 'a'. Give persons whole numbers"):
         retrieval_metrics([[0.5]], ["a"], ["a"])
-    with pytest.raises(CADAError, match="`captions` is the text 'a man'. Give a list"):
+    with pytest.raises(ValueError, match="`captions` is the text 'a man'. Give a list"):
         encode_queries(small_model, processor, "a man", progress=False)
 
 

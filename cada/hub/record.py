@@ -195,12 +195,12 @@ def write_run(
         path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def precision_of(evaluation: Evaluation) -> str:
+def precision_of(evaluation: dict) -> str:
     """The precision that an evaluation was computed in."""
     return evaluation.get("precision", "float32")
 
 
-def newest(evaluations: list[Evaluation]) -> list[Evaluation]:
+def newest(evaluations: list[dict]) -> list[dict]:
     """The last evaluation of each protocol."""
     names, sizes = ("weights", "dataset", "split", "captions_per_image"), ("queries", "gallery", "rerank_k")
     rows = {}
