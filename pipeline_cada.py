@@ -90,13 +90,7 @@ class CADAPipeline(Pipeline):
             ValueError: for no image, an image that cannot be read (named), no sentence or an empty one, numbers out of
                 range, or `rerank` with a model that has no match head.
         """
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
-            images = [images]
-        if isinstance(images, dict) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
-            # The results name images by their place, which a generator or a set does not keep.
-            raise ValueError(f"`images` is of the type {type(images).__name__}. Give a list of images.")
-        if len(images) == 0:
-            raise ValueError("`images` is empty. Give the images to search.")
+        images = _listed(images)
         if isinstance(text, (list, tuple)):
             text = list(text)
             if not text:
@@ -204,6 +198,17 @@ class CADAPipeline(Pipeline):
             s_l = local_scores[rank].item() if rank < len(local_scores) else None
             ranking.append({"index": index, "score": s_g + (s_l or 0), "global_score": s_g, "local_score": s_l})
         return ranking
+
+
+def _listed(images):
+    """One image as a list; anything else that keeps no places, by which the results name images, is refused."""
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
+        return [images]
+    if isinstance(images, dict) or not (hasattr(images, "__len__") and hasattr(images, "__getitem__")):
+        raise ValueError(f"`images` is of the type {type(images).__name__}. Give a list of images.")
+    if len(images) == 0:
+        raise ValueError("`images` is empty. Give the images to search.")
+    return images
 
 
 def _check_number(name: str, value, least: int, what: str) -> None:

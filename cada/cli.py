@@ -55,7 +55,9 @@ def check(
     quick: Annotated[bool, Option("--quick", help="look for the image files without decoding them")] = False,
 ) -> None:
     """Find bad images in a data set, and compare it with the official numbers; exit status 1 where they differ."""
-    if not check_dataset(dataset, data_dir, quick):
+    found = check_dataset(dataset, data_dir, quick)
+    print(found)
+    if not found.passed:
         raise typer.Exit(1)
 
 
@@ -272,11 +274,8 @@ def explain(
             make_output_folder(path.parent)
     photo = open_file(image)
     network, processor = load_model_and_processor(model, revision)
-    try:
-        attention = word_attention(network, processor, photo, text, layer, head)
-        predictions = attribute_predictions(network, processor, photo, text) if network.config.use_ara else []
-    except ValueError as error:
-        raise CADAError(str(error)) from error
+    attention = word_attention(network, processor, photo, text, layer, head)
+    predictions = attribute_predictions(network, processor, photo, text) if network.config.use_ara else []
     with written_whole(out) as path:
         draw_explanation(photo, text, attention, predictions).save(path)
     if arrays is not None:

@@ -93,15 +93,15 @@ def word_attention(
         layer, head: of the decoder's cross-attention, counted from 0, negative ones from the end; by default the mean.
 
     Raises:
-        ValueError: for a layer or head that the model has not, an empty sentence, or a model without decoder.
+        CADAError: for a layer or head that the model has not, an empty sentence, or a model without decoder.
     """
     config = model.config
     if not config.use_atp:
-        raise ValueError("This model has no match head (`use_atp=False`), so no decoder that reads the image.")
+        raise CADAError("This model has no match head (`use_atp=False`), so no decoder that reads the image.")
     sizes = {"layer": config.text_config.num_hidden_layers, "head": config.text_config.num_attention_heads}
     for name, value in (("layer", layer), ("head", head)):
         if value is not None and not -sizes[name] <= value < sizes[name]:
-            raise ValueError(f"`{name}` is {value}, but the decoder has {sizes[name]}: 0 to {sizes[name] - 1}.")
+            raise CADAError(f"`{name}` is {value}, but the decoder has {sizes[name]}: 0 to {sizes[name] - 1}.")
     with _eager(model):
         inputs, states, offsets = _encode(model, processor, image, text)
         input_ids = inputs["input_ids"].clone()
@@ -131,10 +131,10 @@ def attribute_predictions(
     The `top` predictions for every attribute phrase of `text`, each masked alone, as ARA learns it.
 
     Raises:
-        ValueError: for an empty sentence, or a model without vocabulary head.
+        CADAError: for an empty sentence, or a model without vocabulary head.
     """
     if not model.config.use_ara:
-        raise ValueError("This model has no vocabulary head (`use_ara=False`), so it predicts no attributes.")
+        raise CADAError("This model has no vocabulary head (`use_ara=False`), so it predicts no attributes.")
     cleaned = clean_caption(text)
     spans = processor.attribute_masker.find_spans(cleaned)
     with _eager(model):

@@ -309,6 +309,19 @@ def test_own_data_with_file_names_of_images(laid_out, tmp_path, caplog, monkeypa
     assert len(load_pairs_dataset(str(tmp_path / "own"), skip_unreadable=True)["train"]) == 3
 
 
+def test_own_data_without_splits(laid_out, tmp_path, capsys):
+    """`Dataset.save_to_disk`; the remedy is run as the message says it."""
+    rows = load_pairs_dataset("icfg_pedes", laid_out["icfg_pedes"], splits=["test"])["test"]
+    rows.save_to_disk(tmp_path / "table")
+    with pytest.raises(CADAError, match="table is one table without splits. Give them names: DatasetDict"):
+        load_pairs_dataset(str(tmp_path / "table"))
+    assert cli.main(["check", "--dataset", str(tmp_path / "table")]) == 1
+    message = capsys.readouterr().err
+    call = message[message.index("DatasetDict(") : message.index(".save_to_disk")]
+    eval(call).save_to_disk(tmp_path / "splits")
+    assert len(load_pairs_dataset(str(tmp_path / "splits"))["train"]) == len(rows)
+
+
 def test_own_data_without_a_column(tmp_path):
     DatasetDict(train=Dataset.from_dict({"image": ["a.png"], "caption": ["a man"]})).save_to_disk(tmp_path / "own")
     with pytest.raises(CADAError, match="split 'train' lacks the column.*captions, person_id"):
@@ -342,6 +355,27 @@ def test_word_unit_splits_the_phrases_that_a_set_brings():
     assert add_attribute_spans(rows, AttributeMasker("phrase"))["attribute_spans"] == rows["attribute_spans"]
     words = add_attribute_spans(rows, AttributeMasker("word"))["attribute_spans"][0][0]
     assert [cleaned[a:b] for a, b in words] == ["long", "black", "coat"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"captions": [["a man"], ["a"]], "person_id": [1, 2]}, None),
+        (
+            {"captions": ["a man", "a woman"], "person_id": [1, 2]},
+            "Row 0: `captions` is the text 'a man'. Give a list",
+        ),
+        ({"captions": [["a"], ["b"]], "person_id": ["1", "2"]}, "Row 0: `person_id` is the text '1'. Give a whole"),
+    ],
+)
+def test_letters_are_no_captions(columns, message):
+    """Rows made in Python, which nothing has checked before."""
+    rows = Dataset.from_dict({"image": [b""] * 2, **columns})
+    if message is None:
+        assert len(PairDataset(rows)) == 2
+        return
+    with pytest.raises(CADAError, match=message):
+        PairDataset(rows)
 
 
 def test_pairs_hold_every_caption_once(laid_out):
@@ -385,13 +419,12 @@ def test_processes_share_the_batches_of_one(pairs, batch_size, processes, drop_l
     for batches in (*parts, one):
         batches.set_epoch(epoch)
     joined = [sum(step, []) for step in zip(*parts, strict=True)]
-    assert joined == list(one)
-    assert {len(batches) for batches in (*parts, one)} == {len(joined)}
-    sizes = [[len(part) for part in step] for step in zip(*parts)]
-    assert all(max(step) - min(step) <= 1 for step in sizes)
+    assert all(own == batch[: len(own)] for own, batch in zip(joined, one))
+    assert {len(batches) for batches in parts} == {len(joined)}
+    assert all(len({len(part) for part in step}) == 1 for step in zip(*parts))
     rows = [pair for step in joined for pair, _ in step]
-    whole = pairs // (batch_size * processes) * batch_size * processes
-    assert len(set(rows)) == len(rows) == (whole if drop_last else pairs)
+    size = batch_size * processes if drop_last else processes
+    assert len(set(rows)) == len(rows) == pairs // size * size
 
 
 def test_every_epoch_has_another_order_and_other_seeds():
@@ -420,18 +453,6 @@ def test_augmentation_and_masking_follow_from_the_seed(laid_out, processor):
     assert torch.equal(beside["labels"][1, :length], alone["labels"][0])
     assert not torch.equal(beside["pixel_values"][2], alone["pixel_values"][0])
     assert beside["pair"].tolist() == [8, 3, 3]
-
-
-def test_a_process_without_a_part_gets_no_rows(laid_out, processor):
-    collate = PairCollator(processor)
-    empty = collate([])
-    assert {name: len(values) for name, values in empty.items()} == dict.fromkeys(empty, 0)
-    pairs = PairDataset(
-        add_attribute_spans(
-            load_pairs_dataset("rstp_reid", laid_out["rstp_reid"])["train"], processor.attribute_masker
-        )
-    )
-    assert set(empty) == set(collate([pairs[0]]))
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1, 1), (3, 1), (4, 2), (7, 2), (8, 4), (40, 8)])

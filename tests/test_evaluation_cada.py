@@ -408,6 +408,23 @@ def test_rerank_k_has_to_be_positive(small_model, processor):
         evaluate_retrieval(small_model, processor, small_set(), rerank_k=0)
 
 
+def test_letters_are_no_captions_and_texts_no_persons(small_model, processor):
+    """Rows and captions made in Python, which nothing has checked before."""
+    rows = small_set()
+    first = rows.remove_columns("captions").add_column("captions", ["a man"] * len(rows))
+    second = rows.remove_columns("person_id").add_column("person_id", ["0007"] * len(rows))
+    for wrong, message in (
+        (first, "Row 0: `captions` is the text 'a man'"),
+        (second, "Row 0: `person_id` is the text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_retrieval(small_model, processor, wrong, progress=False)
+    with pytest.raises(ValueError, match="`query_ids` does not hold numbers: 'a'. Give persons whole numbers"):
+        retrieval_metrics([[0.5]], ["a"], ["a"])
+    with pytest.raises(ValueError, match="`captions` is the text 'a man'. Give a list"):
+        encode_queries(small_model, processor, "a man", progress=False)
+
+
 def test_evaluate_metric_gives_the_same_numbers():
     similarity, persons, gallery_ids = [[0.9, 0.8, 0.7, 0.1], [0.9, 0.3, 0.2, 0.8]], [7, 8], [7, 8, 7, 9]
     expected = pytest.approx(retrieval_metrics(similarity, persons, gallery_ids))

@@ -92,3 +92,16 @@ def test_public_names_are_documented():
         for node in tree.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_the_page_of_the_design_names_what_is_there():
+    """Every file that it names exists, and holds the names that stand behind it."""
+    file, names = None, 0
+    for word in re.findall(r"`([^`]+)`", (ROOT / "docs/design.md").read_text(encoding="utf-8").split("## Rules")[0]):
+        if "/" in word or word.endswith(".py"):
+            file = ROOT / word
+            assert file.exists(), word
+        elif file is not None and file.suffix == ".py" and re.fullmatch(r"\w+", word):
+            names += 1
+            assert re.search(rf"\b{word}\b", file.read_text(encoding="utf-8")), f"{word} is not in {file.name}"
+    assert names > 20

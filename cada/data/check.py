@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from itertools import combinations
 
 from cada.data.images import find_bad_images
@@ -10,57 +11,91 @@ from cada.data.pedes import PEDES_SETS, read_annotations
 from cada.files import CADAError
 
 
-def check_dataset(dataset: str, data_dir: str | os.PathLike | None = None, quick: bool = False) -> bool:
+@dataclass
+class Check:
     """
-    Print persons, images and captions per split, of the three sets against the official numbers, and every bad image.
-    Returns whether nothing is wrong.
+    What is found in a data set.
+
+    Attributes:
+        title: of the set.
+        counts: `{split: (persons, images, captions)}`.
+        official: the same of the set's authors; empty for own data.
+        single: persons with one image, by split.
+        shared: persons of two splits, by the two, where there are any.
+        problems: a line for each bad image, by split.
+    """
+
+    title: str
+    counts: dict[str, tuple[int, int, int]]
+    official: dict[str, tuple[int, int, int]]
+    single: dict[str, int]
+    shared: dict[tuple[str, str], int]
+    problems: dict[str, list[str]]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the numbers are the official ones, where there are any, and no person is in two splits."""
+        return not self.shared and (not self.official or self.counts == self.official)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.complete and not any(self.problems.values())
+
+    def __str__(self) -> str:
+        lines = [self.title, "", f"{'split':6} {'':9} {'found':>8} {'official' if self.official else '':>9}".rstrip()]
+        for split, found in self.counts.items():
+            for name, count, expected in zip(
+                ("persons", "images", "captions"), found, self.official.get(split, found)
+            ):
+                beside = f" {expected:9,} {'' if count == expected else 'differs'}" if self.official else ""
+                lines.append(f"{split:6} {name:9} {count:8,}{beside}")
+            if self.single[split]:
+                lines.append(f"{split:6} {self.single[split]} person(s) with a single image")
+        for (first, second), count in self.shared.items():
+            lines.append(f"{count} person(s) are both in {first} and in {second}.")
+        lines += [f"{split}: {problem}" for split, problems in self.problems.items() for problem in problems]
+        verdict = f"{sum(map(len, self.problems.values()))} bad image file(s)."
+        if self.official:
+            verdict += " Numbers are official." if self.complete else " Numbers differ from the official ones."
+        return "\n".join([*lines, "", verdict])
+
+
+def check_dataset(dataset: str, data_dir: str | os.PathLike | None = None, quick: bool = False) -> Check:
+    """
+    Count persons, images and captions per split, and find every bad image; with `quick` none is decoded.
+
+    Raises:
+        CADAError: for annotations that cannot be read, and for a drawn set.
     """
     if dataset in DRAWN_SETS:
         raise CADAError(f"{dataset} is drawn by this program, so there is nothing to check.")
+    title, official = dataset, {}
     if dataset in PEDES_SETS:
         title, official = PEDES_SETS[dataset].title, PEDES_SETS[dataset].counts
-        images = splits = read_annotations(dataset, data_dir)
+        images = read_annotations(dataset, data_dir)
+        columns = {
+            split: [[record[name] for record in records] for name in ("person_id", "captions")]
+            for split, records in images.items()
+        }
     else:
-        title, official, images, splits = dataset, {}, {}, {}
-        for split, rows in open_other(dataset, data_dir, revision=None).items():
-            rows = check_split(rows, f"{dataset}, split {split!r}")
-            images[split] = undecoded_images(rows, with_content=not quick)
-            columns = zip(rows["person_id"], rows["captions"])
-            splits[split] = [{"person_id": person_id, "captions": captions} for person_id, captions in columns]
-    print(title if data_dir is None else f"{title} in {data_dir}", end="\n\n")
-    print(f"{'split':6} {'':9} {'found':>8} {'official' if official else '':>9}".rstrip())
-    complete = True
-    for split, records in splits.items():
-        found = (
-            len({record["person_id"] for record in records}),
-            len(records),
-            sum(len(record["captions"]) for record in records),
-        )
-        for position, (name, count) in enumerate(zip(("persons", "images", "captions"), found)):
-            line = f"{split:6} {name:9} {count:8,}"
-            if official:
-                expected = official[split][position]
-                complete &= count == expected
-                line += f" {expected:9,} {'' if count == expected else 'differs'}"
-            print(line)
-        most = Counter(record["person_id"] for record in records).most_common()
-        single = sum(1 for _, count in most if count == 1)
-        if single:
-            print(f"{split:6} {single} person(s) with a single image")
-    persons = {split: {record["person_id"] for record in records} for split, records in splits.items()}
-    for first, second in combinations(persons, 2):
-        count = len(persons[first] & persons[second])
-        if count:
-            complete = False
-            print(f"{count} person(s) are both in {first} and in {second}.")
-    bad = 0
-    for split, records in splits.items():
-        problems = find_bad_images(split, images[split], len(records), decode=not quick)
-        bad += len(problems)
-        for problem in problems.values():
-            print(f"{split}: {problem}")
-    line = f"\n{bad} bad image file(s)."
-    if official:
-        line += " Numbers are official." if complete else " Numbers differ from the official ones."
-    print(line)
-    return complete and not bad
+        splits = open_other(dataset, data_dir, revision=None)
+        splits = {split: check_split(rows, f"{dataset}, split {split!r}") for split, rows in splits.items()}
+        images = {split: undecoded_images(rows, with_content=not quick) for split, rows in splits.items()}
+        columns = {split: (list(rows["person_id"]), list(rows["captions"])) for split, rows in splits.items()}
+    persons = {split: Counter(ids) for split, (ids, _) in columns.items()}
+    shared = {pair: len(persons[pair[0]].keys() & persons[pair[1]].keys()) for pair in combinations(persons, 2)}
+    return Check(
+        title=title if data_dir is None else f"{title} in {data_dir}",
+        counts={
+            split: (len(persons[split]), len(ids), sum(map(len, captions)))
+            for split, (ids, captions) in columns.items()
+        },
+        official=official,
+        single={split: sum(count == 1 for count in counts.values()) for split, counts in persons.items()},
+        shared={pair: count for pair, count in shared.items() if count},
+        problems={
+            split: list(find_bad_images(split, images[split], len(ids), decode=not quick).values())
+            for split, (ids, _) in columns.items()
+        },
+    )

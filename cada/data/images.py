@@ -4,10 +4,7 @@ import os
 from collections.abc import Iterable
 from io import BytesIO
 
-from datasets import (
-    Dataset,
-    Image,
-)
+from datasets import Dataset, Image
 from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
 from tqdm.auto import tqdm

@@ -15,20 +15,11 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import torch
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    List,
-    Value,
-    config,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, Features, Image, config, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
+from cada.data.drawn import FEATURES as DRAWN_FEATURES
 from cada.data.drawn import load_drawn
 from cada.data.images import find_bad_images
 from cada.data.pedes import PEDES_SETS, check_captions, check_person, read_annotations
@@ -42,24 +33,12 @@ logger = logging.get_logger(__name__)
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")  # of `datasets`, for a folder of files
 DRAWN_SETS = {"demo": "day", "demo_night": "night"}  # name -> domain
 
-FEATURES = Features(
-    {
-        "image": Image(),
-        "captions": List(Value("string")),
-        "person_id": Value("int64"),
-        "file_name": Value("string"),
-    }
-)
+FEATURES = Features({name: DRAWN_FEATURES[name] for name in ("image", "captions", "person_id", "file_name")})
 
 
 def _rows(records: list[dict]) -> Iterator[dict]:
     for record in records:
-        yield {
-            "image": record["path"],
-            "captions": record["captions"],
-            "person_id": record["person_id"],
-            "file_name": record["file_name"],
-        }
+        yield {name: record["path" if name == "image" else name] for name in FEATURES}
 
 
 def _rows_to_leave_out(
@@ -189,6 +168,11 @@ def open_other(dataset: str, data_dir: str | os.PathLike | None, revision: str |
                 f"The data set in {dataset} is damaged or empty ({type(error).__name__}: {one_line(error)}). Write it "
                 "again with `save_to_disk`."
             ) from error
+    elif (Path(dataset) / "state.json").is_file():
+        raise CADAError(
+            f"{dataset} is one table without splits. Give them names: DatasetDict(train=load_from_disk({dataset!r}))"
+            ".save_to_disk(another folder)."
+        )
     elif "/" not in dataset and not Path(dataset).exists() and (data_dir is None or dataset not in BUILDERS):
         meant = get_close_matches(dataset, [*PEDES_SETS, *DRAWN_SETS], n=1)  # a typing error, no name on the Hub
         raise CADAError(f"Unknown data set {dataset!r}. {f'Do you mean {meant[0]}? ' if meant else ''}{known}")

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import (
-    Dataset,
-)
-from PIL import Image as PILImage
+from datasets import Dataset
 
 import processing_cada
 from cada.data.images import open_image, undecoded
@@ -70,9 +67,9 @@ class GlobalBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
     """
     The batches of one of several processes, as (pair, seed of its augmentation and masking).
 
-    Order and seeds follow from `seed`, epoch and pair alone. A batch of all processes is cut into as equal parts as
-    possible, one for each: n processes train on the batches of one process with the n-fold batch size, the last batch
-    of an epoch too. Of a last batch that is smaller than the number of processes, some get an empty part.
+    Order and seeds follow from `seed`, epoch and pair alone. A batch of all processes is cut into equal parts, one for
+    each: n processes train on the batches of one process with the n-fold batch size. Of a smaller last batch the pairs
+    that cannot be shared equally, fewer than there are processes, are left out; in each epoch these are others.
 
     Args:
         pairs: number of pairs.
@@ -94,14 +91,17 @@ class GlobalBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         whole, rest = divmod(self.pairs, self.batch_size * self.processes)
-        return whole + (rest > 0 and not self.drop_last)
+        return whole + (rest >= self.processes and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = [self.seed, self.epoch]
         order = np.random.default_rng(epoch).permutation(self.pairs)
         for batch in range(len(self)):
             size = self.batch_size * self.processes
-            part = np.array_split(order[batch * size : (batch + 1) * size], self.processes)[self.rank].tolist()
+            pairs = order[batch * size : (batch + 1) * size]
+            part = (
+                pairs[: len(pairs) // self.processes * self.processes].reshape(self.processes, -1)[self.rank].tolist()
+            )
             # 63 bits: what torch takes as a seed without complaint.
             seeds = (np.random.SeedSequence([*epoch, pair]).generate_state(1, np.uint64)[0] >> 1 for pair in part)
             yield [(pair, int(seed)) for pair, seed in zip(part, seeds)]
@@ -135,8 +135,8 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset, image_size: tuple[int, int] | None = None):
         self.dataset, self.image_size = undecoded(dataset), image_size
-        counts = [len(captions) for captions in dataset["captions"]]
-        self.pairs = [(row, number) for row, count in enumerate(counts) for number in range(count)]
+        captions, _ = captions_and_persons(dataset)
+        self.pairs = [(row, number) for row, own in enumerate(captions) for number in range(len(own))]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -158,6 +158,22 @@ class PairDataset(torch.utils.data.Dataset):
         row_index, number = self.pairs[index]
         row = self.dataset.select_columns([name for name in self.dataset.column_names if name != "image"])[row_index]
         return f"{row.get('file_name', 'image')} (row {row_index}, person {row['person_id']}, caption {number + 1})"
+
+
+def captions_and_persons(dataset: Dataset) -> tuple[list[list[str]], list[int]]:
+    """
+    The columns `captions` and `person_id` of rows that somebody made in Python.
+
+    Raises:
+        CADAError: names the row where one is a text: its letters would count as captions, and it is no number.
+    """
+    columns = list(dataset["captions"]), list(dataset["person_id"])
+    for row, (captions, person_id) in enumerate(zip(*columns)):
+        if isinstance(captions, str):
+            raise CADAError(f"Row {row}: `captions` is the text {captions!r:.80}. Give a list, also of one caption.")
+        if isinstance(person_id, str):
+            raise CADAError(f"Row {row}: `person_id` is the text {person_id!r:.80}. Give a whole number.")
+    return columns
 
 
 def read_row(dataset: Dataset, index: int, size: tuple[int, int] | None = None) -> dict:
@@ -194,10 +210,6 @@ class PairCollator:
     mask: bool = True
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        if not samples:  # a process without a part in the last batch: what any sample gives, without its row
-            any_sample = {"image": PILImage.new("RGB", (1, 1)), "caption": "", "person_id": 0, "pair": 0}
-            any_sample["attribute_spans"] = []
-            return {name: values[:0] for name, values in self([any_sample]).items()}
         if self.mask and "attribute_spans" not in samples[0]:
             raise CADAError(
                 "The samples have no `attribute_spans`. Add them with `add_attribute_spans`; for a model without ARA "

@@ -62,16 +62,6 @@ def _annotation_file(pedes: PedesSet, data_dir: Path) -> Path:
     )
 
 
-def _read_records(path: Path) -> list:
-    try:
-        records = read_json(path)
-    except CADAError as error:
-        raise CADAError(str(error)) from error
-    if not isinstance(records, list) or not records:
-        raise CADAError(f"{path} should be a JSON list with one object per image. Fetch it again.")
-    return records
-
-
 def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[str, list[dict]]:
     """
     The annotations of a PEDES set by split, checked: `{"train": [{"path", "captions", "person_id", "file_name",
@@ -84,57 +74,59 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[s
     if data_dir is None:
         raise CADAError(f"{pedes.title} needs --data_dir, the folder with its annotations and imgs/.")
     data_dir = Path(data_dir)
-    annotation_file = _annotation_file(pedes, data_dir)
+    file = _annotation_file(pedes, data_dir)
     root = Path(os.path.realpath(data_dir / "imgs"))
     if not os.path.isdir(root):
         raise CADAError(f"{data_dir} holds no folder imgs/ with the images of {pedes.title}. Put the images there.")
+    records = read_json(file)
+    if not isinstance(records, list) or not records:
+        raise CADAError(f"{file} should be a JSON list with one object per image. Fetch it again.")
     splits: dict[str, list[dict]] = {split: [] for split in pedes.counts}
     rows_of_names: dict[str, list[int]] = {}
-    for row, record in enumerate(_read_records(annotation_file)):
-        where = f"{annotation_file}, row {row}"
-        if not isinstance(record, dict):
-            raise CADAError(f"{where}: expected an object, found {type(record).__name__}. Fetch the file again.")
-        if "split" not in record:
-            remedy = (
-                "caption_all.json has none; use reid_raw.json of the set's authors"
-                if annotation_file.name == "caption_all.json"
-                else "add one, or fetch the file again"
-            )
-            raise CADAError(f"{where} has no `split`: {remedy}.")
-        for key in ("id", "captions", pedes.path_key):
-            if key not in record:
-                raise CADAError(f"{where} has no `{key}`. Is this the annotation file of {pedes.title}?")
-        if not isinstance(record["split"], str) or record["split"] not in splits:
-            raise CADAError(
-                f"{where}: unknown split {record['split']!r}. {pedes.title} has {', '.join(splits)}. Correct the row."
-            )
-        path = _image_path(record[pedes.path_key], root, where)
-        rows_of_names.setdefault(os.path.normpath(path), []).append(row)
-        splits[record["split"]].append(
-            {
-                "path": str(path),
-                "captions": check_captions(record["captions"], where),
-                "person_id": check_person(record["id"], where),
-                "file_name": record[pedes.path_key],
-                "row": row,
-            }
-        )
+    for row, record in enumerate(records):
+        checked = _checked(record, pedes, file, row, root)
+        splits[record["split"]].append(checked)
+        rows_of_names.setdefault(os.path.normpath(checked["path"]), []).append(row)
     repeated = [rows for rows in rows_of_names.values() if len(rows) > 1]
     if repeated:
         logger.warning(
-            f"{annotation_file}: {len(repeated)} image(s) stand in several rows, the first in rows "
+            f"{file}: {len(repeated)} image(s) stand in several rows, the first in rows "
             f"{', '.join(map(str, repeated[0]))}. Each row counts in training and in every score."
         )
     for split, rows in splits.items():
         if not rows:
-            raise CADAError(f"{annotation_file} has no row of split {split!r}. Is the file complete?")
+            raise CADAError(f"{file} has no row of split {split!r}. Is the file complete?")
     persons = tuple(len({record["person_id"] for record in rows}) for rows in splits.values())
     if dataset == "rstp_reid" and persons == (3901, 100, 100):
         raise CADAError(
-            f"{annotation_file} is the RSTPReid file from before October 2022, with 3901/100/100 persons. Its split "
-            "is wrong; get the corrected file (3701/200/200) from the set's authors."
+            f"{file} is the RSTPReid file from before October 2022, with 3901/100/100 persons. Its split is wrong; "
+            "get the corrected file (3701/200/200) from the set's authors."
         )
     return splits
+
+
+def _checked(record, pedes: PedesSet, file: Path, row: int, root: Path) -> dict:
+    where = f"{file}, row {row}"
+    if not isinstance(record, dict):
+        raise CADAError(f"{where}: expected an object, found {type(record).__name__}. Fetch the file again.")
+    if "split" not in record:
+        other = "caption_all.json has none; use reid_raw.json of the set's authors"
+        remedy = other if file.name == "caption_all.json" else "add one, or fetch the file again"
+        raise CADAError(f"{where} has no `split`: {remedy}.")
+    for key in ("id", "captions", pedes.path_key):
+        if key not in record:
+            raise CADAError(f"{where} has no `{key}`. Is this the annotation file of {pedes.title}?")
+    if not isinstance(record["split"], str) or record["split"] not in pedes.counts:
+        known = f"{pedes.title} has {', '.join(pedes.counts)}"
+        raise CADAError(f"{where}: unknown split {record['split']!r}. {known}. Correct the row.")
+    name = record[pedes.path_key]
+    return {
+        "path": str(_image_path(name, root, where)),
+        "captions": check_captions(record["captions"], where),
+        "person_id": check_person(record["id"], where),
+        "file_name": name,
+        "row": row,
+    }
 
 
 def _image_path(name, root: Path, where: str) -> Path:

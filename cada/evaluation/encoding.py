@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from cada.data.images import undecoded
 from cada.data.pairs import outlive_sigterm, read_row
+from cada.files import CADAError
 from losses_cada import rank_and_size
 
 
@@ -154,7 +155,12 @@ def encode_queries(model, processor, captions: list[str], batch_size: int = 256,
     """
     Encode captions, in batches of similar length, which several processes share. Results are on the CPU, in the order
     of `captions`, and in the precision of the weights, also under autocast.
+
+    Raises:
+        CADAError: for one caption in place of a list.
     """
+    if isinstance(captions, str):
+        raise CADAError(f"`captions` is the text {captions!r:.80}. Give a list, also of one caption.")
     inputs = processor(text=captions, return_tensors="pt")
     lengths = inputs["attention_mask"].sum(dim=1)
     embeds = torch.zeros(len(captions), model.config.projection_dim)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm.auto import tqdm
 
+from cada.data.pairs import captions_and_persons
 from cada.evaluation.encoding import (
     RERANK_MEMORY,
     Gallery,
@@ -232,17 +233,17 @@ def evaluate_retrieval(
         there are images).
 
     Raises:
-        ValueError: for no images, `rerank_k` below 1, or scores that are NaN.
+        ValueError: for no images, captions or persons of another type, `rerank_k` below 1, or scores that are NaN.
     """
     rerank_k = model.config.rerank_k if rerank_k is None else rerank_k
     if rerank_k < 1:
         raise ValueError(f"`rerank_k` is {rerank_k}. Give the number of candidates, 1 or more.")
     if not len(dataset):
         raise ValueError("There are no images to evaluate.")
-    columns = dataset.select_columns(["captions", "person_id"])
-    gallery_ids = torch.tensor(columns["person_id"])
-    captions = [caption for row in columns["captions"] for caption in row]
-    query_ids = gallery_ids.repeat_interleave(torch.tensor([len(row) for row in columns["captions"]]))
+    rows_of_captions, person_ids = captions_and_persons(dataset.select_columns(["captions", "person_id"]))
+    gallery_ids = torch.tensor(person_ids)
+    captions = [caption for row in rows_of_captions for caption in row]
+    query_ids = gallery_ids.repeat_interleave(torch.tensor([len(row) for row in rows_of_captions]))
     was_training = model.training
     model.eval()
     try:

@@ -23,11 +23,11 @@ def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
         gallery_ids (`(gallery,)`): person of each image.
 
     Raises:
-        ValueError: for shapes that do not fit, scores that are NaN, or a query whose person has no image.
+        ValueError: for what are no numbers, shapes that do not fit, scores that are NaN, or a query whose person has
+            no image.
     """
     similarity, query_ids, gallery_ids = (
-        torch.as_tensor(np.asarray(values) if not isinstance(values, torch.Tensor) else values).detach().cpu()
-        for values in (similarity, query_ids, gallery_ids)
+        _tensor(*pair) for pair in (("similarity", similarity), ("query_ids", query_ids), ("gallery_ids", gallery_ids))
     )
     if similarity.shape != (len(query_ids), len(gallery_ids)):
         raise ValueError(
@@ -41,6 +41,13 @@ def retrieval_metrics(similarity, query_ids, gallery_ids) -> dict[str, float]:
         rows = slice(start, start + _ROWS_AT_ONCE)
         sums += metric_sums(similarity[rows], query_ids[rows], gallery_ids, start)
     return dict(zip(METRICS, (100 * sums / len(query_ids)).tolist()))
+
+
+def _tensor(name: str, values) -> torch.Tensor:
+    values = values if isinstance(values, torch.Tensor) else np.asarray(values)
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "biuf":
+        raise ValueError(f"`{name}` does not hold numbers: {str(values.flat[0])!r:.80}. Give persons whole numbers.")
+    return torch.as_tensor(values).detach().cpu()
 
 
 def metric_sums(similarity, query_ids, gallery_ids, first_row: int = 0) -> torch.Tensor:

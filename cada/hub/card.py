@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -17,6 +18,8 @@ from cada.hub.record import (
     DRAWN_TITLES,
     RANDOM_START,
     UNKNOWN_START,
+    Evaluation,
+    Training,
     checkpoint_digest,
     evaluations_of,
     newest,
@@ -33,12 +36,12 @@ TEMPLATES |= dict.fromkeys(DRAWN_TITLES, "cada-demo.md")
 METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 
-def _captions(row: dict) -> str:
+def _captions(row: Evaluation) -> str:
     count = row["captions_per_image"]
     return "all captions of an image" if count is None else f"the first {count} captions of an image"
 
 
-def _departures(row: dict) -> str:
+def _departures(row: Evaluation) -> str:
     """What an evaluation differs in from one of the split of the set's authors in float32; empty where in nothing."""
     words = f", in {precision_of(row)}" if precision_of(row) != "float32" else ""
     words += ", unreadable images left out" if row.get("unreadable_images_skipped") else ""
@@ -50,7 +53,7 @@ def _departures(row: dict) -> str:
     return words
 
 
-def _protocol(evaluations: list[dict], training: dict | None) -> list[str]:
+def _protocol(evaluations: list[Evaluation], training: Training | None) -> list[str]:
     """What a reader has to know to compare the figures."""
     notes = ["Every caption of the split searches all images of the split; its own image is among them."]
     notes += [
@@ -89,7 +92,51 @@ def _recipe(training: dict, start: str) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in rows]
 
 
-def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluations: list[dict] = ()) -> ModelCard:
+def _stages(evaluations: list[Evaluation]) -> Iterator[tuple[Evaluation, str]]:
+    for row in evaluations:
+        for matching in ("global", "local"):
+            if f"{matching}_R1" in row["metrics"]:
+                yield row, matching
+
+
+def _table(evaluations: list[Evaluation]) -> list[list[str]]:
+    """Rows of the card's table of the scores."""
+    table = []
+    for row, matching in _stages(evaluations):
+        metrics = row["metrics"]
+        sizes = [f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
+        cells = [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
+        title, k = set_title(row["dataset"]) + _departures(row), metrics["rerank_k"] if matching == "local" else "–"
+        table.append([title, row["split"], matching, str(k), *sizes, *cells])
+    return table
+
+
+def _results(evaluations: list[Evaluation]) -> list[EvalResult]:
+    """The scores as the Hub lists them."""
+    return [
+        EvalResult(
+            task_type="text-to-image-retrieval",
+            task_name="Text-to-image person retrieval",
+            dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]),
+            dataset_name=set_title(row["dataset"]) + _departures(row),
+            # Results that agree in this, type and split are listed as one.
+            dataset_config=(
+                f"{row['metrics']['queries']:,} queries, {row['metrics']['gallery']:,} images, "
+                f"K = {row['metrics']['rerank_k']}{_departures(row)}"
+            ),
+            dataset_split=row["split"],
+            metric_type=f"{matching}_{metric}",
+            metric_name=f"{METRIC_TITLES[metric]} ({matching} matching)",
+            metric_value=round(row["metrics"][f"{matching}_{metric}"], 2),
+        )
+        for row, matching in _stages(evaluations)
+        for metric in METRICS
+    ]
+
+
+def model_card(
+    folder: str | os.PathLike, repo_id: str, revision: str, evaluations: list[Evaluation] = ()
+) -> ModelCard:
     """
     The model card of a checkpoint, from the record of its run and its configuration.
 
@@ -99,55 +146,25 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
         revision: what the snippet pins: a tag, a commit, or a branch.
         evaluations: further ones, from the records of other runs.
     """
-    run, config = read_run(folder), load_config(folder)
-    training = run["training"]
-    digest = checkpoint_digest(folder)
+    run, config, digest = read_run(folder), load_config(folder), checkpoint_digest(folder)
     own = evaluations_of(digest, folder)
     if any(row["weights"] != digest for row in evaluations):
         raise CADAError(
             f"The further evaluations are of other weights than those in {folder}. Run --do_predict again."
         )
     evaluations = newest([*own, *evaluations])
-    if training:
-        training = {**training, "title": set_title(training["dataset"])}
-    name = repo_id.split("/")[-1]
-    table, results = [], []
     for row in evaluations:
-        metrics = row["metrics"]
-        for matching in ("global", "local"):
-            if f"{matching}_R1" not in metrics:
-                continue
-            k = metrics["rerank_k"] if matching == "local" else "–"
-            cells = [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
-            sizes = [f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
-            title = set_title(row["dataset"]) + _departures(row)
-            protocol = f"{sizes[0]} queries, {sizes[1]} images, K = {metrics['rerank_k']}{_departures(row)}"
-            table.append([title, row["split"], matching, str(k), *sizes, *cells])
-            results += [
-                EvalResult(
-                    task_type="text-to-image-retrieval",
-                    task_name="Text-to-image person retrieval",
-                    dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]),
-                    dataset_name=title,
-                    dataset_config=protocol,  # results that agree in it, type and split are listed as one
-                    dataset_split=row["split"],
-                    metric_type=f"{matching}_{metric}",
-                    metric_name=f"{METRIC_TITLES[metric]} ({matching} matching)",
-                    metric_value=round(metrics[f"{matching}_{metric}"], 2),
-                )
-                for metric in METRICS
-            ]
-    origin = run["origin"] or UNKNOWN_START
+        if _departures(row):
+            logger.warning(f"{set_title(row['dataset'])}, {row['split']}{_departures(row)}: the card says so.")
+    training, origin = run["training"], run["origin"] or UNKNOWN_START
     dataset, earlier = training["dataset"] if training else None, origin.get("trained_on", {})
     sets = {dataset, *earlier}
     open_licence = sets <= set(DRAWN_TITLES) and origin["start"] == RANDOM_START["start"]
     restricted = not sets.isdisjoint(PEDES_SETS)
     if earlier:
         origin = {**origin, "start": f"{origin['start']}, then trained on {', '.join(map(set_title, earlier))}"}
-    template = TEMPLATES.get(dataset, "base.md") if open_licence or dataset not in DRAWN_TITLES else "base.md"
-    for row in evaluations:
-        if _departures(row):
-            logger.warning(f"{set_title(row['dataset'])}, {row['split']}{_departures(row)}: the card says so.")
+    if training:
+        training = {**training, "title": set_title(dataset)}
     data = ModelCardData(
         language="en",
         license="apache-2.0" if open_licence else "other",
@@ -155,21 +172,22 @@ def model_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluatio
         license_link="README.md" if restricted else None,
         library_name="transformers",
         tags=["cada", "text-to-image-retrieval", "person-retrieval", "person-re-identification"],
-        model_name=name,
-        eval_results=results or None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=_results(evaluations) or None,
     )
     cards = Environment(
         loader=FileSystemLoader(CARDS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    template = TEMPLATES.get(dataset, "base.md") if open_licence or dataset not in DRAWN_TITLES else "base.md"
     body = cards.get_template(template).render(
-        name=name,
+        name=data.model_name,
         repo_id=repo_id,
         revision=revision,
         training=training,
         recipe=_recipe(training, origin["start"]) if training else [],
         origin=origin,
         evaluations=evaluations,
-        table=table,
+        table=_table(evaluations),
         protocol=_protocol(evaluations, training),
         has_local=config.use_atp,
         max_text_length=config.max_text_length,

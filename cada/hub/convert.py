@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 from cada.files import CADAError, checkpoint_written_whole, make_output_folder, one_line
-from cada.hub.loading import check_config, load_tokenizer, weight_files
+from cada.hub.loading import check_config, in_one_line, load_tokenizer, weight_files
 from cada.hub.record import NO_LICENCE, write_run
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval, resize_positions
@@ -70,11 +70,7 @@ _TEXT_AND_HEADS = [
     (r"^text_decoder\.cls\.predictions\.transform\.LayerNorm\.", "vocabulary_head.layer_norm."),
     (r"^text_decoder\.cls\.predictions\.bias$", "vocabulary_head.decoder.bias"),
 ]
-_RULES = {
-    "blip": _VISION_OF_BLIP + _TEXT_AND_HEADS,
-    "blip_original": _VISION_OF_ORIGINAL + _TEXT_AND_HEADS,
-    "cada_original": _VISION_OF_ORIGINAL + _TEXT_AND_HEADS,
-}
+_RULES = dict.fromkeys(SOURCES, _VISION_OF_ORIGINAL + _TEXT_AND_HEADS) | {"blip": _VISION_OF_BLIP + _TEXT_AND_HEADS}
 _ATTENTION = [
     (r"\.self\.query\.", ".q_proj."),
     (r"\.self\.key\.", ".k_proj."),
@@ -181,10 +177,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         problem = "is not a file. Give the file itself" if os.path.exists(path) else "does not exist"
         raise CADAError(f"The checkpoint {path} {problem}.")
     try:
-        if path.suffix == ".safetensors":
-            loaded = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        is_safe = path.suffix == ".safetensors"
+        loaded = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CADAError(f"The checkpoint {path} cannot be read: {error.strerror or one_line(error)}.") from error
     except Exception as error:  # the readers raise many kinds on damaged files
@@ -198,11 +192,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     for name in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
             loaded = loaded[name]
-    if (
-        not isinstance(loaded, dict)
-        or not loaded
-        or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items())
-    ):
+    pairs = loaded.items() if isinstance(loaded, dict) else ()
+    if not pairs or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in pairs):
         raise CADAError(f"{path} holds no dictionary of tensors. Is this a checkpoint?")
     weights = {key.removeprefix("module."): value for key, value in loaded.items()}
     if len(weights) < len(loaded):
@@ -274,18 +265,11 @@ def settings_of(source: str) -> dict:
     """Fields of [`CADAConfig`] that the code behind a source fixes, besides the sizes."""
     if source == "blip":  # BLIP in transformers; its configuration names the rest
         return {}
-    shared = {"vision_config": {"layer_norm_eps": 1e-6}, "text_config": {"layer_norm_eps": 1e-12}}
-    if source == "blip_original":
-        return shared
-    return {
-        **shared,
-        "contrastive_loss": "ndf_reference",
-        "hard_negative_similarity": "dot",
-        "match_score": "logit",
-        "mask_unit": "word",
-        "mask_rate": 0.4,
-        "ara_causal": True,
-    }
+    fields = {"vision_config": {"layer_norm_eps": 1e-6}, "text_config": {"layer_norm_eps": 1e-12}}
+    if source == "cada_original":
+        fields |= {"contrastive_loss": "ndf_reference", "hard_negative_similarity": "dot", "match_score": "logit"}
+        fields |= {"mask_unit": "word", "mask_rate": 0.4, "ara_causal": True}
+    return fields
 
 
 def _join(*parts: dict) -> dict:
@@ -305,13 +289,11 @@ def _read_blip(
     if vocabulary_head is not None:
         captioner, _ = _load_blip(BlipForConditionalGeneration, vocabulary_head, None)
         state_dict |= {key: value for key, value in captioner.items() if key.startswith("text_decoder.cls.")}
-    fields = {}
-    for tower, names in (
-        ("vision_config", ("num_attention_heads", "hidden_act", "layer_norm_eps")),
-        ("text_config", ("num_attention_heads", "hidden_act", "layer_norm_eps", "pad_token_id")),
-    ):
-        fields[tower] = {name: getattr(getattr(config, tower), name) for name in names}
-    return state_dict, fields
+    names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+    towers = {"vision_config": names, "text_config": (*names, "pad_token_id")}
+    return state_dict, {
+        tower: {name: getattr(getattr(config, tower), name) for name in names} for tower, names in towers.items()
+    }
 
 
 def _load_blip(kind: type, name: str, revision: str | None) -> tuple[dict[str, torch.Tensor], BlipConfig]:
@@ -320,15 +302,10 @@ def _load_blip(kind: type, name: str, revision: str | None) -> tuple[dict[str, t
         check_config(name, BlipConfig.model_type)
         if any(Path(name).glob("*.safetensors*")):  # older copies hold pickles, of which tensors alone are built
             weight_files(name)
-    try:
+    with in_one_line(f"BLIP cannot be loaded from {name}", name, "Save or fetch it again."):
         model, report = kind.from_pretrained(
             name, revision=revision or "main", weights_only=True, output_loading_info=True
         )
-    except Exception as error:  # the library raises many kinds
-        raise CADAError(
-            f"BLIP cannot be loaded from {name}: {one_line(error)} Give a folder, or a name on the Hub, which has to "
-            "be reachable."
-        ) from error
     missing = sorted(set(report["missing_keys"]) - set(model.all_tied_weights_keys))
     if missing:
         raise CADAError(
@@ -418,21 +395,17 @@ def _load(
     model: CADAForTextToImageRetrieval, weights: dict, source: str, report: ConversionReport, may_leave_out: bool
 ) -> None:
     """Fill the model; what the source cannot have is new, everything else has to be there."""
-    unused = [name for name in weights if name not in model.state_dict()]
+    try:
+        missing, unused = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise CADAError(f"The sizes do not fit: {one_line(error)}") from error
     if unused and not may_leave_out:
         raise CADAError(f"The model has no place for {', '.join(unused[:3])}. Is this a checkpoint of {source!r}?")
     if unused:  # a switched-off loss has no head
-        for name in unused:
-            del weights[name]
         report.notes.append(f"The configuration has no use for {', '.join(unused)}.")
-    try:
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-    except RuntimeError as error:
-        raise CADAError(f"The sizes do not fit: {one_line(error)}") from error
-    tied = set(model.all_tied_weights_keys)
     may_be_new = ("group_match_head.", "vocabulary_head.") if source != "cada_original" else ()
-    report.new = [name for name in missing if name not in tied]
-    wrong = [name for name in report.new if not name.startswith(may_be_new)] if may_be_new else report.new
+    report.new = [name for name in missing if name not in model.all_tied_weights_keys]
+    wrong = [name for name in report.new if not name.startswith(may_be_new)]
     if wrong:
         raise CADAError(f"The checkpoint has no tensor for {', '.join(wrong)}. Is it complete, and of {source!r}?")
     model.tie_weights()

@@ -3,6 +3,8 @@ Checkpoints, loaded whole or not at all, from a folder or the Hub. Nothing is un
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +24,15 @@ logger = logging.get_logger(__name__)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHERE = "Give a folder, or a name on the Hub, which has to be reachable."
+
+
+@contextmanager
+def in_one_line(what: str, name: str | os.PathLike, remedy: str) -> Iterator[None]:
+    """What the libraries raise while they load the checkpoint `name`, tokenizers a plain `Exception`, in our words."""
+    try:
+        yield
+    except Exception as error:
+        raise CADAError(f"{what}: {one_line(error)} {remedy if os.path.isdir(name) else _WHERE}") from error
 
 
 def weight_files(folder: str | os.PathLike) -> list[Path]:
@@ -115,12 +126,9 @@ def load_config(name: str | os.PathLike, revision: str | None = None, **override
     Raises:
         CADAError: where it cannot be read, or does not hold together.
     """
-    try:
+    remedy = "Do the fields of --config_overrides fit it?" if overrides else "Correct the file."
+    with in_one_line(f"The configuration of {name} cannot be used", name, remedy):
         return CADAConfig.from_pretrained(name, revision=revision or "main", **overrides)
-    except Exception as error:  # the library raises many kinds
-        remedy = "Correct the file." if os.path.isdir(name) else _WHERE
-        remedy = "Do the fields of --config_overrides fit it?" if overrides else remedy
-        raise CADAError(f"The configuration of {name} cannot be used: {one_line(error)} {remedy}") from error
 
 
 def load_model(
@@ -138,16 +146,16 @@ def load_model(
     Raises:
         CADAError: names what is missing, damaged, or not a number.
     """
+    files = []
     if os.path.exists(name):
         check_config(name)
         files = weight_files(name)
-    else:
-        files = []
     own = load_config(name, revision)
     with torch.device("meta"):
         shapes = {key: tuple(tensor.shape) for key, tensor in CADAForTextToImageRetrieval(own).state_dict().items()}
     _check_shapes(files, shapes)
-    try:
+    remedy = "Do the fields of --config_overrides fit it?"
+    with in_one_line(f"The weights of {name} do not load", name, remedy):
         model, report = CADAForTextToImageRetrieval.from_pretrained(
             name,
             config=own if config is None else config,
@@ -155,9 +163,6 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except Exception as error:  # the library raises many kinds
-        remedy = "Do the fields of --config_overrides fit it?" if os.path.isdir(name) else _WHERE
-        raise CADAError(f"The weights of {name} do not load: {one_line(error)} {remedy}") from error
     missing = (set(report["missing_keys"]) & set(shapes)) - set(model.all_tied_weights_keys)
     if missing:
         raise CADAError(
@@ -195,13 +200,9 @@ def load_processor(name: str | os.PathLike, revision: str | None = None) -> CADA
     Raises:
         CADAError: where its files are missing or damaged, or name code that the checkpoint brings.
     """
-    try:
+    remedy = "Save it again with processor.save_pretrained."
+    with in_one_line(f"The processor of {name} cannot be loaded", name, remedy):
         return CADAProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds, tokenizers a plain Exception
-        raise CADAError(
-            f"The processor of {name} cannot be loaded: {one_line(error)} "
-            f"{'Save it again with processor.save_pretrained.' if os.path.isdir(name) else _WHERE}"
-        ) from error
 
 
 def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
@@ -212,11 +213,9 @@ def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
         CADAError: names what the two do not agree in.
     """
     size, tokenizer, text = dict(processor.image_processor.size), processor.tokenizer, config.text_config
+    given_size = (size.get("height"), size.get("width"))
     pairs = {
-        "images of (height, width)": (
-            (size.get("height"), size.get("width")),
-            config.vision_config.image_height_width,
-        ),
+        "images of (height, width)": (given_size, config.vision_config.image_height_width),
         "[ENC] as": (processor.enc_token_id, text.enc_token_id),
         "[PAD] as": (tokenizer.pad_token_id, text.pad_token_id),
         "texts of at most": (tokenizer.model_max_length, min(tokenizer.model_max_length, config.max_text_length)),
@@ -236,13 +235,8 @@ def load_tokenizer(name: str | os.PathLike):
     Raises:
         CADAError: where it cannot be loaded, or is code that somebody brings along.
     """
-    try:
+    with in_one_line(f"The tokenizer {name} cannot be loaded", name, _WHERE):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds, tokenizers a plain Exception
-        raise CADAError(
-            f"The tokenizer {name} cannot be loaded: {one_line(error)} --tokenizer_name is a folder or a name on the "
-            "Hub, which has to be reachable."
-        ) from error
 
 
 def load_model_and_processor(

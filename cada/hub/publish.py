@@ -65,8 +65,6 @@ def release_files(folder: str | os.PathLike) -> list[str]:
             code |= _code_of(read_json(folder / "processor_config.json"), folder / "processor_config.json")
         for name in sorted(code & set(names)):
             code |= {f"{module}.py" for module in get_relative_imports(folder / name)}
-    except CADAError:
-        raise
     except (OSError, UnicodeDecodeError) as error:
         raise CADAError(f"The code in {folder} cannot be read: {one_line(error)}. Save the model again.") from error
     missing = sorted(code - set(names)) if code else ["auto_map in config.json"]

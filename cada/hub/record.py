@@ -8,6 +8,8 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 from safetensors.torch import load_file
@@ -52,18 +54,70 @@ def environment(processes: int = 1) -> dict:
     }
 
 
-def read_run(folder: str | os.PathLike) -> dict:
+class Origin(TypedDict):
+    """Where weights come from, before training."""
+
+    start: str
+    licence: str | None
+    trained_on: NotRequired[dict[str, int]]  # sets of earlier trainings: persons of train that each held out
+
+
+class _Measured(TypedDict):
+    dataset: str
+    captions_per_image: int | None
+    date: str
+    hardware: str
+    versions: dict[str, str]
+
+
+class _Data(TypedDict):
+    persons: int
+    images: int
+    pairs: int
+
+
+class _Recipe(TypedDict):
+    persons_held_out_of_train: NotRequired[int]  # and the options of the training
+
+
+# And R1, R5, R10, mAP and mINP in percent of each stage, such as `global_R1`.
+class _Metrics(TypedDict):
+    queries: int
+    gallery: int
+    rerank_k: int
+
+
+class Training(_Measured):
+    """What a model was trained on and how."""
+
+    data: _Data
+    recipe: _Recipe
+    selected_by: str | None
+    seed: int
+    minutes: float | int | None
+
+
+class Evaluation(_Measured):
+    """The scores of some weights, which their digest names."""
+
+    split: str
+    metrics: _Metrics
+    weights: str
+    precision: NotRequired[str]  # float32 in an older record
+    unreadable_images_skipped: NotRequired[bool]
+
+
+class Run(TypedDict):
+    """The record of a run; where nobody recorded the origin, or nothing was trained, `None` stands."""
+
+    origin: Origin | None
+    training: Training | None
+    evaluations: list[Evaluation]
+
+
+def read_run(folder: str | os.PathLike) -> Run:
     """
-    The record of a run, `cada_run.json` in `folder`:
-
-    - `origin`: `{"start", "licence", "trained_on"}` of the weights before training, or `None` where nobody recorded
-      it; `trained_on` has the sets of earlier trainings, and how many persons of train each held out.
-    - `training`: what the model was trained on and how, or `None`; see `train_cada.describe_training`.
-    - `evaluations`: a list of `{"dataset", "split", "captions_per_image", "unreadable_images_skipped", "precision",
-      "metrics", "weights"}` and [`environment`]; `weights` is the digest of what was evaluated, `precision` such as
-      `"float32"`, which it is where an older record says nothing.
-
-    Without a record all are empty.
+    The record of a run, `cada_run.json` in `folder`; without one all of it is empty.
 
     Raises:
         CADAError: where the file is damaged.
@@ -73,60 +127,40 @@ def read_run(folder: str | os.PathLike) -> dict:
         return {"origin": None, "training": None, "evaluations": []}
     try:
         run = read_json(path)
-        _check_record(run)
+        _check(run, Run, "record")
+        for number, row in enumerate(run["evaluations"]):
+            stages = [stage for stage in ("global", "local") if f"{stage}_R1" in row["metrics"]]
+            for name in (f"{stage}_{metric}" for stage in stages for metric in METRICS):
+                _check(row["metrics"].get(name), float | int, f"record.evaluations[{number}].metrics.{name}")
     except ValueError as error:
         raise CADAError(f"{path} is damaged ({one_line(error)}). Delete it, or run again.") from error
-    return {name: run[name] for name in ("origin", "training", "evaluations")}
+    return {name: run[name] for name in Run.__annotations__}
 
 
-_NUMBER, _TEXT_OR_NONE, _COUNT_OR_NONE = (int, float), (str, type(None)), (int, type(None))
-_MEASURED = {"dataset": str, "captions_per_image": _COUNT_OR_NONE, "date": str, "hardware": str, "versions": dict}
-_TRAINING = {**_MEASURED, "data": dict, "recipe": dict, "selected_by": _TEXT_OR_NONE, "seed": int}
-_TRAINING |= {"minutes": (*_NUMBER, type(None))}
-_EVALUATION = {**_MEASURED, "split": str, "metrics": dict, "weights": str}
+def _check(value, kind, where: str) -> None:
+    """`value` is of a type, a union of types, a list or dictionary of some type, or one of the classes above."""
+    if isinstance(kind, UnionType) and value is not None:
+        kind = next((option for option in get_args(kind) if is_typeddict(option)), kind)
+    if is_typeddict(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"`{where}` is no object")
+        for name, inner in get_type_hints(kind).items():
+            if name in value:
+                _check(value[name], inner, f"{where}.{name}")
+            elif name in kind.__required_keys__:
+                raise ValueError(f"`{where}` has no `{name}`")
+        return
+    if value is None and isinstance(kind, UnionType) and NoneType in get_args(kind):
+        return
+    container = get_origin(kind) if get_origin(kind) in (list, dict) else None
+    if not isinstance(value, container or kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"`{where}` is {value!r:.80}")
+    if container:
+        for key, part in value.items() if container is dict else enumerate(value):
+            _check(part, get_args(kind)[-1], f"{where}[{key!r}]")
 
 
-def _check_record(run) -> None:
-    _check_fields(run, {"origin": (dict, type(None)), "training": (dict, type(None)), "evaluations": list}, "it")
-    origin, training = run["origin"], run["training"]
-    if origin is not None:
-        _check_fields(origin, {"start": str, "licence": _TEXT_OR_NONE}, "`origin`")
-        earlier = origin.get("trained_on", {})
-        if not isinstance(earlier, dict) or not all(type(persons) is int for persons in earlier.values()):
-            raise ValueError(f"`trained_on` of `origin` is {earlier!r:.80}")
-    if training is not None:
-        _check_fields(training, _TRAINING, "`training`")
-        held_out = training["recipe"].get("persons_held_out_of_train", 0)
-        if type(held_out) is not int:
-            raise ValueError(f"`persons_held_out_of_train` is {held_out!r:.80}")
-        _check_fields(training["data"], dict.fromkeys(("persons", "images", "pairs"), int), "`data` of `training`")
-    for number, row in enumerate(run["evaluations"]):
-        where = f"evaluation {number}"
-        _check_fields(row, _EVALUATION, where)
-        if not isinstance(row.get("unreadable_images_skipped", False), bool):
-            raise ValueError(f"`unreadable_images_skipped` of {where} is {row['unreadable_images_skipped']!r:.80}")
-        if not isinstance(precision_of(row), str):
-            raise ValueError(f"`precision` of {where} is {row['precision']!r:.80}")
-        metrics = row["metrics"]
-        _check_fields(metrics, dict.fromkeys(("queries", "gallery", "rerank_k"), int), f"`metrics` of {where}")
-        stages = [stage for stage in ("global", "local") if f"{stage}_R1" in metrics]
-        _check_fields(
-            metrics, {f"{stage}_{name}": _NUMBER for stage in stages for name in METRICS}, f"`metrics` of {where}"
-        )
-
-
-def _check_fields(value, kinds: dict, where: str) -> None:
-    """`value` is an object that has the fields of `kinds`, each of its kind."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is no object")
-    for name, kind in kinds.items():
-        if name not in value:
-            raise ValueError(f"{where} has no `{name}`")
-        if not isinstance(value[name], kind) or isinstance(value[name], bool):
-            raise ValueError(f"`{name}` of {where} is {value[name]!r:.80}")
-
-
-def read_start(name: str, revision: str | None = None) -> dict:
+def read_start(name: str, revision: str | None = None) -> Run:
     """The record ([`read_run`]) of a checkpoint in a folder or, at a tag, branch or commit, on the Hub."""
     if Path(name).is_dir():
         return read_run(name)
@@ -137,13 +171,13 @@ def read_start(name: str, revision: str | None = None) -> dict:
     return read_run(Path(path).parent if path else name)
 
 
-def after_training(run: dict) -> dict | None:
+def after_training(run: Run) -> Origin | None:
     """The `origin` of what starts from the weights of a run: its own, and the set that it was trained on."""
     origin, training = run["origin"], run["training"]
     return origin if training is None else {**(origin or UNKNOWN_START), "trained_on": trained_on(run)}
 
 
-def trained_on(run: dict) -> dict[str, int]:
+def trained_on(run: Run) -> dict[str, int]:
     """The sets that the weights of a record were trained on, each with how many persons of train they never saw."""
     sets, training = dict((run["origin"] or {}).get("trained_on", {})), run["training"]
     if training is not None:
@@ -152,7 +186,9 @@ def trained_on(run: dict) -> dict[str, int]:
     return sets
 
 
-def write_run(folder: str | os.PathLike, origin: dict | None, training: dict | None, evaluations: list[dict]) -> None:
+def write_run(
+    folder: str | os.PathLike, origin: Origin | None, training: Training | None, evaluations: list[Evaluation]
+) -> None:
     """Write the record of a run; an evaluation takes the place of an older one of the same weights and protocol."""
     run = {"origin": origin, "training": training, "evaluations": newest(evaluations)}
     with written_whole(Path(folder) / RUN_FILE) as path:
@@ -174,7 +210,7 @@ def newest(evaluations: list[dict]) -> list[dict]:
     return list(rows.values())
 
 
-def evaluations_of(digest: str, folder: str | os.PathLike) -> list[dict]:
+def evaluations_of(digest: str, folder: str | os.PathLike) -> list[Evaluation]:
     """What the record of a folder says of these weights. Evaluations of others are left out, with a warning."""
     rows = read_run(folder)["evaluations"]
     own = [row for row in rows if row["weights"] == digest]
