@@ -369,20 +369,6 @@ def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, cap
     assert set((tmp_path / "kept" / "patches").iterdir()) < before
 
 
-def test_milvus_gives_the_same_results(checkpoint, folder, tmp_path):
-    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
-    for store in ("arrow", "milvus"):
-        build(folder, tmp_path / store, checkpoint, store=store)
-    arrow, milvus = (open_index(tmp_path / store) for store in ("arrow", "milvus"))
-    assert len(arrow) == len(milvus) == 12
-    for first, second in zip(arrow.search(SENTENCES, top=5), milvus.search(SENTENCES, top=5), strict=True):
-        assert [(r.path, r.stage) for r in first] == [(r.path, r.stage) for r in second]
-        np.testing.assert_allclose([r.score for r in first], [r.score for r in second], atol=1e-5)
-    (folder / "00.png").unlink()
-    changes = build(folder, tmp_path / "milvus")
-    assert (changes.removed, changes.unchanged, len(open_index(tmp_path / "milvus"))) == (1, 11, 11)
-
-
 def test_commands(checkpoint, folder, tmp_path, capsys):
     index = str(tmp_path / "index")
     assert main(["index", str(folder), "--model", str(checkpoint), "--out", index]) == 0
@@ -460,8 +446,12 @@ def test_one_run_at_a_time(checkpoint, folder, tmp_path):
             ["index", "IMAGES", "--out", "NEW", "--model", "IMAGES"],
             "holds no config.json. Is it the folder of a",
         ),
-        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--store", "paper"], "--store is 'paper'"),
-        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "x.db"], "--uri is for --store milvus"),
+        (
+            ["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "x.db"],
+            "--uri is 'x.db'. Give the address",
+        ),
+        (["index", "IMAGES", "--out", "INDEX", "--uri", "http://localhost:1"], "was made with --uri None"),
+        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "http://localhost:1"], "Cannot open Milvus"),
         (["index", "missing", "--out", "NEW", "--model", "MODEL"], "'missing' is no folder"),
         (["index", "IMAGES", "--out", "INDEX", "--keep-patches"], "was made with --keep-patches False"),
         (["search", "NEW", "a man"], "holds no index"),
@@ -476,7 +466,10 @@ def test_one_run_at_a_time(checkpoint, folder, tmp_path):
         (["index", "IMAGES", "--out", "IMAGES", "--model", "MODEL"], "where the images are. Choose another folder"),
         (["index", "IMAGES", "--out", "FOREIGN", "--model", "MODEL"], "is no index and holds notes.txt"),
         (["index", "FOREIGN", "--out", "INDEX"], "add --moved-source"),
-        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--approximate", "FOO"], "FAISS has no index 'FOO'"),
+        (
+            ["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--approximate", "HNSW"],
+            "--approximate is for Milvus",
+        ),
         (["export", "INDEX", "missing/folder/x.parquet"], "missing/folder"),
     ],
 )
@@ -755,25 +748,6 @@ def test_an_interrupted_first_run_says_how_to_go_on(checkpoint, small_index, tmp
     assert main(["info", index]) == 1
     assert "holds no index yet, but 2 finished shards of an interrupted run" in capsys.readouterr().err
     assert main(arguments) == 0
-
-
-def test_a_moved_milvus_file_is_found_and_a_lost_one_told(checkpoint, small_index, tmp_path):
-    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
-    index, folder = tmp_path / "index", small_index["IMAGES"]
-    build(folder, index, checkpoint, store="milvus", keep_patches=True)
-    assert json.loads((index / "index.json").read_text())["uri"] == "milvus.db"
-    shutil.copytree(index, tmp_path / "moved")
-    moved = open_index(tmp_path / "moved")
-    assert len(moved) == 2 and moved.store.find("a.png") is not None
-    moved.store.drop()
-    with pytest.raises(CADAError, match="holds 0 images, and 2 were written"):
-        open_index(tmp_path / "moved")
-    # The folder is deleted, the collection outside it stays: its rows name patch states that are gone.
-    uri = str(tmp_path / "outside.db")
-    for _ in range(2):
-        build(folder, tmp_path / "two", checkpoint, store="milvus", uri=uri, keep_patches=True)
-        assert len(open_index(tmp_path / "two").search("a man")[0]) == 2
-        shutil.rmtree(tmp_path / "two")
 
 
 def test_the_picture_goes_on_in_the_next_line_and_has_no_boxes(copied, monkeypatch):

@@ -19,8 +19,8 @@ def picture(path, colour: str = "red") -> None:
     Image.new("RGB", (4, 8), colour).save(path)
 
 
-def source(location, split=None, root=None):
-    return open_source({"location": str(location), "split": split, "root": root and str(root)})
+def source(location, split=None, root=None, hidden=False):
+    return open_source({"location": str(location), "split": split, "root": root and str(root), "hidden": hidden})
 
 
 def test_a_folder_gives_every_file_that_pillow_reads(tmp_path):
@@ -271,15 +271,15 @@ def test_an_old_index_knows_its_source(tmp_path):
     (tmp_path / "list.csv").write_text("path\nx.png\n")
     given = [str(tmp_path / "list.csv"), None, tmp_path / "images"]
     recorded = describe_source(*given, None, False)
-    assert recorded == {"location": given[0], "split": None, "root": str(tmp_path / "images")}
+    assert recorded == {"location": given[0], "split": None, "root": str(tmp_path / "images"), "hidden": False}
     assert describe_source(given[0], None, None, recorded, False) == recorded  # the root need not be said again
     assert source_arguments(recorded) == f"{tmp_path}/list.csv --root {tmp_path}/images"
     with pytest.raises(CADAError, match="other location and root.*--moved-source"):
         describe_source(str(tmp_path / "other"), None, None, recorded, False)
     moved = describe_source(str(tmp_path / "other"), None, None, recorded, True)
-    assert moved == {"location": str(tmp_path / "other"), "split": None, "root": None}
+    assert moved == {"location": str(tmp_path / "other"), "split": None, "root": None, "hidden": False}
     # A data set on the Hub: the split of the record counts.
-    hub = {"location": "org/set", "split": "test", "root": None}
+    hub = {"location": "org/set", "split": "test", "root": None, "hidden": False}
     assert describe_source("org/set", None, None, hub, False) == hub
     with pytest.raises(CADAError, match="other split"):
         describe_source("org/set", "train", None, hub, False)

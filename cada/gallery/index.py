@@ -58,12 +58,13 @@ from cada.gallery.images import (
     open_source,
     source_arguments,
 )
+from cada.gallery.milvus import MilvusStore
 from cada.gallery.store import (
     FORMAT,
     PATCHES,
     PENDING,
     RECORD,
-    STORES,
+    ArrowStore,
     announce_states,
     check_output,
     clean,
@@ -109,13 +110,21 @@ class Result:
 
 @dataclass
 class Changes:
-    """What [`build_index`] did: numbers of images, and `(path, problem)` of every image that cannot be read."""
+    """
+    What [`build_index`] did: numbers of images, also of hidden ones that were left out, and `(path, problem)` of every
+    image that cannot be read.
+    """
 
     added: int = 0
     changed: int = 0
     removed: int = 0
     unchanged: int = 0
+    hidden: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+
+
+def _open_store(folder: Path, record: dict) -> ArrowStore | MilvusStore:
+    return (ArrowStore if record["uri"] is None else MilvusStore)(folder, record)
 
 
 def _load(
@@ -153,7 +162,7 @@ def build_index(
     revision: str | None = None,
     split: str | None = None,
     root: str | os.PathLike | None = None,
-    store: str | None = None,
+    hidden: bool | None = None,
     uri: str | None = None,
     approximate: str | None = None,
     keep_patches: bool | None = None,
@@ -179,10 +188,9 @@ def build_index(
         revision: tag, branch or commit of `model` on the Hub. The index keeps the commit, whatever comes after it.
         split: of the data set; an old index knows its own, and its root.
         root: folder that the paths of a list are relative to; by default the list's own.
-        store: `"arrow"` (default) or `"milvus"`.
-        uri: of Milvus: a file, or the address of a cluster. By default a file in `index`.
-        approximate: a factory string of FAISS such as `"SQ8"`, or an index type of Milvus such as `"HNSW"`, for more
-            than a million images. An empty string makes search exact again.
+        hidden: take also hidden files, and those in folders that systems make for themselves (thumbnails, waste bins).
+        uri: address of Milvus, which keeps the features then. By default they are in a table in `index`.
+        approximate: an index type of Milvus: `"FLAT"` (exact, the default), `"IVF_FLAT"` or `"HNSW"`.
         keep_patches: keep patch states in half precision, so that re-ranking need not read image files.
         moved_source: point an old index to another `source`, such as the moved folder. Images whose path and content
             are as before are not encoded again, all others of the old source are dropped.
@@ -206,11 +214,11 @@ def build_index(
     index, record = Path(index), read_record(Path(index))
     if model is not None and Path(model).is_dir():
         model = str(Path(model).resolve())  # an index is searched from anywhere
-    given = {"model": model, "revision": revision, "store": store, "uri": uri, "approximate": approximate}
+    given = {"model": model, "revision": revision, "uri": uri, "approximate": approximate}
     settings = index_settings(index, record, **given, keep_patches=keep_patches)
     settings["revision"] = commit_of(settings["model"], settings["revision"])
-    place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source)
-    check_output(index, place, record is None, settings["uri"])
+    place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source, hidden)
+    check_output(index, place, record is None)
     images = open_source(place, index if record is not None and place == record["source"] else None)
     make_output_folder(index)  # what keeps from writing shows now, not after the work
     network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
@@ -257,15 +265,17 @@ class _Update:
         self.listing, self.unreadable = self.images.listing()
         if not len(self.listing):
             problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
+            if self.images.hidden:
+                problems += f" {counted(self.images.hidden, 'hidden image')}: --hidden takes them."
             raise CADAError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")
         try:
-            self.store = STORES[self.record["store"]](self.index, self.record)
+            self.store = _open_store(self.index, self.record)
         except CADAError as error:
             if not self.record.get("table"):
                 raise
             logger.warning(f"{error} All images are encoded again.")
-            self.record |= {"table": None, "faiss": None}
-            self.store = STORES[self.record["store"]](self.index, self.record)
+            self.record["table"] = None
+            self.store = _open_store(self.index, self.record)
         images = _images_of(self.listing)
         stamps = dict(images)
 
@@ -274,9 +284,10 @@ class _Update:
 
         shards = self._finished(changed if check_content else None)
         done = {image for _, table in shards for image in _images_of(table)}
-        if new and not done and self.record["store"] == "milvus":
-            self.store.drop()  # of an index whose folder was deleted
-        self.store.prepare()
+        if isinstance(self.store, MilvusStore):
+            if new and not done:
+                self.store.drop()  # of an index whose folder was deleted
+            self.store.create()  # what is wrong shows now, not after the work
         self.known = stamps_of_now(self.store, self.index, images, self.images, check_content, progress)
         done |= set(self.known.items())
         todo = [image for image in images if image not in done]
@@ -299,7 +310,8 @@ class _Update:
         images = _images_of(self.listing)
         kept = self.listing.take(pa.array([row for row, key in enumerate(images) if key in ready], pa.int64()))
         paths = {path for path, _ in images} | {path for path, _ in self.unreadable}
-        changes = Changes(removed=sum(path not in paths for path in self.known), unreadable=sorted(self.unreadable))
+        removed = sum(path not in paths for path in self.known)
+        changes = Changes(removed=removed, hidden=self.images.hidden, unreadable=sorted(self.unreadable))
         for path, stamp in _images_of(kept):
             if path not in self.known:
                 changes.added += 1
@@ -322,7 +334,7 @@ class _Update:
         }
         with written_whole(self.index / RECORD) as temporary:
             temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        clean(self.index, self.record)
+        clean(self.index, _open_store(self.index, self.record))
         return changes
 
 
@@ -425,13 +437,15 @@ class GalleryIndex:
         columns: name and type of the metadata columns, which `where` can ask for.
         model, processor: the checkpoint, loaded at first use. A `CADAError` where weights or settings are others.
         left_out: images that the last search left out, and why: gone, or changed since they were indexed.
+        cut: sentences of the last search that are longer than what the model reads, and the words at which it stops.
     """
 
     def __init__(self, folder: Path, record: dict, model: str, device: str | None = None):
         self.folder, self.record, self.model_name, self.device = folder, record, model, device
         self.columns: dict[str, str] = record["columns"]
         self.left_out: dict[str, str] = {}
-        self.store = STORES[record["store"]](folder, record)
+        self.cut: dict[str, str] = {}
+        self.store = _open_store(folder, record)
         self.store.ready()
 
     def __len__(self) -> int:
@@ -471,7 +485,8 @@ class GalleryIndex:
     ) -> list[list[Result]]:
         """
         The `top` images for every sentence, best first. A candidate of re-ranking whose image is gone or has changed
-        is left out, with a warning (see `left_out`); other images are not read, so it is not seen.
+        is left out, with a warning (see `left_out`); other images are not read, so it is not seen. A sentence that is
+        too long for the model is searched as far as the model reads, with a warning (see `cut`).
 
         Args:
             sentences: one or any number of them; there is a list of results for each.
@@ -500,6 +515,9 @@ class GalleryIndex:
         if not sentences:
             return []
         queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
+        self.cut = {sentence: end for sentence in sentences if (end := self._end(sentence)) is not None}
+        for sentence, end in self.cut.items():
+            logger.warning(f"The sentence {sentence!r:.60} is too long: the model reads it up to {end!r}.")
         found = self.store.search(queries.embeds, max(top, rerank), conditions)
         local_scores = self._local_scores(queries, [[row for _, row in hits[:rerank]] for hits in found])
         if self.left_out:  # others take their places; an approximate index may name more images in another order
@@ -528,6 +546,16 @@ class GalleryIndex:
                 f"{' and others' if len(self.left_out) > 1 else ''}. Bring the index up to date: {self._remedy}"
             )
         return rankings
+
+    def _end(self, sentence: str) -> str | None:
+        """The last words of a sentence that the model reads, where it is too long for it."""
+        text = clean_caption(sentence)
+        whole = self.processor.tokenizer(text, truncation=False, return_offsets_mapping=True, verbose=False)
+        length = len(self.processor(text=text)["input_ids"])
+        if len(whole["input_ids"]) <= length:
+            return None
+        end = whole["offset_mapping"][length - 2][1]  # before the token that ends a sentence
+        return " ".join(text[:end].split()[-3:])
 
     def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
         """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
@@ -569,6 +597,8 @@ class GalleryIndex:
     def _states(self, rows: list[dict]) -> torch.Tensor:
         """Patch states `(rows, 1 + patches, hidden)`: kept ones, or of the image files. Zeros for those `left_out`."""
         read, good, found = self._kept_states if self.record["keep_patches"] else self._decode, [], []
+        if not self.record["keep_patches"]:
+            self._source  # noqa: B018  # where no image is there any more, that is an error of all, not of each
         for number, row in enumerate(rows):
             try:
                 found.append(read(row))
@@ -606,6 +636,7 @@ class GalleryIndex:
         row = self.store.find(path)
         if row is None:
             raise CADAError(f"The index holds no image {path!r}.")
+        self._source  # noqa: B018  # as in `_states`
         try:
             return self._decode(row, full_size=True)
         except (OSError, KeyError, CADAError) as error:
@@ -624,7 +655,7 @@ class GalleryIndex:
             "revision": self.record["revision"] or "none",
             "digest": self.record["digest"],
             "dimension": self.record["dimension"],
-            "store": self.record["store"] + (f" at {self.record['uri']}" if self.record["uri"] else ""),
+            "store": f"milvus at {self.record['uri']}" if self.record["uri"] else "arrow",
             "search": self.record["approximate"] or "exact",
             "keep_patches": self.record["keep_patches"],
             "bytes": sum(path.stat().st_size for path in files),

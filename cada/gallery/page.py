@@ -233,6 +233,8 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         said += f" where {' and '.join(conditions)}." if conditions else "."
         if images and sentence and config.use_atp:
             said += " Click one to see why."
+        if sentence in gallery.cut:
+            said += f" The sentence is too long: it was read up to “{gallery.cut[sentence]}”."
         if missing:
             path, problem = next(iter(missing.items()))
             said += f" Left out: {len(missing)}, such as {path} ({problem}). Bring the index up to date."
