@@ -780,6 +780,49 @@ def test_what_is_printed_stays_in_its_line(checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out == "a man\nNo image fulfils place=Ost.\n"
 
 
+def test_hidden_images_are_counted_and_the_index_knows_whether_it_has_them(checkpoint, tmp_path, capsys):
+    folder, index = tmp_path / "images", str(tmp_path / "index")
+    save_images(folder, [".Trash-1000/a.png", "._b.png"])
+    arguments = ["index", str(folder), "--model", str(checkpoint), "--out", index]
+    assert main(arguments) == 1
+    assert "holds no image that Pillow reads. 2 hidden images: --hidden takes them." in capsys.readouterr().err
+    save_images(folder, ["b.png"], seed=1)
+    assert main(arguments) == 0
+    assert "1 image; 1 added" in (printed := capsys.readouterr().out)
+    assert "Left out: 2 hidden images. --hidden takes them." in printed
+    assert main([*arguments, "--hidden"]) == 0
+    assert "3 images; 2 added" in (printed := capsys.readouterr().out) and "Left out" not in printed
+    assert main(["index", str(folder), "--out", index]) == 0
+    assert "3 images; 0 added, 0 changed, 0 removed, 3 unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["O'Brien.png", 'a"b.png', "back\\slash.png", "new\nline.png", "%_ {x}.png", "ü😀.png"]
+)
+def test_every_name_of_a_file_is_indexed_and_dropped(checkpoint, tmp_path, name):
+    save_images(tmp_path / "images", [name, "other.png"])
+    build(tmp_path / "images", tmp_path / "index", checkpoint)
+    gallery = open_index(tmp_path / "index")
+    assert name in {result.path for result in gallery.search("a man")[0]} and gallery.image(name)
+    (tmp_path / "images" / name).unlink()
+    assert build(tmp_path / "images", tmp_path / "index").removed == 1
+    assert [result.path for result in open_index(tmp_path / "index").search("a man")[0]] == ["other.png"]
+
+
+def test_a_long_sentence_is_searched_and_said_where_it_is_cut(copied):
+    """The tiny model reads 13 tokens, [CLS] and [SEP] among them: 11 words of one token."""
+    gallery = open_index(copied[0])
+    words = ["man", "red", "coat"] * 40
+    long, short = " ".join(words), " ".join(words[:11])
+    with CaptureLogger(cada.gallery.index.logger) as captured:
+        results = gallery.search([long, short])
+    assert results[0] == results[1]
+    assert gallery.cut == {long: " ".join(words[8:11])}
+    assert f"is too long: the model reads it up to '{' '.join(words[8:11])}'" in captured.out
+    gallery.search(short)
+    assert gallery.cut == {}
+
+
 def test_a_missing_model_is_told(copied, tmp_path):
     index, _ = copied
     record = json.loads((index / "index.json").read_text())

@@ -91,6 +91,30 @@ def test_exact_search_is_a_sorted_matrix_product(count, queries, k, rows_at_once
         np.testing.assert_allclose([score for score, _ in hits], scores[order], atol=1e-6)
 
 
+def test_equal_scores_are_in_the_order_of_paths(tmp_path, monkeypatch):
+    """Also where the last place is among them, whichever block they lie in, and however many sentences are asked."""
+    monkeypatch.setattr(cada.gallery.store, "_ROWS_AT_ONCE", 7)
+    different = unit_vectors(5, 0)
+    features = different[[0, 1, 2, 3, 4] * 8]
+    paths = [f"{number:02}" for number in range(40)]
+    store = written(new_store(ArrowStore, tmp_path), *tables(paths, features))
+    asked = torch.from_numpy(unit_vectors(6, 1))
+    for k in (1, 3, 8, 11, 40):
+        together = store.search(asked, k)
+        assert [store.search(query, k)[0] for query in asked.split(1)] == together
+        for query, hits in zip(asked.numpy(), together):
+            order = sorted(range(40), key=lambda row: (-float(different[row % 5] @ query), row))
+            assert [row["path"] for _, row in hits] == [paths[row] for row in order[:k]]
+
+
+def test_a_search_goes_in_parts_of_the_sentences(tmp_path, monkeypatch):
+    store = written(new_store(ArrowStore, tmp_path), *tables(list("abcdef"), unit_vectors(6, 0)))
+    asked = torch.from_numpy(unit_vectors(5, 1))
+    whole = store.search(asked, 3)
+    monkeypatch.setattr(cada.gallery.store, "_QUERIES_AT_ONCE", 2)
+    assert store.search(asked, 3) == whole and len(whole) == 5
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     cameras=st.lists(st.none() | st.integers(0, 4), min_size=1, max_size=30),

@@ -515,7 +515,8 @@ class GalleryIndex:
         if not sentences:
             return []
         queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
-        self.cut = {sentence: end for sentence in sentences if (end := self._end(sentence)) is not None}
+        lengths = queries.attention_mask.sum(dim=1).tolist()
+        self.cut = {text: end for text, length in zip(sentences, lengths) if (end := self._end(text, length))}
         for sentence, end in self.cut.items():
             logger.warning(f"The sentence {sentence!r:.60} is too long: the model reads it up to {end!r}.")
         found = self.store.search(queries.embeds, max(top, rerank), conditions)
@@ -547,14 +548,14 @@ class GalleryIndex:
             )
         return rankings
 
-    def _end(self, sentence: str) -> str | None:
-        """The last words of a sentence that the model reads, where it is too long for it."""
+    def _end(self, sentence: str, length: int) -> str | None:
+        """The last words that the model reads of a sentence that has more than its `length` tokens."""
         text = clean_caption(sentence)
-        whole = self.processor.tokenizer(text, truncation=False, return_offsets_mapping=True, verbose=False)
-        length = len(self.processor(text=text)["input_ids"])
-        if len(whole["input_ids"]) <= length:
+        options = {"truncation": True, "return_overflowing_tokens": True, "return_offsets_mapping": True}
+        parts = self.processor.tokenizer(text, max_length=length, **options)
+        if len(parts["input_ids"]) == 1:
             return None
-        end = whole["offset_mapping"][length - 2][1]  # before the token that ends a sentence
+        end = parts["offset_mapping"][0][length - 2][1]  # before the token that ends a sentence
         return " ".join(text[:end].split()[-3:])
 
     def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
