@@ -24,12 +24,12 @@ style: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 # The demo needs little; tests and benchmarks need every extra.
-.venv/.installed-demo: EXTRAS := gallery
-$(STAMP): EXTRAS := app,benchmarks,gallery,milvus,onnx,test
+.venv/.installed-demo: EXTRAS :=
+$(STAMP): EXTRAS := [app,benchmarks,milvus,onnx,test]
 .venv/.installed-demo $(STAMP): constraints.txt setup.cfg
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".$(EXTRAS)"
 	touch $@
 
 $(COMMON_TESTS): $(STAMP)
