@@ -25,6 +25,7 @@ from transformers.testing_utils import CaptureLogger
 
 import cada.drawing
 import cada.gallery.index
+import cada.gallery.update
 from cada.cli import main
 from cada.drawing import draw_results
 from cada.evaluation.encoding import encode_gallery, encode_queries
@@ -304,7 +305,7 @@ def test_shards_without_patch_states_are_not_taken_up_where_they_are_wanted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cada.gallery.index._Update, "commit", interrupt)
+        patch.setattr(cada.gallery.update.Update, "commit", interrupt)
         build(folder, index, checkpoint, shard_size=5)
     assert sum(encoded) == 12
     build(folder, index, checkpoint, keep_patches=True)
@@ -742,7 +743,7 @@ def test_an_interrupted_first_run_says_how_to_go_on(checkpoint, small_index, tmp
         def interrupt(self, shards):
             raise KeyboardInterrupt
 
-        patch.setattr(cada.gallery.index._Update, "commit", interrupt)
+        patch.setattr(cada.gallery.update.Update, "commit", interrupt)
         assert main(arguments) == 130
     assert "Interrupted. 2 finished shards kept; run the same command to go on." in capsys.readouterr().err
     assert main(["info", index]) == 1

@@ -16,13 +16,12 @@ from cada.files import CADAError
 from cada.gallery.store import (
     ArrowStore,
     Condition,
-    clean,
     feature_column,
     parse_conditions,
     read_record,
-    read_shards,
     write_table,
 )
+from cada.gallery.update import clean, read_shards
 
 
 DIMENSION = 8

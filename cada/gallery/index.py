@@ -12,18 +12,16 @@ to the new one. Images are encoded in shards; finished ones wait in `pending/`, 
 """
 
 import datetime
-import json
 import os
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from uuid import NAMESPACE_URL, uuid4, uuid5
+from uuid import NAMESPACE_URL, uuid5
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,6 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import parse_flag_from_env
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -51,33 +48,24 @@ from cada.files import (
 from cada.gallery.images import (
     ImageFiles,
     ImageRows,
-    ImageSamples,
     content_digest,
     describe_source,
-    digest_of,
     open_source,
     source_arguments,
 )
-from cada.gallery.milvus import MilvusStore
+from cada.gallery.milvus import open_store
 from cada.gallery.store import (
     FORMAT,
     PATCHES,
     PENDING,
     RECORD,
-    ArrowStore,
-    announce_states,
     check_output,
-    clean,
-    feature_column,
     index_settings,
     parse_conditions,
     read_record,
-    read_shards,
     shard_files,
-    shard_schema,
-    stamps_of_now,
-    write_table,
 )
+from cada.gallery.update import Changes, Update, announce_states, encode_shards, shard_kind
 from cada.hub.loading import check_processor, commit_of, load_model, load_processor
 from cada.hub.record import search_digest
 from modeling_cada import CADAForTextToImageRetrieval
@@ -106,25 +94,6 @@ class Result:
     score: float
     stage: str
     metadata: dict
-
-
-@dataclass
-class Changes:
-    """
-    What [`build_index`] did: numbers of images, also of hidden ones that were left out, and `(path, problem)` of every
-    image that cannot be read.
-    """
-
-    added: int = 0
-    changed: int = 0
-    removed: int = 0
-    unchanged: int = 0
-    hidden: int = 0
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-
-
-def _open_store(folder: Path, record: dict) -> ArrowStore | MilvusStore:
-    return (ArrowStore if record["uri"] is None else MilvusStore)(folder, record)
 
 
 def _load(
@@ -225,18 +194,19 @@ def build_index(
     (index / PENDING).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         plan = None
+        encoding = {**settings, "digest": digest}  # what a shard has to be made with
         if state.is_main_process:
             stack.enter_context(only_writer(index))
             if read_record(index) != record:
                 raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
-            kind = _shard_kind(digest, settings["keep_patches"])
+            name = f"{platform.node()}{index.resolve()}{shard_kind(encoding)}"
             old = record or {
                 "format": FORMAT,
                 "dimension": network.config.projection_dim,
                 # Of Milvus. The same for each run of this command, also where the first one is killed.
-                "collection": f"cada_{uuid5(NAMESPACE_URL, f'{platform.node()}{index.resolve()}{kind}').hex[:16]}",
+                "collection": f"cada_{uuid5(NAMESPACE_URL, name).hex[:16]}",
             }
-            job = _Update(index, {**old, **settings, "source": place, "digest": digest}, images)
+            job = Update(index, {**old, **encoding, "source": place}, images)
             plan = job.plan(shard_size, record is None, check_content, progress)
             if settings["keep_patches"]:
                 vision = network.config.vision_config
@@ -244,156 +214,10 @@ def build_index(
                 announce_states(index, size, sum(len(paths) for _, paths, _ in plan))
         plan = broadcast_object_list([plan])[0]
         part, shown = plan[state.process_index :: state.num_processes], progress and state.is_main_process
-        keep_patches = settings["keep_patches"]
-        _encode_shards(network, processor, images, part, index, digest, keep_patches, batch_size, workers, shown)
+        encode_shards(network, processor, images, part, index, encoding, batch_size, workers, shown)
         state.wait_for_everyone()
         changes = job.commit([name for name, _, _ in plan]) if state.is_main_process else None
     return broadcast_object_list([changes])[0]
-
-
-class _Update:
-    """What the main process does before and after encoding."""
-
-    def __init__(self, index: Path, record: dict, images: ImageFiles | ImageRows):
-        self.index, self.record, self.images = index, record, images
-        self.kind = _shard_kind(record["digest"], record["keep_patches"])
-
-    def plan(
-        self, shard_size: int, new: bool, check_content: bool, progress: bool
-    ) -> list[tuple[str, list[str], list[str]]]:
-        """Shards to encode: name, paths, stamps. Images of finished shards and of the index are not among them."""
-        self.listing, self.unreadable = self.images.listing()
-        if not len(self.listing):
-            problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
-            if self.images.hidden:
-                problems += f" {counted(self.images.hidden, 'hidden image')}: --hidden takes them."
-            raise CADAError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")
-        try:
-            self.store = _open_store(self.index, self.record)
-        except CADAError as error:
-            if not self.record.get("table"):
-                raise
-            logger.warning(f"{error} All images are encoded again.")
-            self.record["table"] = None
-            self.store = _open_store(self.index, self.record)
-        images = _images_of(self.listing)
-        stamps = dict(images)
-
-        def changed(path: str, stamp: str, digest: str) -> bool:
-            return stamps.get(path) == stamp and digest_of(self.images, path) != digest
-
-        shards = self._finished(changed if check_content else None)
-        done = {image for _, table in shards for image in _images_of(table)}
-        if isinstance(self.store, MilvusStore):
-            if new and not done:
-                self.store.drop()  # of an index whose folder was deleted
-            self.store.create()  # what is wrong shows now, not after the work
-        self.known = stamps_of_now(self.store, self.index, images, self.images, check_content, progress)
-        done |= set(self.known.items())
-        todo = [image for image in images if image not in done]
-        run = uuid4().hex[:12]
-        parts = [todo[start : start + shard_size] for start in range(0, len(todo), shard_size)]
-        return [(f"{run}-{number:06}", *map(list, zip(*part))) for number, part in enumerate(parts)]
-
-    def _finished(self, changed: Callable[[str, str, str], bool] | None = None) -> Iterator[tuple[str, pa.Table]]:
-        return read_shards(self.index, self.kind, self.record["dimension"], changed)
-
-    def commit(self, shards: list[str]) -> Changes:
-        """Write the next state of the index."""
-        tables = [shard_schema(self.record["dimension"]).empty_table()]
-        for name, table in self._finished():
-            if name in shards:
-                self.unreadable += [tuple(row) for row in json.loads(table.schema.metadata[b"unreadable"])]
-            tables.append(table.replace_schema_metadata(None))
-        encoded = pa.concat_tables(tables)
-        ready = set(_images_of(encoded)) | set(self.known.items())
-        images = _images_of(self.listing)
-        kept = self.listing.take(pa.array([row for row, key in enumerate(images) if key in ready], pa.int64()))
-        paths = {path for path, _ in images} | {path for path, _ in self.unreadable}
-        removed = sum(path not in paths for path in self.known)
-        changes = Changes(removed=removed, hidden=self.images.hidden, unreadable=sorted(self.unreadable))
-        for path, stamp in _images_of(kept):
-            if path not in self.known:
-                changes.added += 1
-            elif self.known[path] != stamp:
-                changes.changed += 1
-            else:
-                changes.unchanged += 1
-        if not len(kept):
-            path, problem = changes.unreadable[0]
-            raise CADAError(
-                f"None of the {len(changes.unreadable)} images can be read, so nothing was changed. {path}: {problem}."
-            )
-        columns = {name: str(kept.schema.field(name).type) for name in kept.column_names[2:]}
-        columns = {name: {"double": "float64"}.get(kind, kind) for name, kind in columns.items()}
-        self.record["columns"] = columns
-        self.record |= self.store.write(kept, encoded)
-        self.record |= {
-            "images": len(kept),
-            "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        with written_whole(self.index / RECORD) as temporary:
-            temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        clean(self.index, _open_store(self.index, self.record))
-        return changes
-
-
-def _images_of(table: pa.Table) -> list[tuple[str, str]]:
-    return list(zip(table["path"].to_pylist(), table["stamp"].to_pylist()))
-
-
-def _shard_kind(digest: str, keep_patches: bool) -> str:
-    return f"{digest}{' with patches' if keep_patches else ''}"
-
-
-@torch.inference_mode()
-def _encode_shards(
-    model, processor, images, shards, index: Path, digest: str, keep_patches: bool, batch_size, workers, progress
-) -> None:
-    """Encode shards (name, paths, stamps), each into a file of `pending/`, with a file of `patches/` if asked."""
-    samples = ImageSamples(images, processor, [path for _, paths, _ in shards for path in paths])
-    batches, start = [], 0
-    for _, paths, _ in shards:  # no batch crosses shards, so that features do not depend on who encodes which shard
-        end = start + len(paths)
-        batches += [list(range(at, min(at + batch_size, end))) for at in range(start, end, batch_size)]
-        start = end
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=list)
-    bar = tqdm(total=len(samples), desc="Encoding images", unit="image", disable=not progress, leave=False)
-    stream = iter(loader)
-    for name, paths, stamps in shards:
-        rows, unreadable, states = [], [], []
-        for start in range(0, len(paths), batch_size):
-            batch = next(stream)
-            bar.update(len(batch))
-            numbers = [number for number, (_, pixels, _) in enumerate(batch) if pixels is not None]
-            unreadable += [(paths[start + number], problem) for number, (_, _, problem) in enumerate(batch) if problem]
-            if not numbers:
-                continue
-            outputs = model.get_image_features(torch.stack([batch[number][1] for number in numbers]).to(model.device))
-            features = F.normalize(outputs.pooler_output.float(), dim=-1).cpu()
-            finite = features.isfinite().all(dim=1).tolist()
-            for row, number in enumerate(numbers):
-                path = paths[start + number]
-                if not finite[row]:
-                    unreadable.append((path, "has no finite features; does the model give any?"))
-                    continue
-                place = f"{name}.safetensors/{len(rows)}" if keep_patches else None
-                rows.append((path, stamps[start + number], batch[number][0], place, features[row]))
-                if keep_patches:
-                    states.append(outputs.last_hidden_state[row].half().cpu())
-        if states:
-            (index / PATCHES).mkdir(exist_ok=True)
-            with written_whole(index / PATCHES / f"{name}.safetensors") as temporary:
-                save_file({"states": torch.stack(states)}, temporary)
-        schema = shard_schema(model.config.projection_dim)
-        table = schema.empty_table()
-        if rows:
-            *columns, kept = zip(*rows)
-            columns = [pa.array(column, pa.string()) for column in columns]
-            table = pa.table([*columns, feature_column(torch.stack(kept))], schema=schema)
-        about = {"kind": _shard_kind(digest, keep_patches), "unreadable": json.dumps(unreadable)}
-        write_table(table.replace_schema_metadata(about), index / PENDING / f"{name}.arrow")
-    bar.close()
 
 
 def open_index(index: str | os.PathLike, model: str | None = None, device: str | None = None) -> "GalleryIndex":
@@ -445,7 +269,7 @@ class GalleryIndex:
         self.columns: dict[str, str] = record["columns"]
         self.left_out: dict[str, str] = {}
         self.cut: dict[str, str] = {}
-        self.store = _open_store(folder, record)
+        self.store = open_store(folder, record)
         self.store.ready()
 
     def __len__(self) -> int:
@@ -500,18 +324,12 @@ class GalleryIndex:
             CADAError: for an empty sentence, an unknown column, or where the folder of the images is gone.
         """
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
-        self.left_out = {}
+        self.left_out, self.cut = {}, {}
         for sentence in sentences:
             if not clean_caption(sentence):
                 raise CADAError(f"The sentence {sentence!r} is empty. Describe a person.")
-        if top < 1 or (rerank is not None and rerank < 0):
-            raise CADAError(f"top is {top} and rerank {rerank}. Give 1 or more, and 0 or more.")
         conditions = parse_conditions(where, self.columns)
-        config = self.model.config
-        if rerank and not config.use_atp:
-            raise CADAError("This model has no match head (`use_atp=False`): give --rerank 0.")
-        if rerank is None:
-            rerank = config.rerank_k if config.use_atp else 0
+        rerank = self._candidates(top, rerank)
         if not sentences:
             return []
         queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
@@ -526,20 +344,7 @@ class GalleryIndex:
             for hits, others in zip(found, more):
                 near = {row["path"] for _, row in hits[:rerank]}
                 hits[rerank:] = [hit for hit in others if hit[1]["path"] not in near]
-        rankings = []
-        for hits, scores in zip(found, local_scores):
-            near = sorted(
-                (
-                    (score + local, row)
-                    for (score, row), local in zip(hits, scores)
-                    if row["path"] not in self.left_out
-                ),
-                key=lambda pair: (-pair[0], pair[1]["path"]),
-            )
-            ranked = [(*pair, "local") for pair in near] + [
-                (*pair, "global") for pair in hits[len(scores) :] if pair[1]["path"] not in self.left_out
-            ]
-            rankings.append([self._result(*hit) for hit in ranked[:top]])
+        rankings = [self._ranked(hits, scores)[:top] for hits, scores in zip(found, local_scores)]
         if self.left_out:
             path, problem = next(iter(self.left_out.items()))
             logger.warning(
@@ -547,6 +352,22 @@ class GalleryIndex:
                 f"{' and others' if len(self.left_out) > 1 else ''}. Bring the index up to date: {self._remedy}"
             )
         return rankings
+
+    def _candidates(self, top: int, rerank: int | None) -> int:
+        """How many candidates the decoder reads."""
+        if top < 1 or (rerank is not None and rerank < 0):
+            raise CADAError(f"top is {top} and rerank {rerank}. Give 1 or more, and 0 or more.")
+        config = self.model.config
+        if rerank and not config.use_atp:
+            raise CADAError("This model has no match head (`use_atp=False`): give --rerank 0.")
+        return rerank if rerank is not None else config.rerank_k if config.use_atp else 0
+
+    def _ranked(self, hits: list[tuple[float, dict]], local_scores: list[float]) -> list[Result]:
+        """Candidates by S_G + S_L, then all others by S_G, without those that are left out."""
+        near = [(score + local, row, "local") for (score, row), local in zip(hits, local_scores)]
+        near.sort(key=lambda hit: (-hit[0], hit[1]["path"]))
+        far = [(*hit, "global") for hit in hits[len(local_scores) :]]
+        return [self._result(*hit) for hit in near + far if hit[1]["path"] not in self.left_out]
 
     def _end(self, sentence: str, length: int) -> str | None:
         """The last words that the model reads of a sentence that has more than its `length` tokens."""

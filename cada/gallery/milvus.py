@@ -13,7 +13,7 @@ import torch
 
 from cada.files import CADAError
 from cada.gallery.images import RESERVED
-from cada.gallery.store import MEND, Condition, feature_column, feature_values
+from cada.gallery.store import MEND, ArrowStore, Condition, feature_column, feature_values
 
 
 # Types of index, and what a server wants to know to build one: lists; neighbours, and candidates for these.
@@ -232,3 +232,8 @@ def _expression(condition: Condition) -> str:
     operator = "==" if condition.operator == "=" else condition.operator
     comparison = f"({field} {operator} {json.dumps(condition.value, ensure_ascii=False)})"
     return f"((exists {field}) and {comparison})" if condition.operator == "!=" else comparison
+
+
+def open_store(folder: Path, record: dict) -> ArrowStore | MilvusStore:
+    """The rows of an index: in its table, or where the record has an address, in Milvus."""
+    return (ArrowStore if record["uri"] is None else MilvusStore)(folder, record)

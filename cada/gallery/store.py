@@ -9,13 +9,11 @@ states are kept, if they are), the metadata columns, `feature` (normalised, in h
 time of a search, and moves a score by 0.0005 at most).
 """
 
-import json
 import math
 import os
 import re
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,11 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
 
-from cada.files import LOCK, CADAError, counted, read_json, written_whole
-from cada.gallery.images import ImageFiles, ImageRows, digest_of
+from cada.files import LOCK, CADAError, read_json, written_whole
 
 
 RECORD, PENDING, PATCHES = "index.json", "pending", "patches"
@@ -39,9 +34,9 @@ _RECORDED = ("dimension", "collection", "model", "revision", "uri", "approximate
 _RECORDED += ("digest", "columns", "images", "updated")
 MEND = "To mend the index, run `index` again."
 _RUN = "[0-9a-f]{12}"
-_SHARD = re.compile(rf"(\.unfinished-)?{_RUN}-\d{{6,}}\.arrow")
-_STATES = re.compile(rf"(\.unfinished-)?{_RUN}-\d{{6,}}\.safetensors")
-_OWN = re.compile(rf"(\.unfinished-)?table-{_RUN}\.arrow|\.unfinished-index\.json")
+OWN_SHARDS = re.compile(rf"(\.unfinished-)?{_RUN}-\d{{6,}}\.arrow")
+OWN_STATES = re.compile(rf"(\.unfinished-)?{_RUN}-\d{{6,}}\.safetensors")
+OWN_FILES = re.compile(rf"(\.unfinished-)?table-{_RUN}\.arrow|\.unfinished-index\.json")
 TYPES = {"int64": int, "float64": float, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
 _CONDITION = re.compile(r"(.+?)(==|!=|<=|>=|=<|=>|=|<|>)(.*)", re.DOTALL)
 _COMPARE = {
@@ -130,8 +125,8 @@ def check_output(index: Path, source: dict, new: bool) -> None:
     if not new or not index.exists():
         return
     for path in sorted(index.iterdir()):
-        own = path.name == LOCK or _OWN.fullmatch(path.name)
-        for folder, names in ((PENDING, _SHARD), (PATCHES, _STATES)):
+        own = path.name == LOCK or OWN_FILES.fullmatch(path.name)
+        for folder, names in ((PENDING, OWN_SHARDS), (PATCHES, OWN_STATES)):
             if path.name == folder and path.is_dir():
                 own = all(names.fullmatch(file.name) for file in path.iterdir())
         if not own:
@@ -147,105 +142,7 @@ def shard_schema(dimension: int) -> pa.Schema:
 def shard_files(index: Path) -> list[Path]:
     """The files of the finished shards that wait in `pending/`."""
     files = sorted((index / PENDING).iterdir()) if (index / PENDING).is_dir() else []
-    return [path for path in files if _SHARD.fullmatch(path.name) and path.name[0] != "."]
-
-
-def announce_states(index: Path, size: int, count: int) -> None:
-    """Say how much disk the patch states of `count` images of `size` bytes take. A `CADAError` for too much."""
-    free = shutil.disk_usage(index).free
-    needed = f"Patch states of {counted(count, 'image')} will take {size * count / 1e9:.2f} GB"
-    print(f"{needed}; {free / 1e9:.2f} GB are free.", flush=True)
-    if size * count > free:
-        raise CADAError(f"{index}: the disk is too small for --keep-patches. Leave it out, or choose another.")
-
-
-def read_shards(
-    index: Path, kind: str, dimension: int, changed: Callable[[str, str, str], bool] | None = None
-) -> Iterator[tuple[str, pa.Table]]:
-    """
-    Names and tables of the finished shards of a kind (the text in their metadata). Damaged ones, those of another kind
-    and those with a row (path, stamp, digest) that has `changed` are deleted.
-    """
-    for path in shard_files(index):
-        try:
-            with pa.memory_map(str(path)) as file:
-                table = pa.ipc.open_stream(file).read_all()
-            about = table.schema.metadata
-            json.loads(about[b"unreadable"])
-            good = about[b"kind"].decode() == kind and table.schema.equals(shard_schema(dimension))
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
-            good = False
-        good = good and not lost_states(index, table["patches"].to_pylist())
-        if good and changed is not None:
-            rows = zip(*(table[name].to_pylist() for name in ("path", "stamp", "digest")))
-            good = not any(changed(*row) for row in rows)
-        if good:
-            yield path.stem, table
-        else:
-            path.unlink()
-
-
-def lost_states(index: Path, places: Iterable[str | None]) -> set[str]:
-    """Those of `places` (file and row in `patches/`) that cannot be read: the file is gone, damaged or too short."""
-    rows, lost = {}, set()
-    for place in places:
-        if place is None:
-            continue
-        name, row = place.split("/")
-        if name not in rows:
-            try:
-                with safe_open(index / PATCHES / name, "pt") as file:
-                    rows[name] = file.get_slice("states").get_shape()[0]
-            except (OSError, SafetensorError):
-                rows[name] = 0
-        if int(row) >= rows[name]:
-            lost.add(place)
-    return lost
-
-
-def stamps_of_now(
-    store,
-    index: Path,
-    listing: list[tuple[str, str]],
-    source: ImageFiles | ImageRows,
-    check_content: bool,
-    progress: bool,
-) -> dict[str, str]:
-    """
-    The stamp of each image in the store by its path: that of `listing` (path, stamp) where the content is as it was.
-    What has other content, or whose patch states are lost, gets no stamp.
-
-    Args:
-        check_content: read also the images whose stamp is as it was.
-    """
-    known = store.known()
-    stamps = {path: stamp for path, stamp in listing if path in known and (check_content or known[path] != stamp)}
-    if stamps:
-        with tqdm(total=len(stamps), desc="Comparing images", unit="image", disable=not progress, leave=False) as bar:
-            for table in store.tables(["path", "digest"]):
-                for path, indexed in zip(table["path"].to_pylist(), table["digest"].to_pylist()):
-                    if path in stamps:
-                        bar.update()
-                        known[path] = stamps[path] if digest_of(source, path) == indexed else ""
-    if store.record["keep_patches"]:
-        for table in store.tables(["path", "patches"]):
-            places = table["patches"].to_pylist()
-            lost = lost_states(index, places)
-            known |= {path: "" for path, place in zip(table["path"].to_pylist(), places) if place in lost}
-    return known
-
-
-def clean(index: Path, store) -> None:
-    """Delete files of an index that its present state, the record of `store`, does not refer to."""
-    table = store.record.get("table")
-    unused = [path for path in index.iterdir() if _OWN.fullmatch(path.name) and path.name != table]
-    unused += [path for path in (index / PENDING).iterdir() if _SHARD.fullmatch(path.name)]
-    if store.record["keep_patches"] and (index / PATCHES).is_dir():
-        used = {place.split("/")[0] for table in store.tables(["patches"]) for place in table["patches"].to_pylist()}
-        files = (index / PATCHES).iterdir()
-        unused += [path for path in files if _STATES.fullmatch(path.name) and path.name not in used]
-    for path in unused:
-        path.unlink()
+    return [path for path in files if OWN_SHARDS.fullmatch(path.name) and path.name[0] != "."]
 
 
 def write_table(table: pa.Table, path: Path) -> None:
