@@ -134,12 +134,17 @@ def test_conditions_are_those_of_the_table(uri, tmp_path):
         "indoors": [n % 2 == 0 for n in range(count)],
         "attributes.sex": ["man" if n % 3 else 'wo"man' for n in range(count)],
         "größe": ["Straße\\" if n % 2 else None for n in range(count)],
+        "key": list(range(count)),  # a name that has a meaning for Milvus, too
     }
     columns = {"camera": "int64", "height": "float64", "indoors": "bool", "attributes.sex": "string"}
-    columns["größe"] = "string"
+    columns |= {"größe": "string", "key": "int64"}
     data = tables([f"{n:03}" for n in range(count)], features, **metadata)
     stores = [new_store(ArrowStore, tmp_path, columns), store_in(uri, tmp_path, "conditions", columns)]
     arrow, milvus = (written(store, *data) for store in stores)
+    (table,) = milvus.tables(["path", "key"])
+    assert sorted(table.to_pylist(), key=lambda row: row["key"]) == [
+        {"path": f"{n:03}", "key": n} for n in range(count)
+    ]
     for where in (
         [],
         ["camera=2"],

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -117,17 +118,16 @@ class MilvusStore:
 
     def known(self) -> dict[str, str]:
         """Stamp of every indexed image by its path."""
-        return {row["path"]: row["stamp"] for rows in self._rows(["path", "stamp"]) for row in rows}
+        return {row["path"]: row["stamp"] for row in self._rows(["path", "stamp"])}
 
-    def _rows(self, fields: list[str]) -> Iterator[list[dict]]:
-        """All entities, in lists of at most `_ROWS`."""
+    def _rows(self, fields: list[str]) -> Iterator[dict]:
         if not self.exists:
             return
         iterator = self.client.query_iterator(self.name, batch_size=_ROWS, filter="", output_fields=fields)
         following = self.client.telling(iterator.next)
         try:
             while rows := following():
-                yield rows
+                yield from rows
         finally:
             iterator.close()
 
@@ -142,16 +142,14 @@ class MilvusStore:
 
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
         """The rows of some columns, piece by piece."""
-        for entities in self._rows([*(name for name in columns if name in RESERVED), "metadata"]):
+        entities = self._rows([*(name for name in columns if name in RESERVED), "metadata"])
+        while part := list(islice(entities, _ROWS)):
             table = {}
             for name in columns:
-                if name == "feature":
-                    table[name] = feature_column(np.array([entity[name] for entity in entities]))
-                elif name in RESERVED:
-                    table[name] = pa.array([entity[name] or None for entity in entities], pa.string())
-                else:
-                    values = [entity["metadata"].get(name) for entity in entities]
-                    table[name] = pa.array(values, self.record["columns"][name])
+                own = name in RESERVED
+                values = [entity[name] or None if own else entity["metadata"].get(name) for entity in part]
+                kind = self.record["columns"].get(name, "string")
+                table[name] = feature_column(np.array(values)) if name == "feature" else pa.array(values, kind)
             yield pa.table(table)
 
     def search(
@@ -181,11 +179,7 @@ class MilvusStore:
         """
         self.create()
         wanted = {row["path"]: row for row in listing.to_pylist()}
-        present = {
-            row["path"]: (row["stamp"], row["metadata"])
-            for rows in self._rows(["path", "stamp", "metadata"])
-            for row in rows
-        }
+        present = {row["path"]: (row["stamp"], row["metadata"]) for row in self._rows(["path", "stamp", "metadata"])}
         fresh = set()
         for batch in encoded.to_batches(max_chunksize=_ROWS):
             features = feature_values(batch["feature"]).tolist()
