@@ -399,8 +399,9 @@ def _products(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """
     if len(queries) == 1:
         return torch.mv(block, queries[0].half()).float()[None]
-    products = torch.empty(len(queries), len(block))
+    products, wide = torch.empty(len(queries), len(block)), torch.empty(_ROWS_OF_A_PRODUCT, block.shape[1])
     for start in range(0, len(block), _ROWS_OF_A_PRODUCT):
         piece = slice(start, start + _ROWS_OF_A_PRODUCT)
-        torch.mm(queries, block[piece].float().T, out=products[:, piece])
+        narrow = block[piece]
+        torch.mm(queries, wide[: len(narrow)].copy_(narrow).T, out=products[:, piece])
     return products
