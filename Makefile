@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
-EXTRAS := app,benchmarks,gallery,milvus,onnx,test
+EXTRAS := [app,benchmarks,milvus,onnx,test]
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # setuptools warns that a clone comes first on the path, which is what an editable installation is for.
@@ -30,17 +30,17 @@ test-slow: $(COMMON_TESTS)
 test-newest:
 	rm -rf .venv-newest
 	printf 'torch==2.13.0\n' > .constraints-newest.txt
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.constraints-newest.txt EXTRAS=benchmarks,gallery,milvus,onnx,test
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.constraints-newest.txt EXTRAS=[benchmarks,milvus,onnx,test]
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 # The demo needs little; tests and benchmarks need every extra.
-$(VENV)/.installed-demo: EXTRAS := gallery
+$(VENV)/.installed-demo: EXTRAS :=
 $(VENV)/.installed-demo $(STAMP): $(CONSTRAINTS) setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade pip
-	$(PIP) install --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	$(PIP) install --constraint $(CONSTRAINTS) --editable ".$(EXTRAS)"
 	touch $@
 
 $(COMMON_TESTS): $(STAMP)

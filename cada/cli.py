@@ -104,11 +104,11 @@ def index(
     revision: Revision = None,
     split: Annotated[str | None, Option(help="of a data set")] = None,
     root: Annotated[Path | None, Option(help="folder that the paths of a list are relative to")] = None,
-    store: Annotated[str | None, Option(help="arrow (default) or milvus")] = None,
-    uri: Annotated[str | None, Option(help="of Milvus: a file or the address of a cluster")] = None,
-    approximate: Annotated[
-        str | None, Option(help="FAISS factory string such as SQ8, or index type of Milvus; exact by default")
+    hidden: Annotated[
+        bool | None, Option("--hidden", help="take also hidden files, thumbnails and what is in waste bins")
     ] = None,
+    uri: Annotated[str | None, Option(help="address of Milvus, to keep the features there")] = None,
+    approximate: Annotated[str | None, Option(help="index type of Milvus: FLAT (exact), IVF_FLAT or HNSW")] = None,
     keep_patches: Annotated[
         bool | None, Option("--keep-patches", help="keep patch states for re-ranking without the image files")
     ] = None,
@@ -131,7 +131,7 @@ def index(
             revision=revision,
             split=split,
             root=root,
-            store=store,
+            hidden=hidden,
             uri=uri,
             approximate=approximate,
             keep_patches=keep_patches,
@@ -154,6 +154,8 @@ def index(
     images = counted(changes.added + changes.changed + changes.unchanged, "image")
     counts = [f"{getattr(changes, name):,} {name}" for name in ("added", "changed", "removed", "unchanged")]
     print(f"{out}: {images}; {', '.join(counts)}, {len(changes.unreadable):,} unreadable.")
+    if changes.hidden:
+        print(f"Left out: {counted(changes.hidden, 'hidden image')}. --hidden takes them.")
 
 
 @app.command()

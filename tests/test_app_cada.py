@@ -187,6 +187,12 @@ def test_an_image_that_is_gone_is_left_out(address, folder):
     assert "The best 5 of 6 images." in message and "Left out: 1, such as more/2.png" in message
 
 
+def test_a_sentence_that_is_too_long_is_searched_and_said_where_it_is_cut(address, gallery):
+    images, message = find(address, "red " * 80)
+    assert len(images) == 6 and "The sentence is too long: it was read up to “red red red”." in message
+    assert "too long" not in find(address, "red")[1]
+
+
 @pytest.mark.parametrize(
     ("sentence", "message"),
     [("red " * 126, "has 503 characters. Use 500 at most"), (" .!", "is empty"), (None, "is empty")],

@@ -406,6 +406,10 @@ def test_model_without_match_heads_is_evaluated_globally(processor):
 def test_rerank_k_has_to_be_positive(small_model, processor):
     with pytest.raises(ValueError, match="rerank_k"):
         evaluate_retrieval(small_model, processor, small_set(), rerank_k=0)
+    queries = encode_queries(small_model, processor, ["a man"], progress=False)
+    gallery = encode_gallery(small_model, processor, small_set(), progress=False)
+    with pytest.raises(ValueError, match="`rerank_k` is 0. Give the number of candidates, 1 or more"):
+        score_gallery(small_model, queries, gallery, rerank_k=0)
 
 
 def test_letters_are_no_captions_and_texts_no_persons(small_model, processor):

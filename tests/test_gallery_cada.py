@@ -23,6 +23,7 @@ from transformers.testing_utils import CaptureLogger
 
 import cada.drawing
 import cada.gallery.index
+import cada.gallery.update
 from cada.cli import main
 from cada.drawing import draw_results
 from cada.evaluation.encoding import encode_gallery, encode_queries
@@ -300,7 +301,7 @@ def test_shards_without_patch_states_are_not_taken_up_where_they_are_wanted(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cada.gallery.index._Update, "commit", interrupt)
+        patch.setattr(cada.gallery.update.Update, "commit", interrupt)
         build(folder, index, checkpoint, shard_size=5)
     assert sum(encoded) == 12
     build(folder, index, checkpoint, keep_patches=True)
@@ -363,20 +364,6 @@ def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, cap
     before = set((tmp_path / "kept" / "patches").iterdir())
     build(folder, tmp_path / "kept")
     assert set((tmp_path / "kept" / "patches").iterdir()) < before
-
-
-def test_milvus_gives_the_same_results(checkpoint, folder, tmp_path):
-    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
-    for store in ("arrow", "milvus"):
-        build(folder, tmp_path / store, checkpoint, store=store)
-    arrow, milvus = (open_index(tmp_path / store) for store in ("arrow", "milvus"))
-    assert len(arrow) == len(milvus) == 12
-    for first, second in zip(arrow.search(SENTENCES, top=5), milvus.search(SENTENCES, top=5), strict=True):
-        assert [(r.path, r.stage) for r in first] == [(r.path, r.stage) for r in second]
-        np.testing.assert_allclose([r.score for r in first], [r.score for r in second], atol=1e-5)
-    (folder / "00.png").unlink()
-    changes = build(folder, tmp_path / "milvus")
-    assert (changes.removed, changes.unchanged, len(open_index(tmp_path / "milvus"))) == (1, 11, 11)
 
 
 def test_commands(checkpoint, folder, tmp_path, capsys):
@@ -456,8 +443,12 @@ def test_one_run_at_a_time(checkpoint, folder, tmp_path):
             ["index", "IMAGES", "--out", "NEW", "--model", "IMAGES"],
             "holds no config.json. Is it the folder of a",
         ),
-        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--store", "paper"], "--store is 'paper'"),
-        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "x.db"], "--uri is for --store milvus"),
+        (
+            ["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "x.db"],
+            "--uri is 'x.db'. Give the address",
+        ),
+        (["index", "IMAGES", "--out", "INDEX", "--uri", "http://localhost:1"], "was made with --uri None"),
+        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "http://localhost:1"], "Cannot open Milvus"),
         (["index", "missing", "--out", "NEW", "--model", "MODEL"], "'missing' is no folder"),
         (["index", "IMAGES", "--out", "INDEX", "--keep-patches"], "was made with --keep-patches False"),
         (["search", "NEW", "a man"], "holds no index"),
@@ -472,7 +463,10 @@ def test_one_run_at_a_time(checkpoint, folder, tmp_path):
         (["index", "IMAGES", "--out", "IMAGES", "--model", "MODEL"], "where the images are. Choose another folder"),
         (["index", "IMAGES", "--out", "FOREIGN", "--model", "MODEL"], "is no index and holds notes.txt"),
         (["index", "FOREIGN", "--out", "INDEX"], "add --moved-source"),
-        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--approximate", "FOO"], "FAISS has no index 'FOO'"),
+        (
+            ["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--approximate", "HNSW"],
+            "--approximate is for Milvus",
+        ),
         (["export", "INDEX", "missing/folder/x.parquet"], "missing/folder"),
     ],
 )
@@ -745,31 +739,12 @@ def test_an_interrupted_first_run_says_how_to_go_on(checkpoint, small_index, tmp
         def interrupt(self, shards):
             raise KeyboardInterrupt
 
-        patch.setattr(cada.gallery.index._Update, "commit", interrupt)
+        patch.setattr(cada.gallery.update.Update, "commit", interrupt)
         assert main(arguments) == 130
     assert "Interrupted. 2 finished shards kept; run the same command to go on." in capsys.readouterr().err
     assert main(["info", index]) == 1
     assert "holds no index yet, but 2 finished shards of an interrupted run" in capsys.readouterr().err
     assert main(arguments) == 0
-
-
-def test_a_moved_milvus_file_is_found_and_a_lost_one_told(checkpoint, small_index, tmp_path):
-    pytest.importorskip("milvus_lite", reason="the extra milvus is not installed")
-    index, folder = tmp_path / "index", small_index["IMAGES"]
-    build(folder, index, checkpoint, store="milvus", keep_patches=True)
-    assert json.loads((index / "index.json").read_text())["uri"] == "milvus.db"
-    shutil.copytree(index, tmp_path / "moved")
-    moved = open_index(tmp_path / "moved")
-    assert len(moved) == 2 and moved.store.find("a.png") is not None
-    moved.store.drop()
-    with pytest.raises(CADAError, match="holds 0 images, and 2 were written"):
-        open_index(tmp_path / "moved")
-    # The folder is deleted, the collection outside it stays: its rows name patch states that are gone.
-    uri = str(tmp_path / "outside.db")
-    for _ in range(2):
-        build(folder, tmp_path / "two", checkpoint, store="milvus", uri=uri, keep_patches=True)
-        assert len(open_index(tmp_path / "two").search("a man")[0]) == 2
-        shutil.rmtree(tmp_path / "two")
 
 
 def test_the_picture_goes_on_in_the_next_line_and_has_no_boxes(copied, monkeypatch):
@@ -800,6 +775,49 @@ def test_what_is_printed_stays_in_its_line(checkpoint, tmp_path, capsys):
     assert lines[2].endswith("  local   images/a\\n\\x1b[31mb.png  place=Süd")
     assert main(["search", index, "a man", "--where", "place=Ost"]) == 0
     assert capsys.readouterr().out == "a man\nNo image fulfils place=Ost.\n"
+
+
+def test_hidden_images_are_counted_and_the_index_knows_whether_it_has_them(checkpoint, tmp_path, capsys):
+    folder, index = tmp_path / "images", str(tmp_path / "index")
+    save_images(folder, [".Trash-1000/a.png", "._b.png"])
+    arguments = ["index", str(folder), "--model", str(checkpoint), "--out", index]
+    assert main(arguments) == 1
+    assert "holds no image that Pillow reads. 2 hidden images: --hidden takes them." in capsys.readouterr().err
+    save_images(folder, ["b.png"], seed=1)
+    assert main(arguments) == 0
+    assert "1 image; 1 added" in (printed := capsys.readouterr().out)
+    assert "Left out: 2 hidden images. --hidden takes them." in printed
+    assert main([*arguments, "--hidden"]) == 0
+    assert "3 images; 2 added" in (printed := capsys.readouterr().out) and "Left out" not in printed
+    assert main(["index", str(folder), "--out", index]) == 0
+    assert "3 images; 0 added, 0 changed, 0 removed, 3 unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["O'Brien.png", 'a"b.png', "back\\slash.png", "new\nline.png", "%_ {x}.png", "ü😀.png"]
+)
+def test_every_name_of_a_file_is_indexed_and_dropped(checkpoint, tmp_path, name):
+    save_images(tmp_path / "images", [name, "other.png"])
+    build(tmp_path / "images", tmp_path / "index", checkpoint)
+    gallery = open_index(tmp_path / "index")
+    assert name in {result.path for result in gallery.search("a man")[0]} and gallery.image(name)
+    (tmp_path / "images" / name).unlink()
+    assert build(tmp_path / "images", tmp_path / "index").removed == 1
+    assert [result.path for result in open_index(tmp_path / "index").search("a man")[0]] == ["other.png"]
+
+
+def test_a_long_sentence_is_searched_and_said_where_it_is_cut(copied):
+    """The tiny model reads 13 tokens, [CLS] and [SEP] among them: 11 words of one token."""
+    gallery = open_index(copied[0])
+    words = ["man", "red", "coat"] * 40
+    long, short = " ".join(words), " ".join(words[:11])
+    with CaptureLogger(cada.gallery.index.logger) as captured:
+        results = gallery.search([long, short])
+    assert results[0] == results[1]
+    assert gallery.cut == {long: " ".join(words[8:11])}
+    assert f"is too long: the model reads it up to '{' '.join(words[8:11])}'" in captured.out
+    gallery.search(short)
+    assert gallery.cut == {}
 
 
 def test_a_missing_model_is_told(copied, tmp_path):

@@ -1,5 +1,7 @@
 """What an index is made of: folders, lists, data sets."""
 
+import csv
+import io
 import json
 import os
 
@@ -12,6 +14,7 @@ from PIL import Image
 import cada.gallery.images
 from cada.files import CADAError
 from cada.gallery.images import content_digest, describe_source, open_source, source_arguments
+from cada.gallery.store import parse_conditions
 
 
 def picture(path, colour: str = "red") -> None:
@@ -19,8 +22,8 @@ def picture(path, colour: str = "red") -> None:
     Image.new("RGB", (4, 8), colour).save(path)
 
 
-def source(location, split=None, root=None):
-    return open_source({"location": str(location), "split": split, "root": root and str(root)})
+def source(location, split=None, root=None, hidden=False):
+    return open_source({"location": str(location), "split": split, "root": root and str(root), "hidden": hidden})
 
 
 def test_a_folder_gives_every_file_that_pillow_reads(tmp_path):
@@ -199,6 +202,126 @@ def test_a_list_in_another_encoding_is_refused(tmp_path):
             source(tmp_path / "list.csv").listing()
 
 
+def listed(folder, name, content, count):
+    """The columns of a list of `count` images, which are made here."""
+    for number in range(count):
+        picture(folder / f"{number}.png")
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    listing, problems = source(folder / name).listing()
+    assert problems == []
+    return listing.drop_columns(["path", "stamp"]).to_pydict()
+
+
+def test_a_large_csv_is_read_as_python_reads_it(tmp_path):
+    """Over a megabyte, in cells with line ends, commas and quotes; and a type that shows only far behind."""
+    notes = [f'{number} "says",\r\nno\nyes ' * 1_000 for number in range(60)]
+    rows = [[f"{number}.png", note, number if number < 59 else "x"] for number, note in enumerate(notes)]
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([["path", "note", "late"], *rows])
+    assert len(file.getvalue()) > 2**20
+    expected = list(csv.reader(io.StringIO(file.getvalue(), newline="")))[1:]
+    assert listed(tmp_path, "list.csv", file.getvalue(), 60) == {
+        name: [row[column] for row in sorted(expected)] for column, name in ((1, "note"), (2, "late"))
+    }
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_lists_of_every_unicode_are_read(tmp_path, encoding):
+    columns = {"größe": ["Süd"]}
+    assert listed(tmp_path, "list.csv", "path,größe\n0.png,Süd\n".encode(encoding), 1) == columns
+    text = json.dumps({"path": "0.png", "größe": "Süd"}, ensure_ascii=False)
+    assert listed(tmp_path, "list.jsonl", text.encode(encoding), 1) == columns
+
+
+def test_ids_keep_their_form(tmp_path):
+    """What has leading zeros, or is beyond the whole numbers, is no number to calculate with."""
+    text = "path,track,long,zeros,number,minus\n"
+    text += "0.png,0007,12345678901234567890,0,1.0,-1\n1.png,12,1,10,.5,NA\n2.png,3,2,0,1e3, 2\n"
+    assert listed(tmp_path, "list.csv", text, 3) == {
+        "track": ["0007", "12", "3"],
+        "long": ["12345678901234567890", "1", "2"],
+        "zeros": [0, 10, 0],
+        "number": [1.0, 0.5, 1000.0],
+        "minus": [-1, None, 2],
+    }
+
+
+def test_names_of_columns_are_cleaned_and_those_without_are_left_out(tmp_path, caplog):
+    text = ",path, camera ,\n0,0.png,3,a\n1,1.png,4,b\n"  # the row numbers of pandas have no name
+    assert listed(tmp_path, "list.csv", text, 2) == {"camera": [3, 4]}
+    assert "a column without a name is left out" in caplog.text
+    (condition,) = parse_conditions(" camera =3", {"camera": "int64"})
+    assert condition.column == "camera"
+    rows = '{" path": "0.png", "camera ": 3, "": 1}\n{" path": "1.png", "camera ": 4, "": 2}\n'
+    assert listed(tmp_path, "list.jsonl", rows, 2) == {"camera": [3, 4]}
+    with pytest.raises(CADAError, match="two columns `camera`"):
+        listed(tmp_path, "list.csv", "path,camera, camera\n0.png,1,2\n", 1)
+    features = {"image": ImageFeature(), " camera": Value("int64"), "": Value("int64")}
+    rows = {"image": [str(tmp_path / "0.png")], " camera": [3], "": [0]}
+    listing, _ = source(saved(tmp_path / "spaces", features, **rows)).listing()
+    assert listing.column_names == ["path", "stamp", "camera"]
+
+
+def test_rows_of_a_jsonl_may_be_long_and_uneven(tmp_path):
+    rows = [{"path": "0.png", "note": "x\u2028y" * 2**20, "n": 1}, {"path": "1.png", "n": 1.5, "more": True}]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    assert listed(tmp_path, "list.jsonl", text, 2) == {
+        "note": [rows[0]["note"], None],
+        "n": [1.0, 1.5],
+        "more": [None, True],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"path": "0.png", "track": 7}\n{"path": "1.png", "track": "0007"}',
+            "`track` holds numbers and texts. Write",
+        ),
+        ('{"path": "0.png", "n": 1}\n{"path": "1.png", "n": true}', "`n` holds numbers and truth values. Write"),
+        ('{"path": "0.png", "n": 9223372036854775808}', "`n` cannot be kept: .*in quotes"),
+        ('{"path": "0.png"}\n["1.png"]', "cannot be read as JSONL: line 2 is no object of JSON"),
+        ('{"path": "0.png"}\n{"path": ', "cannot be read as JSONL: line 2 is no object of JSON"),
+        ('{"path": "0.png", "n": NaN}', "line 1 is no object of JSON .NaN is no number"),
+    ],
+)
+def test_wrong_jsonl_is_explained(tmp_path, text, message):
+    with pytest.raises(CADAError, match=message):
+        listed(tmp_path, "list.jsonl", text, 2)
+
+
+def test_hidden_files_and_folders_of_systems_are_left_out_and_counted(tmp_path):
+    folder = tmp_path / ".data" / "images"  # what lies above the folder does not count
+    hidden = [".Trash-1000/files/a.png", "@eaDir/b.png/SYNOPHOTO_THUMB_M.jpg", "sub/.thumbnails/c.png", "._x.png"]
+    hidden += ["__MACOSX/x.png", "#recycle/d.png", "$RECYCLE.BIN/e.png", "lost+found/f.png", ".hidden.png"]
+    hidden += [".@__thumb/g.png", "@Recycle/h.png", "System Volume Information/i.png", "sub/.ipynb_checkpoints/j.png"]
+    shown = ["#1.png", "@home/k.png", "sub/x.png", "x.png"]
+    for name in hidden + shown:
+        picture(folder / name)
+    (folder / ".Trash-1000" / "phone.heic").write_bytes(b"x")  # is not named as an image that cannot be read
+    (folder / ".link").symlink_to(tmp_path)
+    images = source(folder)
+    listing, problems = images.listing()
+    assert (listing["path"].to_pylist(), problems, images.hidden) == (shown, [], len(hidden))
+    images = source(folder, hidden=True)
+    listing, problems = images.listing()
+    assert (set(listing["path"].to_pylist()), images.hidden) == ({*hidden, *shown}, 0)
+    assert {name for name, _ in problems} == {".Trash-1000/phone.heic", ".link"}
+    picture(tmp_path / ".x.png")
+    (tmp_path / "list.csv").write_text("path\n.x.png\n")  # a list says what it wants
+    assert source(tmp_path / "list.csv").listing()[0]["path"].to_pylist() == [".x.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_folders_of_systems_that_are_closed_are_no_matter(tmp_path):
+    picture(tmp_path / "x.png")
+    (tmp_path / "lost+found").mkdir(mode=0)
+    assert source(tmp_path).listing()[0]["path"].to_pylist() == ["x.png"]
+    with pytest.raises(CADAError, match="lost.found cannot be read"):
+        source(tmp_path, hidden=True).listing()
+
+
 def test_an_empty_cell_is_no_value(tmp_path):
     for name in "abcd":
         picture(tmp_path / f"{name}.png")
@@ -271,15 +394,18 @@ def test_an_old_index_knows_its_source(tmp_path):
     (tmp_path / "list.csv").write_text("path\nx.png\n")
     given = [str(tmp_path / "list.csv"), None, tmp_path / "images"]
     recorded = describe_source(*given, None, False)
-    assert recorded == {"location": given[0], "split": None, "root": str(tmp_path / "images")}
+    assert recorded == {"location": given[0], "split": None, "root": str(tmp_path / "images"), "hidden": False}
     assert describe_source(given[0], None, None, recorded, False) == recorded  # the root need not be said again
     assert source_arguments(recorded) == f"{tmp_path}/list.csv --root {tmp_path}/images"
+    hidden = describe_source(given[0], None, None, recorded, False, hidden=True)
+    assert hidden == {**recorded, "hidden": True} and source_arguments(hidden).endswith(" --hidden")
+    assert describe_source(given[0], None, None, hidden, False) == hidden
     with pytest.raises(CADAError, match="other location and root.*--moved-source"):
         describe_source(str(tmp_path / "other"), None, None, recorded, False)
     moved = describe_source(str(tmp_path / "other"), None, None, recorded, True)
-    assert moved == {"location": str(tmp_path / "other"), "split": None, "root": None}
+    assert moved == {"location": str(tmp_path / "other"), "split": None, "root": None, "hidden": False}
     # A data set on the Hub: the split of the record counts.
-    hub = {"location": "org/set", "split": "test", "root": None}
+    hub = {"location": "org/set", "split": "test", "root": None, "hidden": False}
     assert describe_source("org/set", None, None, hub, False) == hub
     with pytest.raises(CADAError, match="other split"):
         describe_source("org/set", "train", None, hub, False)

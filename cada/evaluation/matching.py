@@ -191,11 +191,13 @@ def score_gallery(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Scores `(queries, gallery)` of global matching, and of local matching of the top K; `None` for the latter where
-    the model has no match heads. `memory` (GB) bounds local matching.
+    the model has no match heads. `memory` (GB) bounds local matching. A `ValueError` for `rerank_k` below 1.
     """
     similarity = _similarity(queries, gallery)
     if not model.config.use_atp:
         return similarity, None
+    if rerank_k < 1:
+        raise ValueError(f"`rerank_k` is {rerank_k}. Give the number of candidates, 1 or more.")
     candidates = top_candidates(similarity, rerank_k)
     known = similarity.gather(1, candidates)
     local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)

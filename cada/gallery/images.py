@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 import torch
 from datasets import ClassLabel, DatasetDict, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
@@ -20,40 +18,49 @@ from transformers.utils import logging
 
 from cada.data.images import open_image, undecoded
 from cada.files import CADAError, problem_of
+from cada.gallery.lists import LISTS, is_csv, read_list, typed_column
 from processing_cada import IMAGE_FORMATS, CADAProcessor
 
 
 logger = logging.get_logger(__name__)
 
-LISTS = (".csv", ".jsonl")
 PATH_COLUMNS = ("path", "file_name", "image")  # of a list: the first that is there names the image
 RESERVED = ("path", "stamp", "digest", "patches", "feature")  # columns of an index that are no metadata
 # Kinds of images that Pillow does not read, or not everywhere.
 _OTHER_IMAGES = ".heic .heif .avif .jxl .svg .dng .cr2 .cr3 .nef .arw .orf .raf .rw2".split()
+# Names of folders that systems make beside those with a dot: thumbnails, waste bins, snapshots, what archives leave.
+_OF_SYSTEMS = {"@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "lost+found"}
+_OF_SYSTEMS |= {"$recycle.bin", "recycler", "system volume information"}
 MAX_BYTES = 1_000_000_000  # of an image file: more than any image of `MAX_PIXELS` has, less than the memory
 
 
-class ImageFiles:
-    """Image files: those below a folder, or those that a CSV or JSONL file names."""
+def is_hidden(path: Path) -> bool:
+    """Whether a file, relative to its gallery, is a hidden one, or lies in a folder that a system made for itself."""
+    return any(part[0] == "." or part.lower() in _OF_SYSTEMS for part in path.parts)
 
-    def __init__(self, location: str, root: str | None = None):
+
+class ImageFiles:
+    """
+    Image files: those below a folder, or those that a CSV or JSONL file names.
+
+    Attributes:
+        hidden: number of image files that the last [`listing`] left out because they are hidden.
+    """
+
+    def __init__(self, location: str, root: str | None = None, with_hidden: bool = False):
         self.list = Path(location) if Path(location).suffix.lower() in LISTS else None
         if self.list is None and root is not None:
             raise CADAError(f"--root is for a list of paths (CSV, JSONL), but {location} is a folder.")
         folder = Path(location) if self.list is None else Path(root) if root is not None else self.list.parent
         if not folder.is_dir():
             raise CADAError(f"The folder {folder} does not exist. Give the folder of the images.")
-        self.root = folder.resolve()
+        self.root, self.with_hidden, self.hidden = folder.resolve(), with_hidden, 0
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
         good, stamps, problems = [], [], []
-        if self.list is None:
-            names = sorted(self._walk(problems))
-            table = pa.table({"path": pa.array([], pa.string())})
-        else:
-            table = self._read_list()
-            names = table["path"].to_pylist()
+        columns = {"path": sorted(self._walk(problems))} if self.list is None else self._read_list()
+        names = columns.pop("path")
         for row, name in enumerate(tqdm(names, desc="Looking for images", unit="image", disable=len(names) < 10_000)):
             try:
                 name.encode()
@@ -70,89 +77,74 @@ class ImageFiles:
                 good.append(row)
                 # Of files that are exchanged, or written with their old times, size and time of writing say nothing.
                 stamps.append(f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}")
-        if self.list is None:
-            table = pa.table({"path": pa.array([names[row] for row in good], pa.string())})
-        else:
-            table = table.take(pa.array(good, pa.int64()))
-        table = table.add_column(1, "stamp", pa.array(stamps, pa.string()))
-        return table.sort_by("path"), problems
+        paths = pa.array([names[row] for row in good], pa.string())
+        rows = pa.array(good, pa.int64())
+        kept = {name: column.take(rows) for name, column in columns.items()}
+        return pa.table({"path": paths, "stamp": pa.array(stamps, pa.string()), **kept}).sort_by("path"), problems
 
     def _walk(self, problems: list[tuple[str, str]]) -> Iterator[str]:
         """Names, relative to the folder, of the image files. Appends what looks like images and is left out."""
         Image.init()
         format_of = {ending: name for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+        self.hidden = 0
+
+        def left_out(path: Path) -> bool:
+            return not self.with_hidden and is_hidden(path)
 
         def stop(error: OSError):
-            raise CADAError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
+            if not left_out(Path(error.filename).relative_to(self.root)):  # those of systems are often closed
+                raise CADAError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
 
         for folder, subfolders, names in os.walk(self.root, onerror=stop):
             here = Path(folder).relative_to(self.root)
-            for name in subfolders:
-                if os.path.islink(os.path.join(folder, name)):
-                    problems.append(((here / name).as_posix(), "is a link to a folder, which is not followed"))
-            for name in names:
-                ending = os.path.splitext(name)[1].lower()
+            for path in (here / name for name in subfolders):
+                if os.path.islink(self.root / path) and not left_out(path):
+                    problems.append((path.as_posix(), "is a link to a folder, which is not followed"))
+            for path in (here / name for name in names):
+                ending = path.suffix.lower()
                 kind = format_of.get(ending)
-                if kind in IMAGE_FORMATS:
-                    yield (here / name).as_posix()
+                if left_out(path):
+                    # A name such as ._01.jpg is one that Apple's systems give to what they know of 01.jpg.
+                    self.hidden += kind in IMAGE_FORMATS
+                elif kind in IMAGE_FORMATS:
+                    yield path.as_posix()
                 elif kind is not None:
-                    problems.append(((here / name).as_posix(), f"is no {', '.join(IMAGE_FORMATS)} file but {kind}"))
+                    problems.append((path.as_posix(), f"is no {', '.join(IMAGE_FORMATS)} file but {kind}"))
                 elif ending in _OTHER_IMAGES:
-                    problems.append(
-                        ((here / name).as_posix(), "is of a kind that Pillow does not read; make it a JPEG")
-                    )
+                    problems.append((path.as_posix(), "is of a kind that Pillow does not read; make it a JPEG"))
 
-    def _read_list(self) -> pa.Table:
-        """The columns of the CSV or JSONL file that an index keeps; the one that names the image is `path`."""
-        is_csv = self.list.suffix.lower() == ".csv"
-        try:
-            table = pa.csv.read_csv(self.list) if is_csv else pa.json.read_json(self.list)
-            columns = table.column_names
-            # Dates and times stay the text that they are, for conditions are compared with it.
-            texts = {field.name: pa.string() for field in table.schema if pa.types.is_temporal(field.type)}
-            if texts and is_csv:
-                table = pa.csv.read_csv(self.list, convert_options=pa.csv.ConvertOptions(column_types=texts))
-            elif texts:
-                options = pa.json.ParseOptions(explicit_schema=pa.schema(list(texts.items())))
-                table = pa.json.read_json(self.list, parse_options=options).select(columns)
-        except UnicodeDecodeError as error:
-            raise CADAError(f"{self.list}: the names of its columns are not UTF-8. Save it as UTF-8.") from error
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CADAError(f"{self.list} cannot be read as {self.list.suffix[1:].upper()}: {error}") from error
-        twice = next((name for name in columns if columns.count(name) > 1), None)
-        if twice is not None:
-            raise CADAError(f"{self.list} has two columns `{twice}`. Rename one of them.")
-        for number, name in enumerate(columns):
-            if pa.types.is_binary(table[name].type):
-                raise CADAError(f"{self.list}: the column `{name}` is not UTF-8. Save the file as UTF-8.")
-            if pa.types.is_string(table[name].type) and is_csv:  # an empty cell: no value
-                empty = pc.equal(table[name], "")
-                table = table.set_column(number, name, pc.if_else(empty, pa.scalar(None, pa.string()), table[name]))
+    def _read_list(self) -> dict:
+        """The columns of the CSV or JSONL file that an index keeps; `path` is a list of the names of the images."""
+        columns = read_list(self.list)
         named_by = next((name for name in PATH_COLUMNS if name in columns), None)
         if named_by is None:
-            remedy = " Separate the columns by commas." if is_csv and len(columns) == 1 else ""
+            remedy = " Separate the columns by commas." if is_csv(self.list) and len(columns) == 1 else ""
             raise CADAError(
                 f"{self.list} has no column that names the images: one of {', '.join(PATH_COLUMNS)}. It has "
                 f"{', '.join(columns)}.{remedy}"
             )
-        names = table[named_by].to_pylist()
-        seen: dict[str, int] = {}
-        for row, name in enumerate(names, start=1):
+        paths, seen = [], {}
+        for row, name in enumerate(columns.pop(named_by), start=1):
             if not isinstance(name, str) or not name or "\0" in name:
                 raise CADAError(f"{self.list}, row {row}: `{named_by}` is {name!r}. Give the path of an image.")
-            place = Path(os.path.normpath(self.root / name))
-            if not place.is_relative_to(self.root):  # by a folder's other name, perhaps
-                place = place.parent.resolve() / place.name
-            if not place.is_relative_to(self.root):
-                raise CADAError(
-                    f"{self.list}, row {row}: {name!r} leads out of {self.root}. Give --root, a folder that holds all "
-                    "images, and paths relative to it."
-                )
-            names[row - 1] = name = place.relative_to(self.root).as_posix()
-            if name in seen:
-                raise CADAError(f"{self.list}: rows {seen[name]} and {row} name the same image {name!r}.")
-            seen[name] = row
-        return _with_metadata({"path": pa.array(names, pa.string())}, table.drop_columns([named_by]), str(self.list))
+            paths.append(self._relative(name, row))
+            if paths[-1] in seen:
+                raise CADAError(f"{self.list}: rows {seen[paths[-1]]} and {row} name the same image {paths[-1]!r}.")
+            seen[paths[-1]] = row
+        typed = {name: typed_column(self.list, name, values) for name, values in columns.items()}
+        return {"path": paths, **_metadata(typed, str(self.list))}
+
+    def _relative(self, name: str, row: int) -> str:
+        """The path of an image of the list, relative to the root."""
+        place = Path(os.path.normpath(self.root / name))
+        if not place.is_relative_to(self.root):  # by a folder's other name, perhaps
+            place = place.parent.resolve() / place.name
+        if not place.is_relative_to(self.root):
+            raise CADAError(
+                f"{self.list}, row {row}: {name!r} leads out of {self.root}. Give --root, a folder that holds all "
+                "images, and paths relative to it."
+            )
+        return place.relative_to(self.root).as_posix()
 
     def read(self, path: str) -> bytes:
         """The bytes of an image. Links that lead out of the folder are refused."""
@@ -167,6 +159,8 @@ class ImageFiles:
 
 class ImageRows:
     """The column `image` of a data set: a folder written by `save_to_disk`, or a name on the Hub."""
+
+    hidden = 0  # see [`ImageFiles`]
 
     def __init__(self, location: str, split: str | None = None):
         self.name = location
@@ -210,7 +204,7 @@ class ImageRows:
             except OSError as error:
                 problems.append((name, str(error)))
         others = self.dataset.remove_columns([c for c in ("image", "file_name") if c in self.dataset.column_names])
-        columns = {"path": pa.array(list(self.row_of), pa.string())}
+        columns = {}
         if others.column_names:
             others = others.flatten()
             table = others.with_format("arrow")[:]
@@ -218,11 +212,11 @@ class ImageRows:
                 if isinstance(feature, ClassLabel):  # -1 is no class
                     classes = pc.if_else(pc.less(table[name], 0), pa.scalar(None, pa.int64()), table[name])
                     table = table.set_column(number, name, pc.take(pa.array(feature.names), classes))
-            table = _with_metadata(columns, table, self.name)
-        else:
-            table = pa.table(columns)
-        table = table.take(pa.array(good, pa.int64())).add_column(1, "stamp", pa.array(stamps, pa.string()))
-        return table.sort_by("path"), problems
+            columns = _metadata(dict(zip(table.column_names, table.columns)), self.name)
+        names, rows = list(self.row_of), pa.array(good, pa.int64())
+        paths = pa.array([names[row] for row in good], pa.string())
+        kept = {name: column.take(rows) for name, column in columns.items()}
+        return pa.table({"path": paths, "stamp": pa.array(stamps, pa.string()), **kept}).sort_by("path"), problems
 
     def read(self, path: str) -> bytes:
         """The bytes of an image."""
@@ -234,18 +228,23 @@ class ImageRows:
         return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
-def _with_metadata(columns: dict[str, pa.Array], table: pa.Table, origin: str) -> pa.Table:
-    """`columns`, and those of `table` that hold one number, string or truth value per row."""
-    left_out = []
-    for name, column in zip(table.column_names, table.columns):
+def _metadata(columns: dict, origin: str) -> dict:
+    """Those of `columns` that hold one number, text or truth value per row; no spaces around their names."""
+    kept, left_out = {}, []
+    for name, column in ((name.strip(), column) for name, column in columns.items()):
+        if name in kept:
+            raise CADAError(f"{origin} has two columns `{name}`. Rename one of them.")
+        if name in ("", "__index_level_0__"):  # of pandas: its numbers of rows
+            logger.warning(f"{origin}: a column without a name is left out.")
+            continue
         if name in RESERVED:
             raise CADAError(f"{origin} has a column `{name}`, a name that the index needs. Rename it.")
         kind = column.type
         if pa.types.is_boolean(kind):
-            columns[name] = column
+            kept[name] = column
         elif pa.types.is_integer(kind):
             try:
-                columns[name] = column.cast(pa.int64())
+                kept[name] = column.cast(pa.int64())
             except pa.ArrowInvalid as error:
                 raise CADAError(
                     f"{origin}: the column `{name}` holds numbers beyond 2^63. Keep them as text: "
@@ -255,14 +254,14 @@ def _with_metadata(columns: dict[str, pa.Array], table: pa.Table, origin: str) -
             numbers = column.cast(pa.float64())
             if pc.any(pc.is_inf(numbers)).as_py():
                 logger.warning(f"{origin}: infinite numbers of the column `{name}` count as no value.")
-            columns[name] = pc.if_else(pc.is_finite(numbers), numbers, pa.scalar(None, pa.float64()))
+            kept[name] = pc.if_else(pc.is_finite(numbers), numbers, pa.scalar(None, pa.float64()))
         elif pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
             left_out.append(name)
         else:  # strings; of data sets also dates and times
-            columns[name] = column.cast(pa.string())
+            kept[name] = column.cast(pa.string())
     if left_out:
         logger.warning(f"{origin}: not kept, as they hold more than one value per image: {', '.join(left_out)}.")
-    return pa.table(columns)
+    return kept
 
 
 class ImageSamples(torch.utils.data.Dataset):
@@ -285,14 +284,20 @@ class ImageSamples(torch.utils.data.Dataset):
 
 
 def describe_source(
-    location: str, split: str | None, root: str | os.PathLike | None, recorded: dict | None, moved: bool
+    location: str,
+    split: str | None,
+    root: str | os.PathLike | None,
+    recorded: dict | None,
+    moved: bool,
+    hidden: bool | None = None,
 ) -> dict:
     """
-    The record of a source: what is given, and for an index that has one (`recorded`) its split and root where they
-    are not given.
+    The record of a source: what is given, and for an index that has one (`recorded`) its split, root and `hidden`
+    where they are not given.
 
     Args:
         moved: whether an index of another source may be pointed to this one.
+        hidden: whether hidden files of a folder are images, too.
 
     Raises:
         CADAError: where `recorded` is another source and `moved` is false.
@@ -302,13 +307,15 @@ def describe_source(
         "location": str(Path(location).resolve()) if Path(location).exists() else location,
         "split": split,
         "root": None if root is None else str(Path(root).resolve()),
+        "hidden": bool(hidden),
     }
     if recorded is not None:
+        source["hidden"] = source["hidden"] or recorded["hidden"]
         if not Path(location).exists() or _is_saved(location):
             source["split"] = source["split"] or recorded["split"]
         source["root"] = source["root"] or (recorded["root"] if is_list else None)
-        if source != recorded and not moved:
-            changed = [name for name in source if source[name] != recorded[name]]
+        changed = [name for name in ("location", "split", "root") if source[name] != recorded[name]]
+        if changed and not moved:
             raise CADAError(
                 f"The index holds the images of {source_arguments(recorded)}, not of {source_arguments(source)} ("
                 f"other {' and '.join(changed)}). Choose another --out; or, if the images have moved or these are to "
@@ -320,7 +327,7 @@ def describe_source(
 def source_arguments(source: dict) -> str:
     """The arguments of the command `index` that name this source."""
     options = [part for name in ("split", "root") if source[name] for part in (f"--{name}", source[name])]
-    return shlex.join([source["location"], *options])
+    return shlex.join([source["location"], *options, *(["--hidden"] if source["hidden"] else [])])
 
 
 def _is_saved(location: str) -> bool:
@@ -352,7 +359,7 @@ def open_source(source: dict, index: str | os.PathLike | None = None) -> ImageFi
             raise CADAError(f"--split is for a data set, but {location} is none.")
         if path.is_file() and path.suffix.lower() not in LISTS:
             raise CADAError(f"{location} is neither a folder nor a list ({', '.join(LISTS)}).")
-        return ImageFiles(location, source["root"])
+        return ImageFiles(location, source["root"], source["hidden"])
     # No name on the Hub, or one that begins with a folder of this machine: do not search it for a typing error.
     if not path.exists() and (location.count("/") != 1 or path.is_absolute() or path.parent.is_dir()):
         raise CADAError(f"{location!r} is no folder, no CSV or JSONL file, and no data set. Correct the name.")

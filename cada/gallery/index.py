@@ -12,18 +12,16 @@ to the new one. Images are encoded in shards; finished ones wait in `pending/`, 
 """
 
 import datetime
-import json
 import os
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from uuid import NAMESPACE_URL, uuid4, uuid5
+from uuid import NAMESPACE_URL, uuid5
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,6 @@ from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import parse_flag_from_env
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -51,32 +48,24 @@ from cada.files import (
 from cada.gallery.images import (
     ImageFiles,
     ImageRows,
-    ImageSamples,
     content_digest,
     describe_source,
-    digest_of,
     open_source,
     source_arguments,
 )
+from cada.gallery.milvus import open_store
 from cada.gallery.store import (
     FORMAT,
     PATCHES,
     PENDING,
     RECORD,
-    STORES,
-    announce_states,
     check_output,
-    clean,
-    feature_column,
     index_settings,
     parse_conditions,
     read_record,
-    read_shards,
     shard_files,
-    shard_schema,
-    stamps_of_now,
-    write_table,
 )
+from cada.gallery.update import Changes, Update, announce_states, encode_shards, shard_kind
 from cada.hub.loading import check_processor, commit_of, load_model, load_processor
 from cada.hub.record import search_digest
 from modeling_cada import CADAForTextToImageRetrieval
@@ -105,17 +94,6 @@ class Result:
     score: float
     stage: str
     metadata: dict
-
-
-@dataclass
-class Changes:
-    """What [`build_index`] did: numbers of images, and `(path, problem)` of every image that cannot be read."""
-
-    added: int = 0
-    changed: int = 0
-    removed: int = 0
-    unchanged: int = 0
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
 
 
 def _load(
@@ -153,7 +131,7 @@ def build_index(
     revision: str | None = None,
     split: str | None = None,
     root: str | os.PathLike | None = None,
-    store: str | None = None,
+    hidden: bool | None = None,
     uri: str | None = None,
     approximate: str | None = None,
     keep_patches: bool | None = None,
@@ -179,10 +157,9 @@ def build_index(
         revision: tag, branch or commit of `model` on the Hub. The index keeps the commit, whatever comes after it.
         split: of the data set; an old index knows its own, and its root.
         root: folder that the paths of a list are relative to; by default the list's own.
-        store: `"arrow"` (default) or `"milvus"`.
-        uri: of Milvus: a file, or the address of a cluster. By default a file in `index`.
-        approximate: a factory string of FAISS such as `"SQ8"`, or an index type of Milvus such as `"HNSW"`, for more
-            than a million images. An empty string makes search exact again.
+        hidden: take also hidden files, and those in folders that systems make for themselves (thumbnails, waste bins).
+        uri: address of Milvus, which keeps the features then. By default they are in a table in `index`.
+        approximate: an index type of Milvus: `"FLAT"` (exact, the default), `"IVF_FLAT"` or `"HNSW"`.
         keep_patches: keep patch states in half precision, so that re-ranking need not read image files.
         moved_source: point an old index to another `source`, such as the moved folder. Images whose path and content
             are as before are not encoded again, all others of the old source are dropped.
@@ -206,29 +183,30 @@ def build_index(
     index, record = Path(index), read_record(Path(index))
     if model is not None and Path(model).is_dir():
         model = str(Path(model).resolve())  # an index is searched from anywhere
-    given = {"model": model, "revision": revision, "store": store, "uri": uri, "approximate": approximate}
+    given = {"model": model, "revision": revision, "uri": uri, "approximate": approximate}
     settings = index_settings(index, record, **given, keep_patches=keep_patches)
     settings["revision"] = commit_of(settings["model"], settings["revision"])
-    place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source)
-    check_output(index, place, record is None, settings["uri"])
+    place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source, hidden)
+    check_output(index, place, record is None)
     images = open_source(place, index if record is not None and place == record["source"] else None)
     make_output_folder(index)  # what keeps from writing shows now, not after the work
     network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
     (index / PENDING).mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         plan = None
+        encoding = {**settings, "digest": digest}  # what a shard has to be made with
         if state.is_main_process:
             stack.enter_context(only_writer(index))
             if read_record(index) != record:
                 raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
-            kind = _shard_kind(digest, settings["keep_patches"])
+            name = f"{platform.node()}{index.resolve()}{shard_kind(encoding)}"
             old = record or {
                 "format": FORMAT,
                 "dimension": network.config.projection_dim,
                 # Of Milvus. The same for each run of this command, also where the first one is killed.
-                "collection": f"cada_{uuid5(NAMESPACE_URL, f'{platform.node()}{index.resolve()}{kind}').hex[:16]}",
+                "collection": f"cada_{uuid5(NAMESPACE_URL, name).hex[:16]}",
             }
-            job = _Update(index, {**old, **settings, "source": place, "digest": digest}, images)
+            job = Update(index, {**old, **encoding, "source": place}, images)
             plan = job.plan(shard_size, record is None, check_content, progress)
             if settings["keep_patches"]:
                 vision = network.config.vision_config
@@ -236,152 +214,10 @@ def build_index(
                 announce_states(index, size, sum(len(paths) for _, paths, _ in plan))
         plan = broadcast_object_list([plan])[0]
         part, shown = plan[state.process_index :: state.num_processes], progress and state.is_main_process
-        keep_patches = settings["keep_patches"]
-        _encode_shards(network, processor, images, part, index, digest, keep_patches, batch_size, workers, shown)
+        encode_shards(network, processor, images, part, index, encoding, batch_size, workers, shown)
         state.wait_for_everyone()
         changes = job.commit([name for name, _, _ in plan]) if state.is_main_process else None
     return broadcast_object_list([changes])[0]
-
-
-class _Update:
-    """What the main process does before and after encoding."""
-
-    def __init__(self, index: Path, record: dict, images: ImageFiles | ImageRows):
-        self.index, self.record, self.images = index, record, images
-        self.kind = _shard_kind(record["digest"], record["keep_patches"])
-
-    def plan(
-        self, shard_size: int, new: bool, check_content: bool, progress: bool
-    ) -> list[tuple[str, list[str], list[str]]]:
-        """Shards to encode: name, paths, stamps. Images of finished shards and of the index are not among them."""
-        self.listing, self.unreadable = self.images.listing()
-        if not len(self.listing):
-            problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
-            raise CADAError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")
-        try:
-            self.store = STORES[self.record["store"]](self.index, self.record)
-        except CADAError as error:
-            if not self.record.get("table"):
-                raise
-            logger.warning(f"{error} All images are encoded again.")
-            self.record |= {"table": None, "faiss": None}
-            self.store = STORES[self.record["store"]](self.index, self.record)
-        images = _images_of(self.listing)
-        stamps = dict(images)
-
-        def changed(path: str, stamp: str, digest: str) -> bool:
-            return stamps.get(path) == stamp and digest_of(self.images, path) != digest
-
-        shards = self._finished(changed if check_content else None)
-        done = {image for _, table in shards for image in _images_of(table)}
-        if new and not done and self.record["store"] == "milvus":
-            self.store.drop()  # of an index whose folder was deleted
-        self.store.prepare()
-        self.known = stamps_of_now(self.store, self.index, images, self.images, check_content, progress)
-        done |= set(self.known.items())
-        todo = [image for image in images if image not in done]
-        run = uuid4().hex[:12]
-        parts = [todo[start : start + shard_size] for start in range(0, len(todo), shard_size)]
-        return [(f"{run}-{number:06}", *map(list, zip(*part))) for number, part in enumerate(parts)]
-
-    def _finished(self, changed: Callable[[str, str, str], bool] | None = None) -> Iterator[tuple[str, pa.Table]]:
-        return read_shards(self.index, self.kind, self.record["dimension"], changed)
-
-    def commit(self, shards: list[str]) -> Changes:
-        """Write the next state of the index."""
-        tables = [shard_schema(self.record["dimension"]).empty_table()]
-        for name, table in self._finished():
-            if name in shards:
-                self.unreadable += [tuple(row) for row in json.loads(table.schema.metadata[b"unreadable"])]
-            tables.append(table.replace_schema_metadata(None))
-        encoded = pa.concat_tables(tables)
-        ready = set(_images_of(encoded)) | set(self.known.items())
-        images = _images_of(self.listing)
-        kept = self.listing.take(pa.array([row for row, key in enumerate(images) if key in ready], pa.int64()))
-        paths = {path for path, _ in images} | {path for path, _ in self.unreadable}
-        changes = Changes(removed=sum(path not in paths for path in self.known), unreadable=sorted(self.unreadable))
-        for path, stamp in _images_of(kept):
-            if path not in self.known:
-                changes.added += 1
-            elif self.known[path] != stamp:
-                changes.changed += 1
-            else:
-                changes.unchanged += 1
-        if not len(kept):
-            path, problem = changes.unreadable[0]
-            raise CADAError(
-                f"None of the {len(changes.unreadable)} images can be read, so nothing was changed. {path}: {problem}."
-            )
-        columns = {name: str(kept.schema.field(name).type) for name in kept.column_names[2:]}
-        columns = {name: {"double": "float64"}.get(kind, kind) for name, kind in columns.items()}
-        self.record["columns"] = columns
-        self.record |= self.store.write(kept, encoded)
-        self.record |= {
-            "images": len(kept),
-            "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        with written_whole(self.index / RECORD) as temporary:
-            temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        clean(self.index, self.record)
-        return changes
-
-
-def _images_of(table: pa.Table) -> list[tuple[str, str]]:
-    return list(zip(table["path"].to_pylist(), table["stamp"].to_pylist()))
-
-
-def _shard_kind(digest: str, keep_patches: bool) -> str:
-    return f"{digest}{' with patches' if keep_patches else ''}"
-
-
-@torch.inference_mode()
-def _encode_shards(
-    model, processor, images, shards, index: Path, digest: str, keep_patches: bool, batch_size, workers, progress
-) -> None:
-    """Encode shards (name, paths, stamps), each into a file of `pending/`, with a file of `patches/` if asked."""
-    samples = ImageSamples(images, processor, [path for _, paths, _ in shards for path in paths])
-    batches, start = [], 0
-    for _, paths, _ in shards:  # no batch crosses shards, so that features do not depend on who encodes which shard
-        end = start + len(paths)
-        batches += [list(range(at, min(at + batch_size, end))) for at in range(start, end, batch_size)]
-        start = end
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=list)
-    bar = tqdm(total=len(samples), desc="Encoding images", unit="image", disable=not progress, leave=False)
-    stream = iter(loader)
-    for name, paths, stamps in shards:
-        rows, unreadable, states = [], [], []
-        for start in range(0, len(paths), batch_size):
-            batch = next(stream)
-            bar.update(len(batch))
-            numbers = [number for number, (_, pixels, _) in enumerate(batch) if pixels is not None]
-            unreadable += [(paths[start + number], problem) for number, (_, _, problem) in enumerate(batch) if problem]
-            if not numbers:
-                continue
-            outputs = model.get_image_features(torch.stack([batch[number][1] for number in numbers]).to(model.device))
-            features = F.normalize(outputs.pooler_output.float(), dim=-1).cpu()
-            finite = features.isfinite().all(dim=1).tolist()
-            for row, number in enumerate(numbers):
-                path = paths[start + number]
-                if not finite[row]:
-                    unreadable.append((path, "has no finite features; does the model give any?"))
-                    continue
-                place = f"{name}.safetensors/{len(rows)}" if keep_patches else None
-                rows.append((path, stamps[start + number], batch[number][0], place, features[row]))
-                if keep_patches:
-                    states.append(outputs.last_hidden_state[row].half().cpu())
-        if states:
-            (index / PATCHES).mkdir(exist_ok=True)
-            with written_whole(index / PATCHES / f"{name}.safetensors") as temporary:
-                save_file({"states": torch.stack(states)}, temporary)
-        schema = shard_schema(model.config.projection_dim)
-        table = schema.empty_table()
-        if rows:
-            *columns, kept = zip(*rows)
-            columns = [pa.array(column, pa.string()) for column in columns]
-            table = pa.table([*columns, feature_column(torch.stack(kept))], schema=schema)
-        about = {"kind": _shard_kind(digest, keep_patches), "unreadable": json.dumps(unreadable)}
-        write_table(table.replace_schema_metadata(about), index / PENDING / f"{name}.arrow")
-    bar.close()
 
 
 def open_index(index: str | os.PathLike, model: str | None = None, device: str | None = None) -> "GalleryIndex":
@@ -425,13 +261,15 @@ class GalleryIndex:
         columns: name and type of the metadata columns, which `where` can ask for.
         model, processor: the checkpoint, loaded at first use. A `CADAError` where weights or settings are others.
         left_out: images that the last search left out, and why: gone, or changed since they were indexed.
+        cut: sentences of the last search that are longer than what the model reads, and the words at which it stops.
     """
 
     def __init__(self, folder: Path, record: dict, model: str, device: str | None = None):
         self.folder, self.record, self.model_name, self.device = folder, record, model, device
         self.columns: dict[str, str] = record["columns"]
         self.left_out: dict[str, str] = {}
-        self.store = STORES[record["store"]](folder, record)
+        self.cut: dict[str, str] = {}
+        self.store = open_store(folder, record)
         self.store.ready()
 
     def __len__(self) -> int:
@@ -471,7 +309,8 @@ class GalleryIndex:
     ) -> list[list[Result]]:
         """
         The `top` images for every sentence, best first. A candidate of re-ranking whose image is gone or has changed
-        is left out, with a warning (see `left_out`); other images are not read, so it is not seen.
+        is left out, with a warning (see `left_out`); other images are not read, so it is not seen. A sentence that is
+        too long for the model is searched as far as the model reads, with a warning (see `cut`).
 
         Args:
             sentences: one or any number of them; there is a list of results for each.
@@ -485,21 +324,19 @@ class GalleryIndex:
             CADAError: for an empty sentence, an unknown column, or where the folder of the images is gone.
         """
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
-        self.left_out = {}
+        self.left_out, self.cut = {}, {}
         for sentence in sentences:
             if not clean_caption(sentence):
                 raise CADAError(f"The sentence {sentence!r} is empty. Describe a person.")
-        if top < 1 or (rerank is not None and rerank < 0):
-            raise CADAError(f"top is {top} and rerank {rerank}. Give 1 or more, and 0 or more.")
         conditions = parse_conditions(where, self.columns)
-        config = self.model.config
-        if rerank and not config.use_atp:
-            raise CADAError("This model has no match head (`use_atp=False`): give --rerank 0.")
-        if rerank is None:
-            rerank = config.rerank_k if config.use_atp else 0
+        rerank = self._candidates(top, rerank)
         if not sentences:
             return []
         queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
+        lengths = queries.attention_mask.sum(dim=1).tolist()
+        self.cut = {text: end for text, length in zip(sentences, lengths) if (end := self._end(text, length))}
+        for sentence, end in self.cut.items():
+            logger.warning(f"The sentence {sentence!r:.60} is too long: the model reads it up to {end!r}.")
         found = self.store.search(queries.embeds, max(top, rerank), conditions)
         local_scores = self._local_scores(queries, [[row for _, row in hits[:rerank]] for hits in found])
         if self.left_out:  # others take their places; an approximate index may name more images in another order
@@ -507,20 +344,7 @@ class GalleryIndex:
             for hits, others in zip(found, more):
                 near = {row["path"] for _, row in hits[:rerank]}
                 hits[rerank:] = [hit for hit in others if hit[1]["path"] not in near]
-        rankings = []
-        for hits, scores in zip(found, local_scores):
-            near = sorted(
-                (
-                    (score + local, row)
-                    for (score, row), local in zip(hits, scores)
-                    if row["path"] not in self.left_out
-                ),
-                key=lambda pair: (-pair[0], pair[1]["path"]),
-            )
-            ranked = [(*pair, "local") for pair in near] + [
-                (*pair, "global") for pair in hits[len(scores) :] if pair[1]["path"] not in self.left_out
-            ]
-            rankings.append([self._result(*hit) for hit in ranked[:top]])
+        rankings = [self._ranked(hits, scores)[:top] for hits, scores in zip(found, local_scores)]
         if self.left_out:
             path, problem = next(iter(self.left_out.items()))
             logger.warning(
@@ -528,6 +352,32 @@ class GalleryIndex:
                 f"{' and others' if len(self.left_out) > 1 else ''}. Bring the index up to date: {self._remedy}"
             )
         return rankings
+
+    def _candidates(self, top: int, rerank: int | None) -> int:
+        """How many candidates the decoder reads."""
+        if top < 1 or (rerank is not None and rerank < 0):
+            raise CADAError(f"top is {top} and rerank {rerank}. Give 1 or more, and 0 or more.")
+        config = self.model.config
+        if rerank and not config.use_atp:
+            raise CADAError("This model has no match head (`use_atp=False`): give --rerank 0.")
+        return rerank if rerank is not None else config.rerank_k if config.use_atp else 0
+
+    def _ranked(self, hits: list[tuple[float, dict]], local_scores: list[float]) -> list[Result]:
+        """Candidates by S_G + S_L, then all others by S_G, without those that are left out."""
+        near = [(score + local, row, "local") for (score, row), local in zip(hits, local_scores)]
+        near.sort(key=lambda hit: (-hit[0], hit[1]["path"]))
+        far = [(*hit, "global") for hit in hits[len(local_scores) :]]
+        return [self._result(*hit) for hit in near + far if hit[1]["path"] not in self.left_out]
+
+    def _end(self, sentence: str, length: int) -> str | None:
+        """The last words that the model reads of a sentence that has more than its `length` tokens."""
+        text = clean_caption(sentence)
+        options = {"truncation": True, "return_overflowing_tokens": True, "return_offsets_mapping": True}
+        parts = self.processor.tokenizer(text, max_length=length, **options)
+        if len(parts["input_ids"]) == 1:
+            return None
+        end = parts["offset_mapping"][0][length - 2][1]  # before the token that ends a sentence
+        return " ".join(text[:end].split()[-3:])
 
     def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
         """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
@@ -627,7 +477,7 @@ class GalleryIndex:
             "revision": self.record["revision"] or "none",
             "digest": self.record["digest"],
             "dimension": self.record["dimension"],
-            "store": self.record["store"] + (f" at {self.record['uri']}" if self.record["uri"] else ""),
+            "store": f"milvus at {self.record['uri']}" if self.record["uri"] else "arrow",
             "search": self.record["approximate"] or "exact",
             "keep_patches": self.record["keep_patches"],
             "bytes": sum(path.stat().st_size for path in files),

@@ -197,19 +197,16 @@ def open_upload(path: str | os.PathLike) -> Image.Image:
     raise ValueError(f"The image has {pixels:,} pixels. Use {MAX_PIXELS:,} at most.")
 
 
-def build_page(gallery: GalleryIndex) -> "gr.Blocks":
-    """
-    The page for an open index.
+class _Answers:
+    """What the page shows for what its fields hold: the outputs of its events, the message last."""
 
-    Raises:
-        CADAError: where the model of the index cannot be loaded.
-    """
-    config, latest = gallery.model.config, LatestIndex(gallery)
+    def __init__(self, gallery: GalleryIndex):
+        self.config, self.latest = gallery.model.config, LatestIndex(gallery)
 
-    def attempt(question: Callable[[GalleryIndex], tuple], otherwise: list) -> tuple:
+    def _attempt(self, question: Callable[[GalleryIndex], tuple], otherwise: list) -> tuple:
         """What the index answers. What is wrong is said in a line, the last output; the others are `otherwise`."""
         try:
-            return latest.ask(question)
+            return self.latest.ask(question)
         except (ValueError, LookupError, OSError) as error:  # also CADAError
             problem = one_line(error)
         except Exception as error:  # of Milvus or the GPU, say
@@ -217,7 +214,10 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             problem = f"This failed: {one_line(error)} More stands where `cada page` was started."
         return *otherwise, _line(problem)
 
-    def show(gallery: GalleryIndex, results: list[Result], sentence: str | None, conditions: list[str]) -> tuple:
+    def _show(
+        self, gallery: GalleryIndex, results: list[Result], sentence: str | None, conditions: list[str]
+    ) -> tuple:
+        """Small copies of the images, with what is said about them."""
         images, shown = [], []
         missing = dict(gallery.left_out) if sentence else {}  # gone, or changed since they were indexed
         for result in results:
@@ -231,49 +231,66 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             images.append((image, _caption(len(shown), result)))
         said = f"The best {len(images)} of {len(gallery):,} images" if images else "No image"
         said += f" where {' and '.join(conditions)}." if conditions else "."
-        if images and sentence and config.use_atp:
+        if images and sentence and self.config.use_atp:
             said += " Click one to see why."
+        if sentence in gallery.cut:
+            said += f" The sentence is too long: it was read up to “{gallery.cut[sentence]}”."
         if missing:
             path, problem = next(iter(missing.items()))
             said += f" Left out: {len(missing)}, such as {path} ({problem}). Bring the index up to date."
         return images, (sentence, shown), None, _line(None), _line(said)
 
-    def find(sentence: str | None, where: str | None, top: int | None) -> tuple:
+    def find(self, sentence: str | None, where: str | None, top: int | None) -> tuple:
+        """Images for a sentence: what stands in the fields of the page, also where it is wrong."""
+
         def question(gallery):
             text, conditions = _checked(sentence, "sentence"), _conditions(where)
-            return show(gallery, gallery.search([text], _number(top), where=conditions)[0], text, conditions)
+            return self._show(gallery, gallery.search([text], _number(top), where=conditions)[0], text, conditions)
 
-        return attempt(question, [gr.skip()] * 4)
+        return self._attempt(question, [gr.skip()] * 4)
 
-    def find_similar(upload: str | None, where: str | None, top: int | None) -> tuple:
+    def find_similar(self, upload: str | None, where: str | None, top: int | None) -> tuple:
+        """Images like an uploaded one."""
+
         def question(gallery):
             if upload is None:
                 raise ValueError("Choose an image first.")
             conditions = _conditions(where)
             results = gallery.search_image(open_upload(upload), _number(top), conditions)
-            return show(gallery, results, None, conditions)
+            return self._show(gallery, results, None, conditions)
 
-        return attempt(question, [gr.skip()] * 4)
+        return self._attempt(question, [gr.skip()] * 4)
 
-    def explain(searched: tuple[str | None, list[Result]], event: gr.SelectData) -> tuple:
+    def explain(self, searched: tuple[str | None, list[Result]], event: "gr.SelectData") -> tuple:
+        """Why the image that is clicked was found."""
+
         def question(gallery):
             (sentence, found), rank = searched, event.index
             if not isinstance(rank, int) or not 0 <= rank < len(found):
                 raise ValueError("This image is no longer shown. Search again.")
             said = [f"{found[rank].path}  {_metadata(found[rank])}".strip()]
-            if not config.use_atp:
+            if not self.config.use_atp:
                 return None, _line(said[0])
             if sentence is None:
                 said.append("It was found by an image. Search by a sentence to see where its words look.")
                 return None, _line("\n".join(said))
             inputs = gallery.model, gallery.processor, gallery.image(found[rank].path), sentence
             attention, predictions = word_attention(*inputs), []
-            if config.use_ara:
+            if self.config.use_ara:
                 predictions = attribute_predictions(*inputs)
             return draw_explanation(inputs[2], sentence, attention, predictions), _line("\n".join(said))
 
-        return attempt(question, [None])
+        return self._attempt(question, [None])
 
+
+def build_page(gallery: GalleryIndex) -> "gr.Blocks":
+    """
+    The page for an open index.
+
+    Raises:
+        CADAError: where the model of the index cannot be loaded.
+    """
+    answers = _Answers(gallery)
     # Calls come from this page alone, one at a time, as there is one model.
     event = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
     line = {
@@ -319,11 +336,11 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             buttons=[],
         )
         note = gr.Textbox(visible=False, **line)
-        why = gr.Image(label="Where each word looks", interactive=False, buttons=[], visible=config.use_atp)
+        why = gr.Image(label="Where each word looks", interactive=False, buttons=[], visible=answers.config.use_atp)
         shown = [results, searched, why, note, message]
-        gr.on([sentence.submit, where.submit, by_sentence.click], find, [sentence, where, top], shown, **event)
-        by_image.click(find_similar, [upload, where, top], shown, **event)
-        results.select(explain, [searched], [why, note], **event)
+        gr.on([sentence.submit, where.submit, by_sentence.click], answers.find, [sentence, where, top], shown, **event)
+        by_image.click(answers.find_similar, [upload, where, top], shown, **event)
+        results.select(answers.explain, [searched], [why, note], **event)
     return page
 
 
