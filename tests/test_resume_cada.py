@@ -82,6 +82,17 @@ def test_another_training_does_not_go_on(folder, stopped, tmp_path, more, messag
         train_cada.main([*arguments(folder, stopped.name, "epoch"), *more])
 
 
+def test_another_number_of_threads_goes_on_with_a_warning(folder, stopped, caplog):  # noqa: F811
+    recipe = stopped / "checkpoint-3" / "cada_recipe.json"
+    saved = json.loads(recipe.read_text(encoding="utf-8"))
+    assert saved["threads"] == torch.get_num_threads()
+    recipe.write_text(json.dumps({**saved, "threads": 64}), encoding="utf-8")
+    train_cada.main(arguments(folder, stopped.name, "epoch"))
+    warnings = [record.getMessage() for record in caplog.records if "threads" in record.getMessage()]
+    assert len(warnings) == 1 and "was trained with 64 threads a process, this run has 1. Sums round" in warnings[0]
+    assert json.loads((stopped / "checkpoint-9" / "cada_recipe.json").read_text(encoding="utf-8"))["threads"] == 1
+
+
 def test_a_checkpoint_that_is_not_whole(folder, stopped):  # noqa: F811
     checkpoint = stopped / "checkpoint-3"
     (checkpoint / "optimizer.pt").rename(stopped / "kept")

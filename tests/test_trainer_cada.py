@@ -215,7 +215,7 @@ def test_several_sets_are_evaluated_in_a_training(trainer, tmp_path):
 def test_persons_that_are_texts_are_named(trainer):
     one = trainer()
     rows = one.eval_dataset.cast_column("person_id", Value("string"))
-    with pytest.raises(CADAError, match="`person_id` holds string. Give every person a whole number"):
+    with pytest.raises(CADAError, match="Row 0: `person_id` is the text .* Give a whole number"):
         one.evaluate(rows)
 
 

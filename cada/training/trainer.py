@@ -538,9 +538,6 @@ class CADATrainer(Trainer):
             for name, one in dataset.items():
                 metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        kind = dataset.features["person_id"].dtype
-        if "int" not in kind:
-            raise CADAError(f"The column `person_id` holds {kind}. Give every person a whole number.")
         try:
             with self.accelerator.autocast():
                 metrics = evaluate_retrieval(
