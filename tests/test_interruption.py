@@ -119,7 +119,7 @@ def test_a_checkpoint_is_complete_or_absent(folder, writer, monkeypatch):
 
     def full(self, *args, **kwargs):
         write(self, *args, **kwargs)
-        if self.state.global_step == 6 and (self.is_in_train):
+        if self.state.global_step == 6 and self.is_in_train:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     output = f"full_{writer}"

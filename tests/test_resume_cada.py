@@ -208,7 +208,7 @@ def test_too_little_memory_ends_with_a_remedy(folder, monkeypatch):  # noqa: F81
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(CADATrainer, "training_step", training_step)
-    with pytest.raises(CADAError, match="Step 1 failed: CUDA out of memory.*--gradient_checkpointing"):
+    with pytest.raises(CADAError, match="Step 1 failed: CUDA out of memory.*--activation_checkpointing"):
         train_cada.main(arguments(folder, "no_memory", "epoch"))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import save_colour_set, save_tiny_start, training_command
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from pedes_layout import LAYOUTS
 from PIL import Image
 from transformers import HfArgumentParser, TrainerState
@@ -337,15 +337,15 @@ def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
 def test_recipe_in_the_record_names_what_was_given(tmp_path):
     """The fields of --config_overrides, not the name of their file."""
     (tmp_path / "fields.json").write_text('{"mask_rate": 0.4}')
-    rows = Dataset.from_dict({"person_id": [1, 1, 2]})
+    splits = DatasetDict(train=Dataset.from_dict({"person_id": [1, 1, 2], "captions": [["a"], ["b", "c"], ["d"]]}))
     state = TrainerState(epoch=1.0, global_step=3)
-    more = {"data_seed": 0, "optim_args": "rank=8", "adam_beta2": 0.98}
+    more = {"data_seed": 0, "optim_args": "rank=8", "adam_beta2": 0.98, "muon_learning_rate": 0.02}
     recipes = []
     for overrides, given in ((None, {}), (str(tmp_path / "fields.json"), more)):
         model, data = ModelArguments(config_overrides=overrides), DataArguments("org/set")
         args = CADATrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)
-        training = describe_training(model, data, args, rows, 6, state)
-        assert training["seed"] == 42
+        training = describe_training(model, data, args, splits, 0, state)
+        assert training["seed"] == 42 and training["data"] == {"persons": 2, "images": 3, "pairs": 4}
         recipes.append(training["recipe"])
     assert {name: value for name, value in recipes[1].items() if recipes[0].get(name) != value} == {
         **more,

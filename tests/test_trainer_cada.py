@@ -95,7 +95,7 @@ def test_gradient_checkpointing_gives_the_same_weights(start, tmp_path):
     data_dir.mkdir()
     LAYOUTS["rstp_reid"](data_dir)
     weights = []
-    for number, more in enumerate(((), ("--gradient_checkpointing",))):
+    for number, more in enumerate(((), ("--activation_checkpointing",))):
         words = training_command(start, tmp_path / str(number), "rstp_reid", data_dir, "--do_train", *more)
         train_cada.main([*words, "--config_overrides", NO_DROPOUT])
         weights.append(CADAForTextToImageRetrieval.from_pretrained(tmp_path / str(number)).state_dict())

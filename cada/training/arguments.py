@@ -161,7 +161,7 @@ class CADATrainingArguments(TrainingArguments):
         for name in (*AT_LEAST_1, *AT_LEAST_0):
             value, least = getattr(self, name), int(name in AT_LEAST_1)
             if value is not None and not least <= value < math.inf:  # also where it is NaN
-                raise ValueError(f"`{name}` is {value}. Give {least} or more.")
+                raise ValueError(f"`{name}` is {value}. Give a number of {least} or more.")
         if self.do_train and (self.num_train_epochs == 0 or self.max_steps == 0):
             raise ValueError("`num_train_epochs` and `max_steps` of 0 train nothing. Leave out --do_train.")
         if (self.metric_for_best_model or SCORES[0]).removeprefix("eval_") not in SCORES:

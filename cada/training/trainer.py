@@ -53,7 +53,7 @@ def check_processes(args: TrainingArguments) -> None:
     if args.fsdp or args.deepspeed or "true" in launched:
         raise CADAError(
             "FSDP and DeepSpeed have no place in this training: every process holds all weights. Use "
-            "recipes/accelerate/one_machine.yaml, and --gradient_checkpointing where memory is short."
+            "recipes/accelerate/one_machine.yaml, and --activation_checkpointing where memory is short."
         )
     if args.world_size > 1 and not args.dataloader_drop_last:
         raise CADAError("--dataloader_drop_last false is for one process: several train on batches of equal parts.")
@@ -88,6 +88,8 @@ class CADATrainer(Trainer):
                     f"The processor masks {masker.unit}s at a rate of {masker.rate}, and the model's configuration "
                     f"says {config.mask_unit}s and {config.mask_rate}. Make the processor with these."
                 )
+        # Tied weights are saved once: the Trainer would miss their second name where it loads the best checkpoint.
+        self.model._keys_to_ignore_on_save = list(self.model.all_tied_weights_keys)
         self.recipe = None if self.train_dataset is None else self._recipe()
         self.write_record: Callable[[Path], object] | None = None  # puts the record of the run into a checkpoint
         self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
@@ -200,7 +202,7 @@ class CADATrainer(Trainer):
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
                 remedy = (
-                    "Add --gradient_checkpointing, which gives the same gradients in less memory, or lower the batch."
+                    "Add --activation_checkpointing, which gives the same gradients in less memory, or lower the batch."
                 )
             elif "DataLoader worker" in str(error):
                 remedy = "Was a worker killed for want of memory? Take fewer --dataloader_num_workers."
