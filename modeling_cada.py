@@ -536,9 +536,6 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
     """CADA with its three losses for training, and with global and local matching for retrieval."""
 
     _tied_weights_keys = {"vocabulary_head.decoder.weight": "cada.text_model.embeddings.word_embeddings.weight"}
-    _keys_to_ignore_on_save = [
-        "vocabulary_head.decoder.weight"
-    ]  # so the Trainer does not miss it when it loads the best
     accepts_loss_kwargs = False  # of the Trainer: the losses are means over pairs, no number of tokens scales them
 
     def __init__(self, config: CADAConfig):

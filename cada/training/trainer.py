@@ -201,9 +201,7 @@ class CADATrainer(Trainer):
             return output
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                remedy = (
-                    "Add --activation_checkpointing, which gives the same gradients in less memory, or lower the batch."
-                )
+                remedy = "Add --activation_checkpointing (same gradients, less memory), or lower the batch."
             elif "DataLoader worker" in str(error):
                 remedy = "Was a worker killed for want of memory? Take fewer --dataloader_num_workers."
             elif isinstance(error, NotImplementedError):
