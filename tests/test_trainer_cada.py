@@ -107,7 +107,7 @@ def test_gradient_checkpointing_gives_the_same_weights(start, tmp_path):
 
 
 @pytest.mark.slow  # the compiler takes some minutes
-def test_compiled_training_gives_the_same_weights(start, tmp_path):
+def test_compiled_training_gives_the_same_weights(start, tmp_path, empty_compiler_cache):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     LAYOUTS["cuhk_pedes"](data_dir)
