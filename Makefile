@@ -7,7 +7,7 @@ EXTRAS := [app,benchmarks,milvus,onnx,test]
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # setuptools warns that a clone comes first on the path, which is what an editable installation is for.
-PIP := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # The common tests of transformers, which every model of that library has to pass. Only its source distribution has them.
 COMMON_TESTS := $(VENV)/transformers-tests
 # glibc hands large blocks back to the kernel at each free. Training on a CPU asks for them again at once: 8 % of its time.

@@ -136,7 +136,7 @@ def only_writer(folder: str | os.PathLike) -> Iterator[None]:
         lock.release()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Onto the disk, so that after a power cut no empty file has the new name."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -161,7 +161,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".unfinished-{path.name}")
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise _not_written(path, error) from error
@@ -187,7 +187,7 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for path in temporary.iterdir():
-            _flush(path)
+            flush(path)
         try:
             for path in folder.iterdir():
                 if _WEIGHTS.fullmatch(path.name):
@@ -204,21 +204,3 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
         raise _not_written(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder, which loses its name first: nobody finds a part of it."""
-    hidden = folder.parent / ".deleted"
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def replace_folder(written: Path, folder: Path) -> None:
-    """Give the folder `written` the name `folder` once all is on the disk, in place of what has it now."""
-    for path in written.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    if folder.exists():
-        remove_folder(folder)
-    written.rename(folder)

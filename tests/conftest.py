@@ -106,6 +106,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def empty_compiler_cache(tmp_path, monkeypatch):
+    """torch keeps compiled code in a folder of all programs: code for another processor there ends the process."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def reference() -> dict:
     """The tensors of the authors' code by group: `weights`, `inputs`, `outputs`, `grads`, and its `config`."""

@@ -21,6 +21,7 @@ import train_cada
 from cada import cli
 from cada.files import CADAError, run_command
 from cada.hub.loading import check_processor, load_config, load_model, load_processor, load_tokenizer, weight_files
+from cada.training.start import load_start
 from modeling_cada import CADAForTextToImageRetrieval
 
 
@@ -223,11 +224,11 @@ def test_new_heads_are_random_but_what_was_there_has_to_be_there(tmp_path):
     """A checkpoint without ARA starts with a random vocabulary head; one with a hole in it does not start."""
     plain = tiny_config(use_ara=False)
     CADAForTextToImageRetrieval(plain).save_pretrained(tmp_path)
-    model = train_cada.load_start(str(tmp_path), {"use_ara": True})
+    model = load_start(str(tmp_path), {"use_ara": True})
     assert hasattr(model, "vocabulary_head")
     change_weights(tmp_path, lambda tensors: tensors.pop(BIAS))
     with pytest.raises(CADAError, match=f"lack {BIAS}"):
-        train_cada.load_start(str(tmp_path), {"use_ara": True})
+        load_start(str(tmp_path), {"use_ara": True})
 
 
 class Payload:

@@ -344,9 +344,8 @@ def test_towers_compile_to_one_graph(name):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["vision", "text"])
 @torch.no_grad()
-def test_towers_compile_to_machine_code(name):
+def test_towers_compile_to_machine_code(name, empty_compiler_cache):
     """With torch's default backend."""
-    torch.compiler.reset()
     model = tower(name)
     compiled = torch.compile(model, fullgraph=True)
     inputs = tower_inputs(name)

@@ -12,7 +12,8 @@ from cada.files import CADAError
 from cada.hub.convert import convert, convert_state_dict, grow_vocabulary
 from cada.hub.publish import release_files
 from cada.hub.record import read_run
-from train_cada import ModelArguments, load_model_and_processor
+from cada.training.arguments import ModelArguments
+from cada.training.start import make_model_and_processor
 
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -270,7 +271,7 @@ def test_training_starts_from_blip_in_one_step(tmp_path):
     """`--init_from`: the same weights as the converter's, at the image size of the overrides."""
     random_blip().save_pretrained(tmp_path / "blip")
     bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    model, processor = load_model_and_processor(
+    model, processor = make_model_and_processor(
         ModelArguments(
             init_from=str(tmp_path / "blip"),
             tokenizer_name=str(tmp_path / "tokenizer"),
@@ -286,9 +287,9 @@ def test_training_starts_from_blip_in_one_step(tmp_path):
     )
     assert model.config.ara_weight == 0.3 and processor.attribute_masker.rate == 0.5
     assert processor.image_processor.size == {"height": 64, "width": 32}
-    model, _ = load_model_and_processor(
+    model, _ = make_model_and_processor(
         ModelArguments(init_from=str(tmp_path / "blip"), tokenizer_name=str(tmp_path / "tokenizer"))
     )
     assert model.config.vision_config.image_height_width == (224, 224)  # the paper's, whatever BLIP had
     with pytest.raises(ValueError, match="one start: --model_name_or_path or --init_from"):
-        train_cada.load_model_and_processor(ModelArguments(model_name_or_path="a", init_from="b"))
+        train_cada.make_model_and_processor(ModelArguments(model_name_or_path="a", init_from="b"))

@@ -119,7 +119,7 @@ def test_a_checkpoint_is_complete_or_absent(folder, writer, monkeypatch):
 
     def full(self, *args, **kwargs):
         write(self, *args, **kwargs)
-        if self.state.global_step == 6 and self._unfinished is not None:
+        if self.state.global_step == 6 and self.is_in_train:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     output = f"full_{writer}"
@@ -152,8 +152,12 @@ def test_old_checkpoints_are_deleted(folder):
 def test_one_checkpoint_is_the_best(folder, monkeypatch):
     """With a limit of 1 the last one goes at the end of training, by its name first."""
     deleted = []
-    remove = cada.training.trainer.remove_folder
-    monkeypatch.setattr(cada.training.trainer, "remove_folder", lambda path: (deleted.append(path.name), remove(path)))
+    delete = cada.training.trainer.delete_checkpoint
+    monkeypatch.setattr(
+        cada.training.trainer,
+        "delete_checkpoint",
+        lambda path: (deleted.append(path.name) if path.exists() else None, delete(path)),
+    )
     output = folder / "limit"
     train_cada.main([*arguments(folder, output.name, "epoch"), "--save_total_limit", "1"])
     state = json.loads((output / "trainer_state.json").read_text())

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from cada.training.arguments import CADATrainingArguments
 from cada.training.muon import MuonAdamW, orthogonalise
-from cada.training.trainer import CADATrainer, CADATrainingArguments
+from cada.training.trainer import CADATrainer
 from modeling_cada import CADAForTextToImageRetrieval
 
 

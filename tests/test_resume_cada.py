@@ -65,7 +65,7 @@ def test_a_new_training_leaves_the_checkpoints_of_another_alone(folder, stopped)
         (["--lr_scheduler_kwargs", '{"num_cycles": 3.5}'], "lr_scheduler_kwargs"),
         (["--model_name_or_path", "OTHER"], "weights at the start"),
         (["--dataset", "OTHER"], "17 images of train"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is no complete checkpoint"),
     ],
 )
 def test_another_training_does_not_go_on(folder, stopped, tmp_path, more, message):  # noqa: F811
@@ -113,7 +113,10 @@ def test_damaged_files_of_a_checkpoint_are_named(folder, stopped, tmp_path, name
     path = stopped / "checkpoint-3" / name
     path.write_bytes(path.read_bytes()[:-20])
     messages = []
-    for damage in (lambda: None, lambda: torch.save(Bomb(tmp_path / "marker"), path), path.unlink):
+    damages = [lambda: None, lambda: torch.save(Bomb(tmp_path / "marker"), path)]
+    if name != "cada_recipe.json":  # without it the checkpoint is not complete
+        damages.append(path.unlink)
+    for damage in damages:
         damage()
         with pytest.raises(CADAError, match=name.replace(".", r"\.")) as error:
             train_cada.main(arguments(folder, stopped.name, "epoch"))
@@ -121,6 +124,25 @@ def test_damaged_files_of_a_checkpoint_are_named(folder, stopped, tmp_path, name
     assert not (tmp_path / "marker").exists()
     assert all("weights_only=False" not in message for message in messages)
     assert all("another checkpoint" in message or "the folder of one" in message for message in messages)
+
+
+def test_a_checkpoint_without_its_last_file_is_passed_over(folder, stopped, caplog):  # noqa: F811
+    """As a killed run leaves it. The training begins where the one before it ended, and writes it anew."""
+    unfinished = Path(shutil.copytree(stopped / "checkpoint-3", stopped / "checkpoint-6"))
+    (unfinished / "cada_recipe.json").unlink()
+    (unfinished / "rng_state_7.pth").write_bytes(b"of another number of processes")
+    with pytest.raises(
+        CADAError, match=r"checkpoint-6 is no complete checkpoint of a training: it has no cada_recipe"
+    ):
+        train_cada.main([*arguments(folder, stopped.name, "epoch"), "--resume_from_checkpoint", str(unfinished)])
+    train_cada.main(arguments(folder, stopped.name, "epoch"))
+    assert_same_end(folder, stopped.name, "epoch")
+    assert not (unfinished / "rng_state_7.pth").exists()
+    for checkpoint in stopped.glob("checkpoint-*"):
+        (checkpoint / "cada_recipe.json").unlink()
+    train_cada.main(arguments(folder, stopped.name, "epoch"))
+    assert "holds no complete checkpoint to resume from: training starts at the beginning" in caplog.text
+    assert_same_end(folder, stopped.name, "epoch")
 
 
 def test_weights_that_a_checkpoint_lacks(folder, stopped):  # noqa: F811
@@ -186,7 +208,7 @@ def test_too_little_memory_ends_with_a_remedy(folder, monkeypatch):  # noqa: F81
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(CADATrainer, "training_step", training_step)
-    with pytest.raises(CADAError, match="Step 1 failed: CUDA out of memory.*--gradient_checkpointing"):
+    with pytest.raises(CADAError, match="Step 1 failed: CUDA out of memory.*--activation_checkpointing"):
         train_cada.main(arguments(folder, "no_memory", "epoch"))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import save_colour_set, save_tiny_start, training_command
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from pedes_layout import LAYOUTS
 from PIL import Image
 from transformers import HfArgumentParser, TrainerState
@@ -20,9 +20,10 @@ from transformers import HfArgumentParser, TrainerState
 import train_cada
 from cada.files import CADAError, run_command
 from cada.hub.record import RANDOM_START, after_training, read_run, write_run
-from cada.training.trainer import CADATrainingArguments
+from cada.training.arguments import CADATrainingArguments, DataArguments, ModelArguments, read_overrides, read_recipe
+from cada.training.describe import check_hold_out, describe_training
+from cada.training.start import count_long_captions, make_model_and_processor
 from modeling_cada import CADAForTextToImageRetrieval
-from train_cada import ModelArguments, load_model_and_processor, read_overrides
 
 
 ROOT = Path(train_cada.__file__).parent
@@ -125,7 +126,7 @@ def test_training_learns(tmp_path):
 def test_checkpoint_starts_with_another_image_size(start):
     """Images of 32×16 in patches of 8 become 48×16: four rows of positions become six; the others are loaded."""
     overrides = '{"vision_config": {"image_size": [48, 16]}}'
-    model, processor = load_model_and_processor(ModelArguments(str(start), config_overrides=overrides))
+    model, processor = make_model_and_processor(ModelArguments(str(start), config_overrides=overrides))
     old = CADAForTextToImageRetrieval.from_pretrained(start)
     assert processor.image_processor.size == {"height": 48, "width": 16}
     inputs = processor(images=Image.new("RGB", (20, 50), "red"), text=["a man"], return_tensors="pt")
@@ -177,12 +178,12 @@ def test_a_mistake_ends_the_program_with_a_line(tmp_path, monkeypatch, capfd):
 def test_held_out_persons_are_compared_by_the_recorded_name_of_the_set():
     trained = {"dataset": "mine (own data)", "recipe": {"persons_held_out_of_train": 5}}
     record = {"origin": {**RANDOM_START, "trained_on": {"cuhk_pedes": 0}}, "training": trained}
-    train_cada.check_hold_out(record, "mine (own data)", 5)
-    train_cada.check_hold_out(record, "mine (own data)", 4)
-    train_cada.check_hold_out(record, "icfg_pedes", 200)
-    train_cada.check_hold_out({"origin": RANDOM_START, "training": None}, "icfg_pedes", 200)
+    check_hold_out(record, "mine (own data)", 5)
+    check_hold_out(record, "mine (own data)", 4)
+    check_hold_out(record, "icfg_pedes", 200)
+    check_hold_out({"origin": RANDOM_START, "training": None}, "icfg_pedes", 200)
     with pytest.raises(CADAError, match="Pass --holdout_persons 5"):
-        train_cada.check_hold_out(record, "mine (own data)", 7)
+        check_hold_out(record, "mine (own data)", 7)
 
 
 def test_overrides_from_text_or_file(tmp_path):
@@ -203,7 +204,7 @@ def test_overrides_reach_model_and_processor(start):
     overrides = (
         '{"mask_unit": "word", "mask_rate": 0.4, "text_config": {"hidden_dropout_prob": 0.3}, "use_ara": false}'
     )
-    model, processor = load_model_and_processor(ModelArguments(str(start), config_overrides=overrides))
+    model, processor = make_model_and_processor(ModelArguments(str(start), config_overrides=overrides))
     assert model.config.text_config.hidden_dropout_prob == 0.3
     assert model.config.text_config.vocab_size == 30524
     assert not hasattr(model, "vocabulary_head")
@@ -214,7 +215,7 @@ def test_new_model_agrees_with_its_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     overrides = json.dumps({"vision_config": {**tower, "image_size": [64, 32]}, "text_config": tower})
-    model, processor = load_model_and_processor(
+    model, processor = make_model_and_processor(
         ModelArguments(tokenizer_name=str(tmp_path), config_overrides=overrides)
     )
     assert model.config.text_config.vocab_size == len(processor.tokenizer) == 30524
@@ -258,26 +259,26 @@ def test_image_that_breaks_during_training_is_named(start, tmp_path):
 def test_long_captions_are_counted(processor):
     """13 tokens fit: [CLS], eleven words, [SEP]."""
     rows = [["a man", "red " * 12], ["red " * 11], ["red " * 30]]
-    assert train_cada.count_long_captions({"captions": rows}, processor) == 2
+    assert count_long_captions({"captions": rows}, processor) == 2
 
 
 def test_recipe_is_a_file_of_arguments(tmp_path):
     """The recipes of the repository parse to the paper's settings; what stands behind a recipe counts more."""
-    parser = HfArgumentParser((ModelArguments, train_cada.DataArguments, CADATrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, CADATrainingArguments))
     for path in sorted((ROOT / "recipes").glob("*.json")):
         more = ["--data_dir", "elsewhere", "--use_cpu", "--bf16", "false"]
-        model, data, args = parser.parse_args_into_dataclasses([*train_cada.read_recipe(str(path), more), *more])
+        model, data, args = parser.parse_args_into_dataclasses([*read_recipe(str(path), more), *more])
         assert data.dataset == path.stem and data.data_dir == "elsewhere"
         assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (1e-5, 40, 96)
         assert data.captions_per_image == (2 if path.stem == "cuhk_pedes" else None)
         assert model.init_source == "blip_original" and model.init_from
         # A checkpoint on the command line takes the place of the recipe's start.
-        assert "--init_from" not in train_cada.read_recipe(str(path), ["--model_name_or_path", "runs/x"])
-        assert "--init_from" not in train_cada.read_recipe(str(path), ["--model_name_or_path=runs/x"])
+        assert "--init_from" not in read_recipe(str(path), ["--model_name_or_path", "runs/x"])
+        assert "--init_from" not in read_recipe(str(path), ["--model_name_or_path=runs/x"])
     (tmp_path / "bad.json").write_text("[1]")
     for name, message in (("bad.json", "JSON object of arguments"), ("none.json", "does not exist")):
         with pytest.raises(CADAError, match=message):
-            train_cada.read_recipe(str(tmp_path / name), [])
+            read_recipe(str(tmp_path / name), [])
 
 
 def test_recipe_runs(start, tmp_path):
@@ -336,15 +337,15 @@ def test_persons_of_the_training_are_no_validation_set(start, tmp_path):
 def test_recipe_in_the_record_names_what_was_given(tmp_path):
     """The fields of --config_overrides, not the name of their file."""
     (tmp_path / "fields.json").write_text('{"mask_rate": 0.4}')
-    rows = Dataset.from_dict({"person_id": [1, 1, 2]})
+    splits = DatasetDict(train=Dataset.from_dict({"person_id": [1, 1, 2], "captions": [["a"], ["b", "c"], ["d"]]}))
     state = TrainerState(epoch=1.0, global_step=3)
-    more = {"data_seed": 0, "optim_args": "rank=8", "adam_beta2": 0.98}
+    more = {"data_seed": 0, "optim_args": "rank=8", "adam_beta2": 0.98, "muon_learning_rate": 0.02}
     recipes = []
     for overrides, given in ((None, {}), (str(tmp_path / "fields.json"), more)):
-        model, data = ModelArguments(config_overrides=overrides), train_cada.DataArguments("org/set")
+        model, data = ModelArguments(config_overrides=overrides), DataArguments("org/set")
         args = CADATrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)
-        training = train_cada.describe_training(model, data, args, rows, 6, state)
-        assert training["seed"] == 42
+        training = describe_training(model, data, args, splits, 0, state)
+        assert training["seed"] == 42 and training["data"] == {"persons": 2, "images": 3, "pairs": 4}
         recipes.append(training["recipe"])
     assert {name: value for name, value in recipes[1].items() if recipes[0].get(name) != value} == {
         **more,

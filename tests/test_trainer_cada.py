@@ -14,7 +14,8 @@ import train_cada
 from cada.data.loading import load_pairs_dataset
 from cada.data.pairs import PairCollator, PairDataset, add_attribute_spans
 from cada.files import CADAError
-from cada.training.trainer import CADATrainer, CADATrainingArguments
+from cada.training.arguments import CADATrainingArguments
+from cada.training.trainer import CADATrainer
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import AttributeMasker, CADAProcessor
 
@@ -62,7 +63,7 @@ def test_annealed_temperature_falls_from_start_to_end(tmp_path):
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"save_steps": float("inf")}, "save_steps"),
         ({"data_seed": -1}, "data_seed"),
-        ({"torch_compile_mode": "fast"}, "Choose one of default, "),
+        ({"enable_jit_checkpoint": True}, "has no place in this training"),
         ({"use_liger_kernel": True}, "has no place in this training"),
         ({"hub_strategy": "every_save"}, "has no place in this training"),
     ],
@@ -94,7 +95,7 @@ def test_gradient_checkpointing_gives_the_same_weights(start, tmp_path):
     data_dir.mkdir()
     LAYOUTS["rstp_reid"](data_dir)
     weights = []
-    for number, more in enumerate(((), ("--gradient_checkpointing",))):
+    for number, more in enumerate(((), ("--activation_checkpointing",))):
         words = training_command(start, tmp_path / str(number), "rstp_reid", data_dir, "--do_train", *more)
         train_cada.main([*words, "--config_overrides", NO_DROPOUT])
         weights.append(CADAForTextToImageRetrieval.from_pretrained(tmp_path / str(number)).state_dict())
@@ -106,7 +107,7 @@ def test_gradient_checkpointing_gives_the_same_weights(start, tmp_path):
 
 
 @pytest.mark.slow  # the compiler takes some minutes
-def test_compiled_training_gives_the_same_weights(start, tmp_path):
+def test_compiled_training_gives_the_same_weights(start, tmp_path, empty_compiler_cache):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     LAYOUTS["cuhk_pedes"](data_dir)
@@ -255,8 +256,8 @@ def test_fields_of_a_file_are_read_once(start, tmp_path, monkeypatch):
     LAYOUTS["rstp_reid"](tmp_path)
     fields = tmp_path / "fields.json"
     fields.write_text('{"mask_rate": 0.4}')
-    load = train_cada.load_model_and_processor
-    monkeypatch.setattr(train_cada, "load_model_and_processor", lambda given: (load(given), fields.unlink())[0])
+    load = train_cada.make_model_and_processor
+    monkeypatch.setattr(train_cada, "make_model_and_processor", lambda given: (load(given), fields.unlink())[0])
     words = training_command(start, tmp_path / "run", "rstp_reid", tmp_path, "--do_train", "--max_steps", "1")
     train_cada.main([*words, "--config_overrides", str(fields)])
     record = json.loads((tmp_path / "run" / "cada_run.json").read_text())

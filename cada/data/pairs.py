@@ -68,22 +68,22 @@ class GlobalBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
     The batches of one of several processes, as (pair, seed of its augmentation and masking).
 
     Order and seeds follow from `seed`, epoch and pair alone. A batch of all processes is cut into equal parts, one for
-    each: n processes train on the batches of one process with the n-fold batch size. Of a smaller last batch the pairs
-    that cannot be shared equally, fewer than there are processes, are left out; in each epoch these are others.
+    each: n processes train on the batches of one process with the n-fold batch size.
 
     Args:
         pairs: number of pairs.
         batch_size: of one process.
         seed: of the run.
         rank, processes: number of this process, and how many there are.
-        drop_last: whether to leave out the last batch of an epoch where it is smaller than the others.
+        drop_last: whether to leave out the last batch of an epoch where it is smaller than the others; with several
+            processes it always is.
     """
 
     def __init__(
         self, pairs: int, batch_size: int, seed: int = 0, rank: int = 0, processes: int = 1, drop_last: bool = True
     ):
         self.pairs, self.batch_size, self.seed, self.epoch = pairs, batch_size, seed, 0
-        self.rank, self.processes, self.drop_last = rank, processes, drop_last
+        self.rank, self.processes, self.drop_last = rank, processes, drop_last or processes > 1
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is that of `epoch`."""
@@ -91,17 +91,14 @@ class GlobalBatches(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         whole, rest = divmod(self.pairs, self.batch_size * self.processes)
-        return whole + (rest >= self.processes and not self.drop_last)
+        return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = [self.seed, self.epoch]
         order = np.random.default_rng(epoch).permutation(self.pairs)
         for batch in range(len(self)):
-            size = self.batch_size * self.processes
-            pairs = order[batch * size : (batch + 1) * size]
-            part = (
-                pairs[: len(pairs) // self.processes * self.processes].reshape(self.processes, -1)[self.rank].tolist()
-            )
+            begin = (batch * self.processes + self.rank) * self.batch_size
+            part = order[begin : begin + self.batch_size].tolist()
             # 63 bits: what torch takes as a seed without complaint.
             seeds = (np.random.SeedSequence([*epoch, pair]).generate_state(1, np.uint64)[0] >> 1 for pair in part)
             yield [(pair, int(seed)) for pair, seed in zip(part, seeds)]

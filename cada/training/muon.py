@@ -1,6 +1,8 @@
 """Muon: steps of weight matrices whose singular values are all alike. For training from random weights."""
 
 import torch
+from torch import nn
+from transformers import TrainingArguments
 
 
 # Of the odd polynomial of Jordan et al. (2024, "Muon: an optimizer for hidden layers in neural networks"): five
@@ -56,3 +58,26 @@ class MuonAdamW(torch.optim.AdamW):
             for matrix, step in zip(matrices, steps):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(size * step)
                 matrix.grad = None
+
+
+def muon_for(model: nn.Module, args: TrainingArguments, decayed: list[str]) -> MuonAdamW:
+    """
+    Muon for the matrices of the layers with `args.muon_learning_rate`; embeddings and heads, whose rows are words and
+    classes, stay with AdamW, as do vectors. `decayed` names the weights that AdamW decays.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    matrices = {
+        name for name, weight in weights.items() if weight.ndim == 2 and "embed" not in name and "head" not in name
+    }
+    others, decayed = weights.keys() - matrices, set(decayed)
+    groups = [
+        {"params": [weights[name] for name in weights if name in others & decayed]},
+        {"params": [weights[name] for name in weights if name in others - decayed], "weight_decay": 0.0},
+        {
+            "params": [weights[name] for name in weights if name in matrices],
+            "lr": args.muon_learning_rate,
+            "momentum": 0.95,
+        },
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MuonAdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)

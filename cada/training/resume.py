@@ -1,8 +1,9 @@
-"""An interrupted training goes on: SIGTERM saves it; a checkpoint is whole and of the same training, or refused."""
+"""An interrupted training goes on: SIGTERM saves it; a checkpoint is complete and of the same training, or refused."""
 
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -11,13 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
-from cada.files import CADAError, one_line, read_json
+from cada.files import CADAError, flush, one_line, read_json, written_whole
 from cada.hub.loading import load_model
 from cada.hub.record import model_digest
 from modeling_cada import CADAForTextToImageRetrieval
@@ -53,8 +54,7 @@ def recipe_of(args: TrainingArguments, model: CADAForTextToImageRetrieval, split
     What makes a training, as plain values: arguments, the batch of all processes, the configuration, and digests of
     the `model` at its start and of the captions and persons of the `splits`.
     """
-    recipe = {name: getattr(args, name) for name in _RECIPE}
-    recipe = {name: getattr(value, "value", value) for name, value in recipe.items()}
+    recipe = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in _RECIPE}
     recipe["batch"] = args.train_batch_size * args.world_size
     recipe[THREADS] = torch.get_num_threads()
     for name, value in model.config.to_dict().items():
@@ -70,45 +70,71 @@ def recipe_of(args: TrainingArguments, model: CADAForTextToImageRetrieval, split
     return json.loads(json.dumps(recipe, default=str))
 
 
+def complete(checkpoint: Path, recipe: dict) -> None:
+    """Write the recipe, the last file of a checkpoint, once all others are on the disk: now it is complete."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            flush(path)
+    with written_whole(checkpoint / RECIPE_FILE) as file:
+        file.write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+def delete_checkpoint(checkpoint: Path) -> None:
+    """Its recipe goes first: nobody takes what is left for a checkpoint."""
+    (checkpoint / RECIPE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """Those of a training's `output_dir`, by their steps."""
+    return [path for path in map(Path, sort_checkpoints(str(folder))) if (path / RECIPE_FILE).is_file()]
+
+
 def find_checkpoint(args: TrainingArguments, recipe: dict) -> str | None:
     """
     The folder of the checkpoint from which to go on, looked at; `None` to begin.
 
     Args:
-        args: of the training.
+        args: of the training; `resume_from_checkpoint` is a folder, or `last`, the newest that is complete.
         recipe: of the training, by [`recipe_of`].
 
     Raises:
         CADAError: for a checkpoint that is missing, not whole, or of another training; and for checkpoints that an
             earlier training left where a new one is to begin.
     """
-    wanted = args.resume_from_checkpoint
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if wanted is None:
-        if found is not None:
-            raise CADAError(
-                f"{found} is there from an earlier training. Go on with it by --resume_from_checkpoint last, or give "
-                "another --output_dir."
-            )
-        return None
-    if wanted == "last":
-        if found is None:
-            logger.warning(f"{args.output_dir} holds no checkpoint to resume from: training starts at the beginning.")
-            return None
-        wanted = found
-    folder = Path(wanted)
-    if not (folder / TRAINER_STATE_NAME).is_file():
+    wanted, found = args.resume_from_checkpoint, sort_checkpoints(args.output_dir)
+    if wanted is None and found:
         raise CADAError(
-            f"--resume_from_checkpoint {wanted} is no checkpoint of a training: it has no {TRAINER_STATE_NAME}. Give "
-            "the folder of one, or `last`."
+            f"{found[-1]} is there from an earlier training. Go on with it by --resume_from_checkpoint last, or give "
+            "another --output_dir."
         )
+    complete = complete_checkpoints(args.output_dir)
+    if wanted == "last" and not complete:
+        logger.warning(
+            f"{args.output_dir} holds no complete checkpoint to resume from: training starts at the beginning."
+        )
+    if wanted is None or wanted == "last" and not complete:
+        return None
+    folder = complete[-1] if wanted == "last" else Path(wanted)
+    if not (folder / RECIPE_FILE).is_file():
+        raise CADAError(
+            f"--resume_from_checkpoint {wanted} is no complete checkpoint of a training: it has no {RECIPE_FILE}, "
+            "which is written last. Give the folder of one, or `last`."
+        )
+    _check_recipe(folder, recipe)
+    _check_whole(folder, args)
+    return str(folder)
+
+
+def _check_recipe(folder: Path, recipe: dict) -> None:
+    """It is a checkpoint of the same training, see [`recipe_of`]."""
     try:
-        state, saved = read_json(folder / TRAINER_STATE_NAME), read_json(folder / RECIPE_FILE)
-        if not isinstance(state, dict) or not isinstance(state.get("global_step"), int) or not isinstance(saved, dict):
-            raise CADAError(f"{TRAINER_STATE_NAME} or {RECIPE_FILE} of {folder} holds something else.")
+        saved = read_json(folder / RECIPE_FILE)
+        if not isinstance(saved, dict):
+            raise CADAError(f"{folder / RECIPE_FILE} holds something else.")
     except CADAError as error:
         raise CADAError(f"{folder} is not whole. {error} {_OTHER.format(folder)}") from error
-    if saved.get(THREADS) not in (None, recipe.get(THREADS)):
+    if saved.get(THREADS) not in (None, recipe[THREADS]):
         logger.warning(
             f"{folder} was trained with {saved[THREADS]} threads a process, this run has {recipe[THREADS]}. Sums "
             "round differently then, and weights are not equal to the bit. For that set OMP_NUM_THREADS as it was."
@@ -120,24 +146,22 @@ def find_checkpoint(args: TrainingArguments, recipe: dict) -> str | None:
             f"{folder} is of another training: {', '.join(changed)}. Give the same arguments as before, or "
             f"{_ANEW.format(folder)}"
         )
-    _check_whole(folder, args)
-    return str(folder)
-
-
-def _shared_out(args: TrainingArguments) -> bool:
-    """FSDP saves weights and optimizer in a form of its own."""
-    return bool(args.fsdp) or "ACCELERATE_USE_FSDP" in os.environ
 
 
 def _check_whole(folder: Path, args: TrainingArguments) -> None:
+    """All that a training goes on from is there and can be read; its best checkpoint too, which it may end with."""
+    try:
+        state = TrainerState.load_from_json(folder / TRAINER_STATE_NAME)
+    except (OSError, TypeError, ValueError) as error:
+        raise CADAError(
+            f"{folder / TRAINER_STATE_NAME} is damaged ({one_line(error)}). {_OTHER.format(folder)}"
+        ) from error
+    try:
+        load_model(folder)
+    except CADAError as error:
+        raise CADAError(f"{error} Or {_ANEW.format('another checkpoint')}") from error
     own = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
-    names = ["scheduler.pt", own]
-    if not _shared_out(args):
-        names.append("optimizer.pt")
-        try:
-            load_model(folder)
-        except CADAError as error:
-            raise CADAError(f"{error} Or {_ANEW.format('another checkpoint')}") from error
+    names = ["optimizer.pt", "scheduler.pt", own]
     if not (folder / own).is_file() and list(folder.glob("rng_state*.pth")):
         logger.warning(f"{folder} is of another number of processes: dropout goes on with other random numbers.")
         names.remove(own)
@@ -154,27 +178,14 @@ def _check_whole(folder: Path, args: TrainingArguments) -> None:
         except Exception as error:  # of any kind, as the damage is
             reason = one_line(error).split(".")[0]  # what follows would advise to run its code
             raise CADAError(f"{folder / name} is damaged ({reason}). {_OTHER.format(folder)}") from error
-
-
-def best_checkpoint(folder: str | os.PathLike, args: TrainingArguments) -> str | None:
-    """
-    The best checkpoint that the one in `folder` knows of; it lies in the `output_dir`, which may have been moved.
-
-    Raises:
-        CADAError: where it is gone or damaged.
-    """
-    best = read_json(Path(folder) / TRAINER_STATE_NAME).get("best_model_checkpoint")
-    if best is None:
-        return None
-    place = Path(args.output_dir) / Path(best).name
-    if not place.is_dir():
-        raise CADAError(f"The best checkpoint so far, {place}, is gone. Bring it back, or {_ANEW.format(folder)}")
-    if not _shared_out(args) and place.name != Path(folder).name:
+    if state.best_model_checkpoint is not None:
+        best = Path(args.output_dir, Path(state.best_model_checkpoint).name)  # the `output_dir` may have been moved
+        if not best.is_dir():
+            raise CADAError(f"The best checkpoint so far, {best}, is gone. Bring it back, or {_ANEW.format(folder)}")
         try:
-            load_model(place)
+            load_model(best)
         except CADAError as error:
             raise CADAError(f"The best checkpoint so far is damaged. {error} Or {_ANEW.format(folder)}") from error
-    return str(place)
 
 
 class SaveOnSigterm(TrainerCallback):
@@ -189,6 +200,9 @@ class SaveOnSigterm(TrainerCallback):
         self.previous = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if state.best_model_checkpoint is None and best.is_dir():  # the `output_dir` was moved since
+            state.best_model_checkpoint = str(best)
         self.received = self.agreed = False
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             self.previous = signal.signal(signal.SIGTERM, self._receive)

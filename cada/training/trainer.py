@@ -1,193 +1,40 @@
 """
-The `Trainer` of CADA and its arguments: every loss part in the log, evaluation by retrieval, checkpoints that are
-complete or absent. It works with any data set of pairs ([`PairDataset`]); the command is train_cada.py.
+The `Trainer` of CADA: every loss part in the log, evaluation by retrieval, checkpoints that are complete or absent. It
+works with any data set of pairs ([`PairDataset`]); the command is train_cada.py.
 """
 
-import json
-import math
-import shutil
+import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import (
-    PredictionOutput,
-    TrainOutput,
-    get_last_checkpoint,
-    sort_checkpoints,
-    speed_metrics,
-)
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PredictionOutput, TrainOutput, sort_checkpoints, speed_metrics
 from transformers.utils import logging
 
 from cada.data.pairs import GlobalBatches, outlive_sigterm
-from cada.evaluation.encoding import RERANK_MEMORY
 from cada.evaluation.matching import evaluate_retrieval
-from cada.evaluation.metrics import METRICS
-from cada.files import CADAError, one_line, remove_folder, replace_folder
+from cada.files import CADAError, one_line
 from cada.hub.loading import check_processor
 from cada.hub.publish import publish
-from cada.training.muon import MuonAdamW
-from cada.training.resume import RECIPE_FILE, SaveOnSigterm, best_checkpoint, recipe_of
+from cada.training.arguments import made_of_arguments
+from cada.training.muon import muon_for
+from cada.training.resume import SaveOnSigterm, complete, complete_checkpoints, delete_checkpoint, recipe_of
 from losses_cada import rank_and_size
-from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 
 
 logger = logging.get_logger(__name__)
 
 LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
-STEPS = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
-# Arguments of `TrainingArguments` that are of language models, or would change the training unseen; their defaults.
-NO_PLACE = {
-    "auto_find_batch_size": False,
-    "bf16_full_eval": False,
-    "debug": "",
-    "fp16_full_eval": False,
-    "hub_always_push": False,
-    "hub_strategy": "end",  # all others push optimizer states
-    "ignore_data_skip": False,
-    "label_smoothing_factor": 0.0,
-    "neftune_noise_alpha": None,
-    "train_sampling_strategy": "random",
-    "use_liger_kernel": False,
-}
-UNFINISHED = ".unfinished"  # folder of the checkpoint that is being written, beside the others
-
-
-@dataclass
-class CADATrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the paper's recipe as defaults, and the negatives of ATP."""
-
-    num_train_epochs: float = field(default=40.0, metadata={"help": "Number of epochs."})
-    per_device_train_batch_size: int = field(default=96, metadata={"help": "Batch size per process."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images encoded at once."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    dataloader_drop_last: bool = field(
-        default=True, metadata={"help": "Leave out the last batch of an epoch where it is smaller than the others."}
-    )
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two lines of the log."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate on validation."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept: the best and the last."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best checkpoint on validation."})
-    metric_for_best_model: str | None = field(
-        default="local_R1", metadata={"help": "Validation score that chooses the checkpoint."}
-    )
-    rerank_memory: float = field(
-        default=RERANK_MEMORY,
-        metadata={"help": "GB that an evaluation may take for patch states and batches, whatever the gallery."},
-    )
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pinned memory for copies to an accelerator."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Whether DDP looks for parameters without gradient; CADA has none."}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
-    hub_strategy: str = field(
-        default="end", metadata={"help": "With --push_to_hub: push once, after the evaluation, with the model card."}
-    )
-    hub_tag: str | None = field(
-        default=None,
-        metadata={"help": "With --push_to_hub: name of this state, such as v1.0. The card pins it, else the commit."},
-    )
-    hub_overwrite: bool = field(
-        default=False, metadata={"help": "With --push_to_hub: replace weights that the repository holds already."}
-    )
-    muon_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Train the weight matrices of the layers by Muon with this highest learning rate, such as 0.02, "
-            "and the rest by AdamW: faster from random weights. By default AdamW trains all."
-        },
-    )
-    negative_sampling: str = field(
-        default="hardest",
-        metadata={
-            "help": "Negatives of ATP: 'hardest' (the paper), or 'annealed', drawn with probability softmax(S / T), "
-            "for training from random weights, where the hardest alone teach nothing.",
-            "choices": ["hardest", "annealed"],
-        },
-    )
-    negative_temperature_start: float = field(default=10.0, metadata={"help": "T at the first step of 'annealed'."})
-    negative_temperature_end: float = field(default=0.01, metadata={"help": "T at the last step of 'annealed'."})
-
-    def __post_init__(self):
-        least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-        least |= {"seed": 0, "data_seed": 0, "dataloader_num_workers": 0, "dataloader_prefetch_factor": 1}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"`{name}` is {value}. Give {lowest} or more.")
-        for name in (
-            *(
-                "learning_rate",
-                "muon_learning_rate",
-                "weight_decay",
-                "max_grad_norm",
-                "num_train_epochs",
-                "adam_epsilon",
-            ),
-            *STEPS,
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:  # also where it is NaN
-                raise ValueError(f"`{name}` is {value}. Give a number of 0 or more.")
-        if self.do_train and (self.num_train_epochs == 0 or self.max_steps == 0):
-            raise ValueError("`num_train_epochs` and `max_steps` of 0 train nothing. Leave out --do_train.")
-        scores = [f"{stage}_{metric}" for stage in ("local", "global") for metric in METRICS]
-        if (self.metric_for_best_model or "local_R1").removeprefix("eval_") not in scores:
-            raise ValueError(f"`metric_for_best_model` is {self.metric_for_best_model!r}. Choose {', '.join(scores)}.")
-        for name, default in NO_PLACE.items():
-            if getattr(self, name) and getattr(self, name) != default:
-                raise ValueError(f"`{name}` has no place in this training. Leave it out.")
-        if self.torch_compile_mode is not None:
-            modes = list(torch._inductor.list_mode_options())
-            if self.torch_compile_mode not in modes:
-                raise ValueError(
-                    f"`torch_compile_mode` is {self.torch_compile_mode!r}. Choose one of {', '.join(modes)}."
-                )
-        if self.load_best_model_at_end and "no" in (str(self.eval_strategy), str(self.save_strategy)):
-            raise ValueError(
-                "Without evaluations or without checkpoints none can be chosen: add --load_best_model_at_end false, "
-                "which keeps the last weights."
-            )
-        super().__post_init__()
-        if self.negative_sampling not in ("hardest", "annealed"):
-            raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
-        if not 0 < self.rerank_memory < math.inf:
-            raise ValueError(f"`rerank_memory` is {self.rerank_memory}. Give the GB an evaluation may take.")
-        if not math.inf > self.negative_temperature_start >= self.negative_temperature_end > 0:
-            raise ValueError(
-                f"`negative_temperature_start` ({self.negative_temperature_start}) has to be at least "
-                f"`negative_temperature_end` ({self.negative_temperature_end}), both above 0 and finite."
-            )
-
-
-@contextmanager
-def made_of_arguments(what: str) -> Iterator[None]:
-    """Around the making of a part, from arguments whose mistakes show in the part alone."""
-    try:
-        yield
-    except CADAError:
-        raise
-    except (ImportError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise CADAError(f"{what} cannot be made of these arguments: {one_line(error)}") from error
 
 
 def check_processes(args: TrainingArguments) -> None:
     """
-    Every GPU needs a process of its own, and the Trainer has to know all processes.
+    Every accelerator has a process of its own, with all weights, and the Trainer knows all processes.
 
     Raises:
         CADAError: where it is not so.
@@ -202,32 +49,14 @@ def check_processes(args: TrainingArguments) -> None:
             f"{rank_and_size()[1]} processes were started, and the Trainer knows of {args.world_size}. On a machine "
             "without GPU add --use_cpu --ddp_backend gloo."
         )
-
-
-class EpochLoader(torch.utils.data.DataLoader):
-    """A data loader that tells its batch sampler the epoch, as the Trainer expects."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
-
-
-def whole_model(model: CADAForTextToImageRetrieval) -> CADAForTextToImageRetrieval:
-    """
-    The model itself, or where FSDP2 shares out its weights, a copy with all of them; to be called in all processes.
-    FSDP2 gathers weights in calls that all processes make alike, but an evaluation calls in each of them as often as
-    its part of the images needs.
-    """
-    if not isinstance(model, FSDPModule):
-        return model
-    weights = model.state_dict()
-    with torch.device("meta"):
-        whole = CADAForTextToImageRetrieval(model.config)
-    whole.load_state_dict(
-        {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in weights.items()},
-        assign=True,
-    )
-    whole.tie_weights()
-    return whole
+    launched = [os.environ.get(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED")]
+    if args.fsdp or args.deepspeed or "true" in launched:
+        raise CADAError(
+            "FSDP and DeepSpeed have no place in this training: every process holds all weights. Use "
+            "recipes/accelerate/one_machine.yaml, and --activation_checkpointing where memory is short."
+        )
+    if args.world_size > 1 and not args.dataloader_drop_last:
+        raise CADAError("--dataloader_drop_last false is for one process: several train on batches of equal parts.")
 
 
 class CADATrainer(Trainer):
@@ -259,28 +88,30 @@ class CADATrainer(Trainer):
                     f"The processor masks {masker.unit}s at a rate of {masker.rate}, and the model's configuration "
                     f"says {config.mask_unit}s and {config.mask_rate}. Make the processor with these."
                 )
-        self.recipe: dict | None = None
-        if self.train_dataset is not None:
-            batch, pairs = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
-            if self.args.dataloader_drop_last and pairs < batch:
-                raise CADAError(
-                    f"The training set has {pairs} pairs, less than one batch of {batch}. Lower "
-                    "--per_device_train_batch_size."
-                )
-            several = isinstance(self.eval_dataset, dict)
-            if several and self.args.load_best_model_at_end:
-                raise CADAError("Several sets choose no checkpoint: pass `load_best_model_at_end=False`, or one set.")
-            if several:  # a score without the name of a set is nowhere among theirs
-                self.args.metric_for_best_model = None
-            others = self.eval_dataset if several else {"val": self.eval_dataset}
-            splits = {"train": self.train_dataset.dataset, **others}
-            self.recipe = recipe_of(self.args, self.model, splits)
-        self.write_record: Callable[[Path], None] | None = None  # puts the record of the run into a checkpoint
+        # Tied weights are saved once: the Trainer would miss their second name where it loads the best checkpoint.
+        self.model._keys_to_ignore_on_save = list(self.model.all_tied_weights_keys)
+        self.recipe = None if self.train_dataset is None else self._recipe()
+        self.write_record: Callable[[Path], object] | None = None  # puts the record of the run into a checkpoint
         self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
         self._part_count = 0
-        self._unfinished: Path | None = None  # folder of the checkpoint that is being written
         self._sigterm = SaveOnSigterm()
         self.add_callback(self._sigterm)
+
+    def _recipe(self) -> dict:
+        """What makes this training, once it has what it needs."""
+        batch, pairs = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
+        if self.args.dataloader_drop_last and pairs < batch:
+            raise CADAError(
+                f"The training set has {pairs} pairs, less than one batch of {batch}. Lower "
+                "--per_device_train_batch_size."
+            )
+        sets = {"val": self.eval_dataset}
+        if isinstance(self.eval_dataset, dict):
+            if self.args.load_best_model_at_end:
+                raise CADAError("Several sets choose no checkpoint: pass `load_best_model_at_end=False`, or one set.")
+            self.args.metric_for_best_model = None  # a score without the name of a set is nowhere among theirs
+            sets = self.eval_dataset
+        return recipe_of(self.args, self.model, {"train": self.train_dataset.dataset, **sets})
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """
@@ -297,7 +128,7 @@ class CADATrainer(Trainer):
             args.dataloader_drop_last,
         )
         with made_of_arguments("The data loader"):
-            return EpochLoader(
+            loader = torch.utils.data.DataLoader(
                 self.train_dataset,
                 batch_sampler=batches,
                 collate_fn=self.data_collator,
@@ -308,34 +139,15 @@ class CADATrainer(Trainer):
                 generator=torch.Generator(),
                 worker_init_fn=outlive_sigterm,
             )
+        loader.set_epoch = batches.set_epoch  # which the Trainer calls
+        return loader
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As in `Trainer`; with `muon_learning_rate` the matrices of the layers go to Muon."""
         with made_of_arguments("The optimizer"):
             if self.args.muon_learning_rate is not None and self.optimizer is None:
-                self.optimizer = self._muon()
+                self.optimizer = muon_for(self.model, self.args, self.get_decay_parameter_names(self.model))
             return super().create_optimizer(*args, **kwargs)
-
-    def _muon(self) -> MuonAdamW:
-        """Embeddings and heads, whose rows are words and classes, stay with AdamW, as do vectors."""
-        args = self.args
-        weights = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        matrices = {
-            name: weight
-            for name, weight in weights.items()
-            if weight.ndim == 2 and "embed" not in name and "head" not in name
-        }
-        decay = self.get_decay_parameter_names(self.model)
-        others = weights.keys() - matrices.keys()
-        groups = [
-            {"params": [weights[name] for name in weights if name in others & set(decay)]},
-            {"params": [weights[name] for name in weights if name in others - set(decay)], "weight_decay": 0.0},
-            {"params": list(matrices.values()), "lr": args.muon_learning_rate, "momentum": 0.95},
-        ]
-        betas = (args.adam_beta1, args.adam_beta2)
-        return MuonAdamW(
-            groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
-        )
 
     def create_scheduler(self, *args, **kwargs) -> torch.optim.lr_scheduler.LRScheduler:
         """As in `Trainer`."""
@@ -377,24 +189,19 @@ class CADATrainer(Trainer):
             "Look at these, lower --learning_rate, or train in float32 (without --fp16)."
         )
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
-        """As in `Trainer`, but the output folder may have been moved since."""
-        start = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
-        )
-        if checkpoint is not None:
-            self.state.best_model_checkpoint = best_checkpoint(checkpoint, self.args)
-        return start
-
     def train(self, *args, **kwargs) -> TrainOutput:
         """As in `Trainer`; what a machine cannot do ends with a remedy."""
+        # `Trainer` deletes old checkpoints before the new one is complete: [`_save_checkpoint`] does it, and here.
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+            self._check_finite()
+            if self._limit == 1 and self.state.best_model_checkpoint is not None:
+                self._delete_checkpoints_but({Path(self.state.best_model_checkpoint).name})
+            return output
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-                remedy = (
-                    "Add --gradient_checkpointing, which gives the same gradients in less memory, or lower the batch."
-                )
+                remedy = "Add --activation_checkpointing (same gradients, less memory), or lower the batch."
             elif "DataLoader worker" in str(error):
                 remedy = "Was a worker killed for want of memory? Take fewer --dataloader_num_workers."
             elif isinstance(error, NotImplementedError):
@@ -403,88 +210,70 @@ class CADATrainer(Trainer):
                 raise
             raise CADAError(f"Step {self.state.global_step + 1} failed: {one_line(error)} {remedy}") from error
         finally:
+            self.args.save_total_limit = self._limit
             self._sigterm.restore()
 
-    def _check_finite(self) -> None:
-        """Weights are kept only where they are numbers; the loss tells one step later."""
-        for name, weight in self.model.named_parameters():
-            if not torch.isfinite(weight.to_local() if isinstance(weight, DTensor) else weight).all():
-                raise CADAError(
-                    f"The weights are not finite after step {self.state.global_step}: {name}. Nothing of this step is "
-                    "saved. Lower --learning_rate, or train in float32."
-                )
-
     def _run_epoch(self, *args, **kwargs) -> None:
-        """As in `Trainer`, which after the last step would make another one."""
+        """As in `Trainer`, which would make another step where a training that is resumed has made its last."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
-    def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
-
     def _save_checkpoint(self, model, trial) -> None:
-        """
-        As in `Trainer`, but a checkpoint is complete or absent: it is written into a hidden folder, flushed to the
-        disk, and then gets its name. One that is deleted loses its name first.
-        """
+        """As in `Trainer`; its last file makes the checkpoint complete, and only then older ones are deleted."""
         self._check_finite()
-        args, folder = self.args, Path(self.args.output_dir)
-        name, limit = f"checkpoint-{self.state.global_step}", args.save_total_limit
-        self._unfinished, args.save_total_limit = folder / UNFINISHED, None
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
-            if args.should_save:
-                shutil.rmtree(self._unfinished, ignore_errors=True)
+            if self.args.should_save:
+                delete_checkpoint(folder)  # which an earlier run may have left
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(folder / name)
             self.accelerator.wait_for_everyone()
-            if args.should_save:
-                self.state.save_to_json(str(self._unfinished / name / TRAINER_STATE_NAME))
-                recipe = json.dumps(self.recipe, indent=2)
-                (self._unfinished / name / RECIPE_FILE).write_text(recipe + "\n", encoding="utf-8")
+            if self.args.should_save:
                 if self.write_record is not None:
-                    self.write_record(self._unfinished / name)
-                replace_folder(self._unfinished / name, folder / name)
-                self._delete_old_checkpoints(folder, limit)
+                    self.write_record(folder)
+                complete(folder, self.recipe)
+                self._delete_old_checkpoints(folder)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
-            last = get_last_checkpoint(folder)
+            if self.args.should_save:
+                delete_checkpoint(folder)
+            there = complete_checkpoints(self.args.output_dir)
             raise CADAError(
-                f"The checkpoint of step {self.state.global_step} cannot be written to {folder}: {error}. "
-                f"{'None is complete yet' if last is None else f'The last complete one is {last}'}. Make room, or "
-                "give access, and run again with --resume_from_checkpoint last."
+                f"The checkpoint of step {self.state.global_step} cannot be written to {folder.parent}: {error}. "
+                f"{f'The last complete one is {there[-1]}' if there else 'None is complete yet'}. Make room, or give "
+                "access, and run again with --resume_from_checkpoint last."
             ) from error
-        finally:
-            if args.should_save:
-                shutil.rmtree(self._unfinished, ignore_errors=True)
-            self._unfinished, args.save_total_limit = None, limit
 
-    def _delete_old_checkpoints(self, folder: Path, limit: int | None) -> None:
-        """Keep `limit` checkpoints, the last and the best one among them."""
-        checkpoints = sort_checkpoints(str(folder))
-        if limit is not None and limit > 0:
-            kept = {checkpoints[-1], str(self.state.best_model_checkpoint)}
-            others = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]
-            for checkpoint in others[: max(0, len(checkpoints) - limit)]:
-                remove_folder(Path(checkpoint))
+    def _check_finite(self) -> None:
+        """Weights are kept only where they are numbers; the loss tells one step later."""
+        for name, weight in self.model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise CADAError(
+                    f"The weights are not finite after step {self.state.global_step}: {name}. Nothing of this step is "
+                    "saved. Lower --learning_rate, or train in float32."
+                )
 
-    def _finalize_training(self, *args, **kwargs):
-        """As in `Trainer`, which with a limit of 1 would delete the last checkpoint here, file by file."""
-        self._check_finite()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            output = super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
-        best = self.state.best_model_checkpoint
-        if limit == 1 and best is not None and self.args.should_save:
-            for checkpoint in sort_checkpoints(self.args.output_dir):
-                if Path(checkpoint).name != Path(best).name:
-                    remove_folder(Path(checkpoint))
-        return output
+    def _delete_old_checkpoints(self, newest: Path) -> None:
+        """`save_total_limit` of them are kept, the newest and the best one among these."""
+        if self._limit is not None and self._limit > 0:
+            kept = {newest.name, Path(self.state.best_model_checkpoint or newest).name}
+            others = [Path(path).name for path in sort_checkpoints(self.args.output_dir)]
+            others = [name for name in others if name not in kept]
+            room = max(0, self._limit - len(kept))
+            self._delete_checkpoints_but(kept | set(others[len(others) - room :]))
+
+    def _delete_checkpoints_but(self, kept: set[str]) -> None:
+        for path in sort_checkpoints(self.args.output_dir) if self.args.should_save else ():
+            if Path(path).name not in kept:
+                delete_checkpoint(Path(path))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`, without its pickle of the arguments: nothing of a release is unpickled."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss part since the last line, over all processes."""
@@ -497,12 +286,6 @@ class CADATrainer(Trainer):
             self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
             self._part_count = 0
         super().log(logs, start_time)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in `Trainer`, without its pickle of the arguments: nothing of a release is unpickled."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def push_to_hub(self, commit_message=None, blocking=True, token=None, revision=None, private=None, **kwargs):
         """Model, processor, record of the run and model card, by [`publish`]. Always waits for the end."""
@@ -521,12 +304,6 @@ class CADATrainer(Trainer):
             )
             logger.warning(f"Published {repo_id}, revision {pinned}.")
 
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Tied weights are saved once. Their second name is not missing, so it is no reason for a warning."""
-        tied = self.model.all_tied_weights_keys
-        load_result.missing_keys[:] = [key for key in load_result.missing_keys if key not in tied]
-        super()._issue_warnings_after_load(load_result)
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
         started = time.time()
@@ -541,8 +318,7 @@ class CADATrainer(Trainer):
         try:
             with self.accelerator.autocast():
                 metrics = evaluate_retrieval(
-                    # Without a training before it, FSDP has not placed the model yet.
-                    whole_model(self.accelerator.unwrap_model(self.model)).to(self.args.device),
+                    self.accelerator.unwrap_model(self.model),
                     self.processing_class,
                     dataset,
                     batch_size=self.args.eval_batch_size,
