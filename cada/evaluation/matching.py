@@ -48,6 +48,18 @@ def _groups(counts: torch.Tensor, pairs: int, images: float) -> list[torch.Tenso
     return [*groups, torch.tensor(group)] if group else groups
 
 
+def _by_image(
+    candidates: torch.Tensor, gallery: Gallery, chosen: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This process's images among the candidates, how many pairs each has, and the pairs in their order."""
+    images, order = candidates.flatten().sort(stable=True)
+    kept = torch.ones_like(images, dtype=torch.bool) if chosen is None else chosen.flatten()[order]
+    if gallery.own is not None:
+        kept &= (images >= gallery.own.start) & (images < gallery.own.stop)
+    images, counts = images[kept].unique_consecutive(return_counts=True)
+    return images, counts, order[kept]
+
+
 @torch.inference_mode()
 def match_candidates(
     model,
@@ -76,12 +88,7 @@ def match_candidates(
     budget = memory / 4 * 1e9
     at_once = device.type == "cuda"  # other accelerators may read the memory when it is no longer ours
     tokens_at_once, batches_of_group = _BATCHES.get(device.type, _BATCHES_ON_ACCELERATOR)
-    images, order = candidates.flatten().sort(stable=True)
-    kept = torch.ones_like(images, dtype=torch.bool) if chosen is None else chosen.flatten()[order]
-    if gallery.own is not None:
-        kept &= (images >= gallery.own.start) & (images < gallery.own.stop)
-    images, order = images[kept], order[kept]
-    images, counts = images.unique_consecutive(return_counts=True)
+    images, counts, order = _by_image(candidates, gallery, chosen)
     groups = _groups(
         counts,
         batches_of_group * tokens_at_once // int(lengths.median()),
@@ -204,6 +211,30 @@ def score_gallery(
     return similarity, rerank_scores(similarity, candidates, local_scores)
 
 
+def _sums(
+    model, queries: Queries, gallery: Gallery, query_ids, gallery_ids, rerank_k: int, memory: float, progress: bool
+) -> dict[str, torch.Tensor]:
+    """[`metric_sums`] of each stage. Part by part, as the whole matrix of scores may be too large."""
+    parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(query_ids), _ROWS_AT_ONCE)]
+    sums = {"global": torch.zeros(len(METRICS), dtype=torch.float64)}
+    if model.config.use_atp:
+        sums["local"] = torch.zeros(len(METRICS), dtype=torch.float64)
+        best = []
+        for rows in parts:
+            similarity = _similarity(queries, gallery, rows)
+            chosen = top_candidates(similarity, rerank_k)
+            best.append((chosen, similarity.gather(1, chosen)))
+        candidates, known = (torch.cat(tensors) for tensors in zip(*best))
+        local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
+    for rows in parts:
+        similarity = _similarity(queries, gallery, rows)
+        sums["global"] += metric_sums(similarity, query_ids[rows], gallery_ids, rows.start)
+        if "local" in sums:
+            scores = rerank_scores(similarity, candidates[rows], local_scores[rows])
+            sums["local"] += metric_sums(scores, query_ids[rows], gallery_ids, rows.start)
+    return sums
+
+
 def evaluate_retrieval(
     model,
     processor,
@@ -251,30 +282,13 @@ def evaluate_retrieval(
     try:
         gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, progress, memory)
         queries = encode_queries(model, processor, captions, progress=progress)
-        parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(captions), _ROWS_AT_ONCE)]
-        stages = ("global",)
-        if model.config.use_atp:
-            stages = ("global", "local")
-            best = []
-            for rows in parts:
-                similarity = _similarity(queries, gallery, rows)
-                chosen = top_candidates(similarity, rerank_k)
-                best.append((chosen, similarity.gather(1, chosen)))
-            candidates, known = (torch.cat(tensors) for tensors in zip(*best))
-            local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
-        sums = {stage: torch.zeros(len(METRICS), dtype=torch.float64) for stage in stages}
-        for rows in parts:  # the whole matrix of scores may be too large
-            similarity = _similarity(queries, gallery, rows)
-            sums["global"] += metric_sums(similarity, query_ids[rows], gallery_ids, rows.start)
-            if "local" in sums:
-                scores = rerank_scores(similarity, candidates[rows], local_scores[rows])
-                sums["local"] += metric_sums(scores, query_ids[rows], gallery_ids, rows.start)
+        sums = _sums(model, queries, gallery, query_ids, gallery_ids, rerank_k, memory, progress)
     finally:
         model.train(was_training)
     metrics = {
         f"{stage}_{name}": value
-        for stage in stages
-        for name, value in zip(METRICS, (100 * sums[stage] / len(captions)).tolist())
+        for stage, own in sums.items()
+        for name, value in zip(METRICS, (100 * own / len(captions)).tolist())
     }
     counts = {"queries": len(captions), "gallery": len(gallery_ids), "rerank_k": min(rerank_k, len(gallery_ids))}
     return {**metrics, **counts}
