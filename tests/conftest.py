@@ -202,6 +202,28 @@ def save_tiny_start(folder: Path, initializer_range: float = 0.02) -> Path:
     return folder
 
 
+def save_checkpoint(folder, processor, seed):
+    """A tiny model with lively random weights of `seed`, and its processor."""
+    torch.manual_seed(seed)
+    vocabulary = {"vocab_size": 30524, "enc_token_id": 30523}
+    spread = {"initializer_range": 0.5}
+    config = tiny_config(text_config={**vocabulary, **spread}, vision_config=spread)
+    model = CADAForTextToImageRetrieval(config).eval()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
+
+
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
 def save_colour_set(folder: Path, **counts: int) -> Path:
     """A data set that one look at the colour solves: `counts` rows of each split, a colour for each of 7 persons."""
     colours = ("red", "green", "blue", "black", "white", "yellow", "brown")

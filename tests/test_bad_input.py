@@ -1,7 +1,7 @@
 """
 Bad annotations, texts, foreign checkpoints and command lines: each gives a right result or a clear error.
 
-`pytest -m slow tests/test_bad_*.py` tries many more damages of the same kinds.
+`pytest -m slow -k bad` tries many more damages of the same kinds.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import bert_tokenizer, save_tiny_start, small_disk, tiny_processor, tried, without_rights
+from conftest import Bomb, bert_tokenizer, save_tiny_start, small_disk, tiny_processor, tried, without_rights
 from datasets import Dataset, DatasetDict, load_from_disk
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -246,16 +246,6 @@ def test_pickled_data_sets_are_refused(tmp_path):
         with pytest.raises(CADAError, match="Cannot load the data set|Unknown data set"):
             load_pairs_dataset(name, data_dir)
         assert not marker.exists()
-
-
-class Bomb:
-    """Unpickled, it writes a file."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
 
 
 def test_no_space_for_the_tables(cuhk, tmp_path, monkeypatch):

@@ -6,18 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import bert_tokenizer, save_colour_set, tiny_processor
+from conftest import bert_tokenizer, save_checkpoint, save_colour_set, tiny_processor
 from datasets import load_from_disk
 from hub_stand_in import HubStandIn
 from pedes_layout import lay_out_rstp
 from PIL import Image
-from test_hub_cada import expected_of, save
+from test_travelling_code import expected_of
 
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CODE = [f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "pipeline", "processing")]
 MODEL = ["config.json", "model.safetensors"]
 PROCESSOR = ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -264,7 +264,7 @@ def released(tmp_path_factory):
     """A Hub with models pushed by hand and by `--push_to_hub`; their folders here; what a visitor computes."""
     folder, processor = tmp_path_factory.mktemp("released"), tiny_processor(bert_tokenizer())
     for seed, name in enumerate(("first", "second")):
-        save(folder / name, processor, seed)
+        save_checkpoint(folder / name, processor, seed)
     (folder / "data").mkdir()
     lay_out_rstp(folder / "data")
     training = ["--model_name_or_path", folder / "first", "--dataset", "rstp_reid", "--data_dir", folder / "data"]
@@ -353,8 +353,8 @@ def test_data_of_a_revision_and_an_index_that_keeps_the_commit_of_its_model(hub,
     (tmp_path / "images").mkdir()
     for number in range(3):
         Image.new("RGB", (16, 32), (80 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
-    save(tmp_path / "first", processor, 0)
-    save(tmp_path / "second", processor, 1)
+    save_checkpoint(tmp_path / "first", processor, 0)
+    save_checkpoint(tmp_path / "second", processor, 1)
     commit = hub.add("tester/cada-tiny", {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()})
     arguments = (tmp_path / "images", tmp_path / "second", *commits, "main")
     counts, message, before, after = run(hub, tmp_path, PINNED, *arguments, modules=True)

@@ -13,9 +13,8 @@ from urllib.parse import quote, urlsplit
 
 import numpy as np
 import pytest
-from conftest import bert_tokenizer, free_port, tiny_processor
+from conftest import bert_tokenizer, free_port, save_checkpoint, tiny_processor
 from PIL import Image
-from test_hub_cada import save
 
 import cada.gallery.page
 from cada import cli
@@ -38,7 +37,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 def folder(tmp_path_factory):
     """A model, six images with a list of metadata, their index, and files that are nobody's business."""
     folder = tmp_path_factory.mktemp("app")
-    save(folder / "model", tiny_processor(bert_tokenizer()), 0)
+    save_checkpoint(folder / "model", tiny_processor(bert_tokenizer()), 0)
     (folder / "images" / "more").mkdir(parents=True)
     gradient = Image.linear_gradient("L").resize((24, 48))
     for number, colour in enumerate(COLOURS):

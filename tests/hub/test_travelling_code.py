@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_code_of_a_reader, tiny_config
+from conftest import run_code_of_a_reader, save_checkpoint
 from PIL import Image
 
 from modeling_cada import CADAForTextToImageRetrieval
@@ -48,17 +48,6 @@ with open("results.json", "w") as file:
 """
 
 
-def save(folder, processor, seed):
-    torch.manual_seed(seed)
-    vocabulary = {"vocab_size": 30524, "enc_token_id": 30523}
-    spread = {"initializer_range": 0.5}
-    config = tiny_config(text_config={**vocabulary, **spread}, vision_config=spread)
-    model = CADAForTextToImageRetrieval(config).eval()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model
-
-
 def expected_of(model, processor):
     image = Image.radial_gradient("L").convert("RGB")
     inputs = processor(images=image, text=["a woman in a red coat"], return_tensors="pt")
@@ -87,7 +76,7 @@ def read_elsewhere(tmp_path, *folders):
 
 
 def test_two_checkpoints_load_side_by_side_in_a_fresh_process(processor, tmp_path):
-    models = [save(tmp_path / name, processor, seed) for seed, name in enumerate(("first", "second"))]
+    models = [save_checkpoint(tmp_path / name, processor, seed) for seed, name in enumerate(("first", "second"))]
     results, printed = read_elsewhere(tmp_path, tmp_path / "first", tmp_path / "second")
     assert printed == ""
     for model, result in zip(models, results):
@@ -99,8 +88,8 @@ def test_two_checkpoints_load_side_by_side_in_a_fresh_process(processor, tmp_pat
 
 def test_code_of_the_readme_runs(processor, tmp_path):
     """ "Use a published model", with another model in place of the demo's: global and then local matching."""
-    save(tmp_path / "demo" / "model", processor, 0)
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    save_checkpoint(tmp_path / "demo" / "model", processor, 0)
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = readme.split("## Use a published model")[1].split("\n## ")[0]
     (tmp_path / "demo" / "images").mkdir()
     for number, colour in enumerate(("red", "blue"), start=1):
@@ -109,7 +98,7 @@ def test_code_of_the_readme_runs(processor, tmp_path):
     printed = "print(scores.argsort(descending=True).tolist())"
     code = f"{short}\n{use}\n{local}\n{printed}\n{registered}\n{many}\n{printed}"
     # The path stands for an installed package, which the last lines import.
-    rankings = run_code_of_a_reader(code, tmp_path, PYTHONPATH=str(Path(__file__).parent.parent))
+    rankings = run_code_of_a_reader(code, tmp_path, PYTHONPATH=str(Path(__file__).parents[2]))
     by_pipeline, by_global, by_local, by_two_sentences = rankings
     assert sorted(by_global) == [0, 1]
     assert by_pipeline == by_local
@@ -117,7 +106,7 @@ def test_code_of_the_readme_runs(processor, tmp_path):
 
 
 def test_saved_files_are_these(processor, tmp_path):
-    save(tmp_path / "model", processor, 0)
+    save_checkpoint(tmp_path / "model", processor, 0)
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "config.json",
         "configuration_cada.py",
@@ -136,7 +125,7 @@ def test_registered_classes_load_without_trusting_code(processor, tmp_path):
     """`import cada` once (the tests' conftest does); the class is then the one beside this file."""
     from transformers import AutoModel, AutoProcessor
 
-    model = save(tmp_path / "model", processor, 0)
+    model = save_checkpoint(tmp_path / "model", processor, 0)
     loaded = AutoModel.from_pretrained(tmp_path / "model")
     assert type(loaded) is CADAForTextToImageRetrieval
     assert type(AutoProcessor.from_pretrained(tmp_path / "model")) is CADAProcessor

@@ -11,13 +11,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import save_checkpoint, tiny_config
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_hub_cada import save
 from transformers import pipeline
 
 from cada.evaluation.encoding import Gallery, encode_queries
@@ -38,7 +37,7 @@ def folder(tmp_path_factory):
     from conftest import bert_tokenizer, tiny_processor
 
     folder = tmp_path_factory.mktemp("model")
-    save(folder, tiny_processor(bert_tokenizer()), 0)
+    save_checkpoint(folder, tiny_processor(bert_tokenizer()), 0)
     return folder
 
 
@@ -298,7 +297,7 @@ with open("results.json", "w") as file:
 
 def test_pipeline_travels_with_the_checkpoint(search, folder, processor, tmp_path):
     """Two checkpoints in a process that has transformers and nothing of ours; then both are saved and read again."""
-    save(tmp_path / "second", processor, 1)
+    save_checkpoint(tmp_path / "second", processor, 1)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "reader.py").write_text(READER)

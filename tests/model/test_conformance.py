@@ -255,7 +255,7 @@ class CADAProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     def setUp(self):
         # The tests compare a saved processor with the loaded one, and saving notes the code that travels (see
-        # tests/test_hub_cada.py) on the first of them. No class of transformers travels.
+        # tests/hub/test_travelling_code.py) on the first of them. No class of transformers travels.
         registered = mock.patch.object(CADAProcessor, "_auto_class", None)
         registered.start()
         self.addCleanup(registered.stop)

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import run_processes, save_tiny_start, small_disk
+from conftest import Bomb, run_processes, save_tiny_start, small_disk
 from datasets import load_from_disk
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from test_bad_input import Bomb
 from test_interruption import Stop, arguments, assert_same_end, folder, stop_at  # noqa: F401  # `folder` is a fixture
 from transformers import TrainerCallback
 

@@ -35,7 +35,7 @@ from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SENTENCES = ["a man in a red coat", "a woman with a blue bag", "somebody without a hat"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import run_processes, tiny_batch
-from test_modeling_cada import LOSSES, assert_close, gradients, losses, tiny_model
+from test_modeling import LOSSES, assert_close, gradients, losses, tiny_model
 
 from losses_cada import gather_batch
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import free_port, save_tiny_start
 from filelock import FileLock
-from test_gallery_cada import SENTENCES, build, save_images
-from test_store_cada import DIMENSION, new_store, tables, unit_vectors, written
+from test_index import SENTENCES, build, save_images
+from test_store import DIMENSION, new_store, tables, unit_vectors, written
 
 from cada.files import CADAError
 from cada.gallery.index import open_index
