@@ -124,3 +124,21 @@ def test_the_page_of_the_design_names_what_is_there():
             names += 1
             assert re.search(rf"\b{word}\b", file.read_text(encoding="utf-8")), f"{word} is not in {file.name}"
     assert names > 20
+
+
+def test_links_of_the_documents_lead_somewhere():
+    """Files and headings. The README is short, as readers are in a hurry."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    links = 0
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            name, _, anchor = target.partition("#")
+            file = page.parent / name if name else page
+            assert file.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, target
+            links += 1
+    assert links > 20

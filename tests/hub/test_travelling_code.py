@@ -87,18 +87,20 @@ def test_two_checkpoints_load_side_by_side_in_a_fresh_process(processor, tmp_pat
 
 
 def test_code_of_the_readme_runs(processor, tmp_path):
-    """ "Use a published model", with another model in place of the demo's: global and then local matching."""
+    """ "Use a model" and its page, with another model in place of the demo's: global and then local matching."""
     save_checkpoint(tmp_path / "demo" / "model", processor, 0)
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Use a published model")[1].split("\n## ")[0]
+    root = Path(__file__).parents[2]
+    section = (root / "README.md").read_text(encoding="utf-8").split("## Use a model")[1].split("\n## ")[0]
+    page = (root / "docs/search.md").read_text(encoding="utf-8").split("## In Python")[1].split("\n## ")[0]
     (tmp_path / "demo" / "images").mkdir()
     for number, colour in enumerate(("red", "blue"), start=1):
         Image.new("RGB", (48, 96), colour).save(tmp_path / "demo" / "images" / f"person_0{number}.png")
-    short, use, local, registered, many = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", section + page, flags=re.DOTALL)
+    short, use, _, local, registered, many = blocks
     printed = "print(scores.argsort(descending=True).tolist())"
     code = f"{short}\n{use}\n{local}\n{printed}\n{registered}\n{many}\n{printed}"
     # The path stands for an installed package, which the last lines import.
-    rankings = run_code_of_a_reader(code, tmp_path, PYTHONPATH=str(Path(__file__).parents[2]))
+    rankings = run_code_of_a_reader(code, tmp_path, PYTHONPATH=str(root))
     by_pipeline, by_global, by_local, by_two_sentences = rankings
     assert sorted(by_global) == [0, 1]
     assert by_pipeline == by_local

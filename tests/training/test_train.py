@@ -384,7 +384,7 @@ def commands_of(page: str) -> list[list[str]]:
     return [shlex.split(line) for line in found if "..." not in line]
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/paper.md"])
+@pytest.mark.parametrize("page", ["docs/train.md", "benchmarks/paper.md"])
 def test_commands_of_the_documentation_are_understood(page, monkeypatch):
     """They parse, with the recipes that they name. Nothing is run."""
     runs = []

@@ -162,10 +162,10 @@ def arguments(folder: Path, **given) -> CADATrainingArguments:
     return CADATrainingArguments(str(folder / "run"), use_cpu=True, **{**usual, **given})
 
 
-def test_training_in_python_as_in_the_readme(start, tmp_path, monkeypatch):
-    """The block of the README, with a set and a batch that are small: validation chooses, without `do_train`."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    code = readme.split("**In Python**, with `model`")[1].split("```python\n")[1].split("```")[0]
+def test_training_in_python_as_documented(start, tmp_path, monkeypatch):
+    """The block of docs/train.md, with a set and a batch that are small: validation chooses, without `do_train`."""
+    page = (Path(__file__).parents[2] / "docs/train.md").read_text(encoding="utf-8")
+    code = page.split("## In Python")[1].split("```python\n")[1].split("```")[0]
     data = save_colour_set(tmp_path / "data", train=17, val=9, test=11)
     for old, new in (
         ('"cuhk_pedes", "/data/CUHK-PEDES"', repr(str(data))),
