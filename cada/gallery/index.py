@@ -16,7 +16,7 @@ import os
 import platform
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +68,7 @@ from cada.gallery.store import (
 from cada.gallery.update import Changes, Update, announce_states, encode_shards, shard_kind
 from cada.hub.loading import check_processor, commit_of, load_model, load_processor
 from cada.hub.record import search_digest
+from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
 
@@ -123,25 +124,51 @@ def _load(
         raise CADAError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
 
 
-def build_index(
-    source: str | os.PathLike,
-    index: str | os.PathLike,
-    model: str | None = None,
-    *,
-    revision: str | None = None,
-    split: str | None = None,
-    root: str | os.PathLike | None = None,
-    hidden: bool | None = None,
-    uri: str | None = None,
-    approximate: str | None = None,
-    keep_patches: bool | None = None,
-    moved_source: bool = False,
-    check_content: bool = False,
-    batch_size: int = 64,
-    workers: int = 0,
-    shard_size: int = 1024,
-    progress: bool = True,
-) -> Changes:
+@dataclass(frozen=True)
+class IndexOptions:
+    """
+    How [`build_index`] makes an index. What an old index knows need not be said again.
+
+    Args:
+        revision: tag, branch or commit of the model on the Hub. The index keeps the commit, whatever comes after it.
+        split: of a data set.
+        root: folder that the paths of a list are relative to; by default the list's own.
+        hidden: take also hidden files, and those in folders that systems make for themselves (thumbnails, waste bins).
+        uri: address of Milvus, which keeps the features then. By default they are in a table in the index.
+        approximate: an index type of Milvus: `"FLAT"` (exact, the default), `"IVF_FLAT"` or `"HNSW"`.
+        keep_patches: keep patch states in half precision, so that re-ranking need not read image files.
+        moved_source: point an old index to another source, such as the moved folder. Images whose path and content
+            are as before are not encoded again, all others of the old source are dropped.
+        check_content: read every file. By default one whose size, times and inode are as before is taken as unchanged.
+        batch_size: images that are encoded at once.
+        workers: processes that decode images.
+        shard_size: images per shard: what an interruption costs at most.
+        progress: show bars.
+    """
+
+    revision: str | None = None
+    split: str | None = None
+    root: str | os.PathLike | None = None
+    hidden: bool | None = None
+    uri: str | None = None
+    approximate: str | None = None
+    keep_patches: bool | None = None
+    moved_source: bool = False
+    check_content: bool = False
+    batch_size: int = 64
+    workers: int = 0
+    shard_size: int = 1024
+    progress: bool = True
+
+    def __post_init__(self):
+        if min(self.batch_size, self.shard_size) < 1 or self.workers < 0:
+            raise CADAError(
+                f"batch_size is {self.batch_size}, shard_size {self.shard_size}, workers {self.workers}. Give 1, 1 "
+                "and 0, or more."
+            )
+
+
+def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str | None = None, **options) -> Changes:
     """
     Encode the images of `source` into the folder `index`, or bring an index up to date: new and changed images are
     encoded, removed ones dropped, all others left alone. An image that cannot be read is named and left out.
@@ -154,70 +181,61 @@ def build_index(
             set with a column `image`, saved by `save_to_disk` or on the Hub.
         index: folder of the index.
         model: the checkpoint; an old index knows its own.
-        revision: tag, branch or commit of `model` on the Hub. The index keeps the commit, whatever comes after it.
-        split: of the data set; an old index knows its own, and its root.
-        root: folder that the paths of a list are relative to; by default the list's own.
-        hidden: take also hidden files, and those in folders that systems make for themselves (thumbnails, waste bins).
-        uri: address of Milvus, which keeps the features then. By default they are in a table in `index`.
-        approximate: an index type of Milvus: `"FLAT"` (exact, the default), `"IVF_FLAT"` or `"HNSW"`.
-        keep_patches: keep patch states in half precision, so that re-ranking need not read image files.
-        moved_source: point an old index to another `source`, such as the moved folder. Images whose path and content
-            are as before are not encoded again, all others of the old source are dropped.
-        check_content: read every file. By default one whose size, times and inode are as before is taken as unchanged.
-        batch_size: images that are encoded at once.
-        workers: processes that decode images.
-        shard_size: images per shard: what an interruption costs at most.
+        options: fields of [`IndexOptions`].
 
     Raises:
         CADAError: where `source` holds no image, the index belongs to another model or source, `index` holds other
-            files, or another run is at work.
-        CADAError: where the model cannot be loaded.
+            files, another run is at work, or the model cannot be loaded.
     """
-    if min(batch_size, shard_size) < 1 or workers < 0:
-        raise CADAError(
-            f"batch_size is {batch_size}, shard_size {shard_size}, workers {workers}. Give 1, 1 and 0, or more."
-        )
+    options = IndexOptions(**options)
     state = PartialState(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=_WAIT
     )
     index, record = Path(index), read_record(Path(index))
     if model is not None and Path(model).is_dir():
         model = str(Path(model).resolve())  # an index is searched from anywhere
-    given = {"model": model, "revision": revision, "uri": uri, "approximate": approximate}
-    settings = index_settings(index, record, **given, keep_patches=keep_patches)
+    given = {name: getattr(options, name) for name in ("revision", "uri", "approximate", "keep_patches")}
+    settings = index_settings(index, record, model=model, **given)
     settings["revision"] = commit_of(settings["model"], settings["revision"])
-    place = describe_source(os.fspath(source), split, root, record and record["source"], moved_source, hidden)
+    place = describe_source(
+        os.fspath(source),
+        options.split,
+        options.root,
+        record and record["source"],
+        options.moved_source,
+        options.hidden,
+    )
     check_output(index, place, record is None)
     images = open_source(place, index if record is not None and place == record["source"] else None)
     make_output_folder(index)  # what keeps from writing shows now, not after the work
     network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
+    encoding = {**settings, "digest": digest}  # what a shard has to be made with
     (index / PENDING).mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        plan = None
-        encoding = {**settings, "digest": digest}  # what a shard has to be made with
+    with only_writer(index) if state.is_main_process else nullcontext():
+        job, plan = None, None
         if state.is_main_process:
-            stack.enter_context(only_writer(index))
-            if read_record(index) != record:
-                raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
-            name = f"{platform.node()}{index.resolve()}{shard_kind(encoding)}"
-            old = record or {
-                "format": FORMAT,
-                "dimension": network.config.projection_dim,
-                # Of Milvus. The same for each run of this command, also where the first one is killed.
-                "collection": f"cada_{uuid5(NAMESPACE_URL, name).hex[:16]}",
-            }
-            job = Update(index, {**old, **encoding, "source": place}, images)
-            plan = job.plan(shard_size, record is None, check_content, progress)
+            job = _begin(index, record, {**encoding, "source": place}, network.config, images)
+            plan = job.plan(options.shard_size, record is None, options.check_content, options.progress)
             if settings["keep_patches"]:
-                vision = network.config.vision_config
-                size = 2 * vision.sequence_length * vision.hidden_size  # in half precision
-                announce_states(index, size, sum(len(paths) for _, paths, _ in plan))
+                announce_states(index, network.config.vision_config, sum(len(paths) for _, paths, _ in plan))
         plan = broadcast_object_list([plan])[0]
-        part, shown = plan[state.process_index :: state.num_processes], progress and state.is_main_process
-        encode_shards(network, processor, images, part, index, encoding, batch_size, workers, shown)
+        part = plan[state.process_index :: state.num_processes]
+        shown = options.progress and state.is_main_process
+        encode_shards(network, processor, images, part, index, encoding, options.batch_size, options.workers, shown)
         state.wait_for_everyone()
-        changes = job.commit([name for name, _, _ in plan]) if state.is_main_process else None
+        changes = job.commit([name for name, _, _ in plan]) if job is not None else None
     return broadcast_object_list([changes])[0]
+
+
+def _begin(index: Path, record: dict | None, new: dict, config: CADAConfig, images: ImageFiles | ImageRows) -> Update:
+    """The update of an index whose record becomes one with the fields `new`; for the only process that writes it."""
+    if read_record(index) != record:
+        raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
+    # Of Milvus. The same for each run of this command, also where the first one is killed.
+    name = f"{platform.node()}{index.resolve()}{shard_kind(new)}"
+    collection = f"cada_{uuid5(NAMESPACE_URL, name).hex[:16]}"
+    old = record or {"format": FORMAT, "dimension": config.projection_dim, "collection": collection}
+    return Update(index, {**old, **new}, images)
 
 
 def open_index(index: str | os.PathLike, model: str | None = None, device: str | None = None) -> "GalleryIndex":

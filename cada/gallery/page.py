@@ -20,15 +20,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from PIL import Image
-
-from cada.data.images import open_image
+from cada.data.images import open_file
 from cada.drawing import draw_explanation
 from cada.explain import attribute_predictions, word_attention
 from cada.files import CADAError, one_line
 from cada.gallery.index import GalleryIndex, Result, open_index
 from cada.gallery.store import RECORD
-from processing_cada import IMAGE_FORMATS
 
 
 try:
@@ -43,7 +40,6 @@ except ImportError:
 ADDRESS = "127.0.0.1"
 MAX_SENTENCE = 500  # characters; of the conditions too
 MAX_UPLOAD = 10_000_000  # bytes
-MAX_PIXELS = 50_000_000  # a small file can hold a huge image
 MAX_IMAGES = 60
 THUMBNAIL = (240, 320)  # largest width and height in pixels
 _CLEANING = (600, 3600)  # every ten minutes, copies of images older than an hour are deleted
@@ -180,23 +176,6 @@ def _line(text: str | None) -> dict:
     return gr.update(value=text, visible=bool(text))
 
 
-def open_upload(path: str | os.PathLike) -> Image.Image:
-    """
-    An uploaded image, upright. Its size in pixels is read from its header first.
-
-    Raises:
-        ValueError: for more than `MAX_PIXELS`, or a file that is no image.
-    """
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            pixels = image.width * image.height
-        if pixels <= MAX_PIXELS:
-            return open_image({"bytes": Path(path).read_bytes(), "path": None})
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"This file is no image that can be read: {error}.") from error
-    raise ValueError(f"The image has {pixels:,} pixels. Use {MAX_PIXELS:,} at most.")
-
-
 class _Answers:
     """What the page shows for what its fields hold: the outputs of its events, the message last."""
 
@@ -256,7 +235,7 @@ class _Answers:
             if upload is None:
                 raise ValueError("Choose an image first.")
             conditions = _conditions(where)
-            results = gallery.search_image(open_upload(upload), _number(top), conditions)
+            results = gallery.search_image(open_file(upload), _number(top), conditions)
             return self._show(gallery, results, None, conditions)
 
         return self._attempt(question, [gr.skip()] * 4)

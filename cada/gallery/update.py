@@ -31,6 +31,7 @@ from cada.gallery.store import (
     shard_schema,
     write_table,
 )
+from configuration_cada import CADAVisionConfig
 
 
 logger = logging.get_logger(__name__)
@@ -147,12 +148,11 @@ def shard_kind(record: dict) -> str:
     return f"{record['digest']}{' with patches' if record['keep_patches'] else ''}"
 
 
-def announce_states(index: Path, size: int, count: int) -> None:
-    """Say how much disk the patch states of `count` images of `size` bytes take. A `CADAError` for too much."""
-    free = shutil.disk_usage(index).free
-    needed = f"Patch states of {counted(count, 'image')} will take {size * count / 1e9:.2f} GB"
-    print(f"{needed}; {free / 1e9:.2f} GB are free.", flush=True)
-    if size * count > free:
+def announce_states(index: Path, config: CADAVisionConfig, count: int) -> None:
+    """Say how much disk the patch states of `count` images take. A `CADAError` for too much."""
+    needed, free = 2 * config.sequence_length * config.hidden_size * count, shutil.disk_usage(index).free
+    print(f"Patch states of {counted(count, 'image')} will take {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free.")
+    if needed > free:
         raise CADAError(f"{index}: the disk is too small for --keep-patches. Leave it out, or choose another.")
 
 

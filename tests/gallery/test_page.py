@@ -307,16 +307,11 @@ def test_an_uploaded_image_finds_the_same(address, folder):
 def test_uploads_are_limited(address, tmp_path):
     status, _, _ = upload(address, bytes(cada.gallery.page.MAX_UPLOAD + 1))
     assert status == 413
-    with pytest.raises(ValueError, match="no image that can be read"):
-        (tmp_path / "no.png").write_bytes(b"no image")
-        cada.gallery.page.open_upload(tmp_path / "no.png")
-    Image.new("1", (10_000, 5_001)).save(tmp_path / "huge.png")
-    assert (tmp_path / "huge.png").stat().st_size < 10_000
-    with pytest.raises(ValueError, match="has 50,010,000 pixels. Use 50,000,000 at most"):
-        cada.gallery.page.open_upload(tmp_path / "huge.png")
+    Image.new("1", (10_000, 9_001)).save(tmp_path / "huge.png")
+    assert (tmp_path / "huge.png").stat().st_size < 20_000
     status, _, reply = upload(address, (tmp_path / "huge.png").read_bytes())
     status, _, damaged = upload(address, b"no image")
-    for sent, problem in ((damaged, "no image that can be read"), (reply, "50,010,000 pixels")):
+    for sent, problem in ((damaged, "cannot be read"), (reply, "10000×9001 pixels, more than 90,000,000")):
         assert problem in call(address, FIND_SIMILAR, [file_data(json.loads(sent)[0]), "", 3])[4]["value"]
 
 
