@@ -54,6 +54,7 @@ def read_list(file: Path) -> dict[str, list]:
 
 def _read_csv(text: str) -> list[tuple[str, list[str]]]:
     """Names and cells of the columns. A `ValueError` or `csv.Error` also where a row is too short or too long."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a cell may be as long as the file
     rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     if not rows:
         raise ValueError("the file is empty")

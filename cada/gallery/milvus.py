@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from cada.files import CADAError
 from cada.gallery.images import RESERVED
-from cada.gallery.store import MEND, ArrowStore, Condition, feature_column, feature_values
+from cada.gallery.store import MEND, ArrowStore, Condition, feature_column
 
 
 # Types of index, and what a server wants to know to build one: lists; neighbours, and candidates for these.
@@ -22,6 +23,7 @@ INDEXES = {"FLAT": {}, "IVF_FLAT": {"nlist": 1024}, "HNSW": {"M": 16, "efConstru
 _LISTS_VISITED = 64
 _ROWS = 1_000  # of one message
 _LIMIT = 16_384  # images that a search gives at most
+_BYTES = {"path": 16_384, "stamp": 256, "digest": 256, "patches": 256}
 _FIELDS = ["path", "digest", "patches", "metadata"]
 
 
@@ -34,38 +36,29 @@ class _Client:
         except ImportError as error:
             raise CADAError('Milvus needs its client: pip install "pymilvus>=2.6"') from error
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every error before it raises it
-        self._uri, self._error = uri, MilvusException
-        try:
-            self._client = MilvusClient(uri=uri, token=os.environ.get("MILVUS_TOKEN", ""))
-        except (MilvusException, OSError, ValueError) as error:
-            raise CADAError(f"Cannot open Milvus at {uri}: {error}. Does it run? Is --uri its address?") from error
+        self._uri, self._errors = uri, (MilvusException, OSError, ValueError)
+        self._client = self.call(MilvusClient, uri=uri, token=os.environ.get("MILVUS_TOKEN", ""))
 
     def __getattr__(self, name: str):
-        return self.telling(getattr(self._client, name))
+        return partial(self.call, getattr(self._client, name))
 
-    def telling(self, function):
-        """`function` with its errors explained."""
-
-        def call(*args, **options):
-            try:
-                return function(*args, **options)
-            except self._error as error:
-                raise CADAError(
-                    f"Milvus at {self._uri}: {error}. Nothing was lost; mend it, and run the command again."
-                ) from error
-
-        return call
+    def call(self, function, *args, **options):
+        """What `function` gives."""
+        try:
+            return function(*args, **options)
+        except self._errors as error:
+            raise CADAError(
+                f"Milvus at {self._uri}: {error}. Does it run, and is --uri its address? Nothing was lost; run the "
+                "command again."
+            ) from error
 
 
 class MilvusStore:
     """
     The rows in a collection of a Milvus server, whose token stands in the environment variable `MILVUS_TOKEN`. Search
     is exact (`FLAT`) unless `approximate` names another of [`INDEXES`]. Rows are replaced one after the other, not all
-    at once. The key of a row is the SHA-256 of its path: a path may hold what no filter text of Milvus can.
-
-    Args:
-        folder: of the index.
-        record: its `index.json`.
+    at once. The key of a row is the SHA-256 of its path: a path may hold what no filter text of Milvus can. Methods
+    are those of [`ArrowStore`].
     """
 
     def __init__(self, folder: Path, record: dict):
@@ -100,14 +93,13 @@ class MilvusStore:
             raise CADAError(f"--approximate is {self.kind!r}. Choose one of {', '.join(INDEXES)}.")
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)
-        schema.add_field("path", DataType.VARCHAR, max_length=16_384)  # bytes
-        for name in ("stamp", "digest", "patches"):
-            schema.add_field(name, DataType.VARCHAR, max_length=256)
+        for name, size in _BYTES.items():
+            schema.add_field(name, DataType.VARCHAR, max_length=size)
         schema.add_field("metadata", DataType.JSON)
         schema.add_field("feature", DataType.FLOAT_VECTOR, dim=self.record["dimension"])
-        parameters = self.client.prepare_index_params()
-        parameters.add_index("feature", index_type=self.kind, metric_type="IP", params=INDEXES[self.kind])
-        self.client.create_collection(self.name, schema=schema, index_params=parameters, consistency_level="Strong")
+        index = self.client.prepare_index_params()
+        index.add_index("feature", index_type=self.kind, metric_type="IP", params=INDEXES[self.kind])
+        self.client.create_collection(self.name, schema=schema, index_params=index, consistency_level="Strong")
         self.exists = True
 
     def __len__(self) -> int:
@@ -117,22 +109,15 @@ class MilvusStore:
         return self.client.query(self.name, filter=condition, output_fields=["count(*)"])[0]["count(*)"]
 
     def known(self) -> dict[str, str]:
-        """Stamp of every indexed image by its path."""
         return {row["path"]: row["stamp"] for row in self._rows(["path", "stamp"])}
 
     def _rows(self, fields: list[str]) -> Iterator[dict]:
-        if not self.exists:
-            return
-        iterator = self.client.query_iterator(self.name, batch_size=_ROWS, filter="", output_fields=fields)
-        following = self.client.telling(iterator.next)
-        try:
-            while rows := following():
+        if self.exists:
+            iterator = self.client.query_iterator(self.name, batch_size=_ROWS, filter="", output_fields=fields)
+            while rows := self.client.call(iterator.next):
                 yield from rows
-        finally:
-            iterator.close()
 
     def find(self, path: str) -> dict | None:
-        """The row of an image without its feature, or `None`."""
         rows = self.client.get(self.name, ids=[_key(path)], output_fields=_FIELDS) if self.exists else []
         return self._row(rows[0]) if rows else None
 
@@ -141,13 +126,11 @@ class MilvusStore:
         return {"path": entity["path"], "digest": entity["digest"], "patches": entity["patches"] or None, **metadata}
 
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
-        """The rows of some columns, piece by piece."""
         entities = self._rows([*(name for name in columns if name in RESERVED), "metadata"])
         while part := list(islice(entities, _ROWS)):
             table = {}
             for name in columns:
-                own = name in RESERVED
-                values = [entity[name] or None if own else entity["metadata"].get(name) for entity in part]
+                values = [(row[name] or None) if name in RESERVED else row["metadata"].get(name) for row in part]
                 kind = self.record["columns"].get(name, "string")
                 table[name] = feature_column(np.array(values)) if name == "feature" else pa.array(values, kind)
             yield pa.table(table)
@@ -155,54 +138,44 @@ class MilvusStore:
     def search(
         self, queries: torch.Tensor, k: int, conditions: Sequence[Condition] = ()
     ) -> list[list[tuple[float, dict]]]:
-        """The best `k` rows and their scores for each of `queries` `(queries, d)`, best first."""
         if k > _LIMIT:
             raise CADAError(f"Milvus gives at most {_LIMIT} images; asked for {k}. Lower --top.")
-        if not self.exists:
-            return [[] for _ in queries]
         condition = " and ".join(_expression(condition) for condition in conditions)
         options = {"data": queries.tolist(), "limit": k, "filter": condition, "output_fields": _FIELDS}
-        thorough = {"nprobe": INDEXES["IVF_FLAT"]["nlist"], "ef": 32_768}
-        some = {"nprobe": _LISTS_VISITED, "ef": min(max(64, 2 * k), thorough["ef"])}
+        some = {"nprobe": _LISTS_VISITED, "ef": min(max(64, 2 * k), 32_768)}
         hits = self.client.search(self.name, search_params={"params": some}, **options)
         fewest = min(map(len, hits))
         if self.kind != "FLAT" and fewest < k and fewest < self._count(condition):
             # What was visited may hold fewer images than are asked for.
-            hits = self.client.search(self.name, search_params={"params": thorough}, **options)
+            all_of_them = {"nprobe": INDEXES["IVF_FLAT"]["nlist"], "ef": 32_768}
+            hits = self.client.search(self.name, search_params={"params": all_of_them}, **options)
         rows = [[(hit["distance"], self._row(hit["entity"])) for hit in row] for row in hits]
         return [sorted(row, key=lambda pair: (-pair[0], pair[1]["path"])) for row in rows]
 
     def write(self, listing: pa.Table, encoded: pa.Table) -> dict:
-        """
-        Bring the collection to the rows of `listing` (`path`, `stamp`, metadata), with features from the collection
-        or from `encoded`. Returns what changes in the record.
-        """
         self.create()
         wanted = {row["path"]: row for row in listing.to_pylist()}
         present = {row["path"]: (row["stamp"], row["metadata"]) for row in self._rows(["path", "stamp", "metadata"])}
         fresh = set()
         for batch in encoded.to_batches(max_chunksize=_ROWS):
-            features = feature_values(batch["feature"]).tolist()
-            rows = []
-            for row, feature in zip(batch.drop_columns(["feature"]).to_pylist(), features):
-                new = wanted.get(row["path"])
-                if new is not None and new["stamp"] == row["stamp"]:
-                    row |= {"key": _key(row["path"]), "patches": row["patches"] or "", "feature": feature}
-                    rows.append({**row, "metadata": _metadata(new)})
-                    fresh.add(row["path"])
-            self._upsert(rows)
-        others = (path for path in wanted if path not in fresh)
+            rows = [row for row in batch.to_pylist() if wanted.get(row["path"], {}).get("stamp") == row["stamp"]]
+            self._upsert(rows, wanted)
+            fresh |= {row["path"] for row in rows}
+        others = [path for path in wanted if path not in fresh]
         outdated = [path for path in others if present[path] != (wanted[path]["stamp"], _metadata(wanted[path]))]
-        for paths in _parts(outdated):  # only stamps and metadata are new
-            rows = self.client.get(self.name, ids=list(map(_key, paths)), output_fields=["*"])
-            changed = [(row, wanted[row["path"]]) for row in rows]
-            self._upsert([{**row, "stamp": new["stamp"], "metadata": _metadata(new)} for row, new in changed])
-        for paths in _parts([path for path in present if path not in wanted]):  # last: searches find enough meanwhile
-            self.client.delete(self.name, ids=list(map(_key, paths)))
+        for keys in _keys(outdated):  # only stamps and metadata are new
+            self._upsert(self.client.get(self.name, ids=keys, output_fields=["*"]), wanted)
+        for keys in _keys([path for path in present if path not in wanted]):  # last: searches find enough meanwhile
+            self.client.delete(self.name, ids=keys)
         self.client.flush(self.name)
         return {}
 
-    def _upsert(self, rows: list[dict]) -> None:
+    def _upsert(self, rows: list[dict], wanted: dict[str, dict]) -> None:
+        """`rows` with the stamps and metadata that are `wanted`."""
+        for row in rows:
+            new = wanted[row["path"]]
+            row |= {"key": _key(row["path"]), "stamp": new["stamp"], "patches": row["patches"] or ""}
+            row |= {"metadata": _metadata(new), "feature": [float(number) for number in row["feature"]]}
         if rows:
             self.client.upsert(self.name, data=rows)
 
@@ -211,8 +184,8 @@ def _key(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()
 
 
-def _parts(paths: list[str]) -> Iterator[list[str]]:
-    return (paths[start : start + _ROWS] for start in range(0, len(paths), _ROWS))
+def _keys(paths: list[str]) -> Iterator[list[str]]:
+    return ([_key(path) for path in paths[start : start + _ROWS]] for start in range(0, len(paths), _ROWS))
 
 
 def _metadata(row: dict) -> dict:

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from cada.files import LOCK, CADAError, read_json, written_whole
+from cada.files import LOCK, CADAError, one_line, read_json, written_whole
 
 
 RECORD, PENDING, PATCHES = "index.json", "pending", "patches"
@@ -64,21 +64,17 @@ def read_record(index: Path) -> dict | None:
     path = index / RECORD
     if not os.path.lexists(path):
         return None
+    again = "Index again, into another folder."
     try:
         record = read_json(path)
-        if record["format"] != FORMAT:
-            raise CADAError(
-                f"{index} was written by another version of this package. Index again, into another folder."
-            )
-        missing = [name for name in _RECORDED if name not in record]
-        if missing:
-            raise KeyError(missing[0])
-        return record
+        version, missing = record["format"], [name for name in _RECORDED if name not in record]
     except (CADAError, KeyError, TypeError) as error:
-        raise CADAError(
-            f"{path} is damaged, or no record of an index ({type(error).__name__}: {error}). Index again, into "
-            "another folder."
-        ) from error
+        raise CADAError(f"{path} is damaged, or no record of an index ({one_line(error)}). {again}") from error
+    if version != FORMAT:
+        raise CADAError(f"{index} was written by another version of this package. {again}")
+    if missing:
+        raise CADAError(f"{path} is damaged: it lacks {', '.join(missing)}. {again}")
+    return record
 
 
 def index_settings(index: Path, record: dict | None, **given) -> dict:

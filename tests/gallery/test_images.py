@@ -225,6 +225,12 @@ def test_a_large_csv_is_read_as_python_reads_it(tmp_path):
     }
 
 
+def test_a_cell_of_a_csv_may_be_long(tmp_path):
+    """Longer than the 131,072 characters at which Python's reader stops by itself."""
+    note = "a red coat, " * 12_000
+    assert listed(tmp_path, "list.csv", f'path,note\n0.png,"{note}"\n', 1) == {"note": [note]}
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_lists_of_every_unicode_are_read(tmp_path, encoding):
     columns = {"größe": ["Süd"]}

@@ -448,7 +448,10 @@ def test_one_run_at_a_time(checkpoint, folder, tmp_path):
             "--uri is 'x.db'. Give the address",
         ),
         (["index", "IMAGES", "--out", "INDEX", "--uri", "http://localhost:1"], "was made with --uri None"),
-        (["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "http://localhost:1"], "Cannot open Milvus"),
+        (
+            ["index", "IMAGES", "--out", "NEW", "--model", "MODEL", "--uri", "http://localhost:1"],
+            "Does it run, and is --uri its address",
+        ),
         (["index", "missing", "--out", "NEW", "--model", "MODEL"], "'missing' is no folder"),
         (["index", "IMAGES", "--out", "INDEX", "--keep-patches"], "was made with --keep-patches False"),
         (["search", "NEW", "a man"], "holds no index"),
