@@ -55,7 +55,7 @@ def _rows_to_leave_out(
         return ()
     first = next(iter(problems.values()))
     if not skip_unreadable:
-        folder = "" if data_dir is None else f" --data_dir {data_dir}"
+        folder = "" if data_dir is None else f" --data-dir {data_dir}"
         raise CADAError(
             f"{dataset}, split {split!r}: {first}; {len(problems)} such image(s) in this split. Complete the data "
             f"(list them: cada check --dataset {dataset}{folder}), or leave them out with "

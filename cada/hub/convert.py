@@ -2,9 +2,9 @@
 Starting points: BLIP, and checkpoints of the authors' CADA code, converted to this format.
 
     cada convert --source blip --checkpoint Salesforce/blip-itm-base-coco \
-        --vocabulary_head Salesforce/blip-image-captioning-base --output_dir start
-    cada convert --source blip_original --checkpoint model_base.pth --output_dir start
-    cada convert --source cada_original --checkpoint cuhk.pth --output_dir cuhk
+        --vocabulary-head Salesforce/blip-image-captioning-base --out start
+    cada convert --source blip_original --checkpoint model_base.pth --out start
+    cada convert --source cada_original --checkpoint cuhk.pth --out cuhk
 
 Every key of a checkpoint is converted or left out for a stated reason; an unknown or missing key is an error. Pickled
 files are read with `weights_only=True`.
@@ -215,7 +215,7 @@ def infer_sizes(
         side = round(patches**0.5)
         if side * side != patches:
             raise CADAError(
-                f"The checkpoint has {patches} patches, no square number. Pass --checkpoint_image_size HEIGHT WIDTH."
+                f"The checkpoint has {patches} patches, no square number. Pass --checkpoint-image-size HEIGHT WIDTH."
             )
         image_size = (side * patch_size, side * patch_size)
 
@@ -348,7 +348,7 @@ def convert(
         vocabulary_head = None if vocabulary_head is None else str(vocabulary_head)
         state_dict, told = _read_blip(str(checkpoint), vocabulary_head, revision)
     elif vocabulary_head is not None:
-        raise CADAError("--vocabulary_head goes with --source blip; the other files hold their own.")
+        raise CADAError("--vocabulary-head goes with --source blip; the other files hold their own.")
     else:
         state_dict = read_checkpoint(checkpoint)
     weights = convert_state_dict(state_dict, source, report)

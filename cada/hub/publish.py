@@ -1,7 +1,7 @@
 """
 Publish a trained model: check the folder, write the model card from the run, push both to the Hub.
 
-    cada publish --checkpoint runs/cuhk --repo_id org/cada-cuhk --tag v1.0
+    cada publish runs/cuhk org/cada-cuhk --tag v1.0
 
 `train_cada.py` leaves a record of every run, `cada_run.json`, beside the weights. The card is written from it, and an
 evaluation counts only for the very weights that it was made with. Only the files that loading needs are published: no
@@ -176,7 +176,7 @@ def check_licence(origin: dict | None, licence_granted: bool) -> None:
     if origin and origin["licence"] == NO_LICENCE and not licence_granted:
         raise CADAError(
             f"These weights started from {origin['start']}, which comes without a licence: you may use them, not "
-            "publish them. If the authors have allowed it, pass --licence_granted."
+            "publish them. If the authors have allowed it, pass --licence-granted."
         )
 
 

@@ -175,7 +175,7 @@ def test_old_rstp_file_is_refused(tmp_path):
 
 
 def test_missing_folders(tmp_path):
-    with pytest.raises(CADAError, match="needs --data_dir"):
+    with pytest.raises(CADAError, match="needs --data-dir"):
         load_pairs_dataset("cuhk_pedes")
     with pytest.raises(CADAError, match="nowhere does not exist.*reid_raw.json"):
         load_pairs_dataset("cuhk_pedes", tmp_path / "nowhere")
@@ -208,7 +208,7 @@ def test_missing_image_is_an_error(cuhk):
         load_pairs_dataset("cuhk_pedes", cuhk)
     expected = f"cuhk_pedes, split 'train': {cuhk / 'imgs' / name} (row 1) is missing; 2 such"
     assert str(error.value).startswith(expected)
-    assert f"cada check --dataset cuhk_pedes --data_dir {cuhk})" in str(error.value)
+    assert f"cada check --dataset cuhk_pedes --data-dir {cuhk})" in str(error.value)
     assert "--skip_unreadable" in str(error.value)
 
 
