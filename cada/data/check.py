@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from cada.data.images import find_bad_images
-from cada.data.loading import DRAWN_SETS, check_split, open_other, undecoded_images
-from cada.data.pedes import PEDES_SETS, read_annotations
+from cada.data.loading import DRAWN_SETS, open_splits
+from cada.data.pedes import PEDES_SETS
 from cada.files import CADAError
 
 
@@ -73,29 +73,20 @@ def check_dataset(dataset: str, data_dir: str | os.PathLike | None = None, quick
     title, official = dataset, {}
     if dataset in PEDES_SETS:
         title, official = PEDES_SETS[dataset].title, PEDES_SETS[dataset].counts
-        images = read_annotations(dataset, data_dir)
-        columns = {
-            split: [[record[name] for record in records] for name in ("person_id", "captions")]
-            for split, records in images.items()
-        }
-    else:
-        splits = open_other(dataset, data_dir, revision=None)
-        splits = {split: check_split(rows, f"{dataset}, split {split!r}") for split, rows in splits.items()}
-        images = {split: undecoded_images(rows, with_content=not quick) for split, rows in splits.items()}
-        columns = {split: (list(rows["person_id"]), list(rows["captions"])) for split, rows in splits.items()}
-    persons = {split: Counter(ids) for split, (ids, _) in columns.items()}
+    splits = open_splits(dataset, data_dir, with_content=not quick)
+    persons = {split: Counter(rows["person_id"]) for split, (rows, _) in splits.items()}
     shared = {pair: len(persons[pair[0]].keys() & persons[pair[1]].keys()) for pair in combinations(persons, 2)}
     return Check(
         title=title if data_dir is None else f"{title} in {data_dir}",
         counts={
-            split: (len(persons[split]), len(ids), sum(map(len, captions)))
-            for split, (ids, captions) in columns.items()
+            split: (len(persons[split]), len(rows), sum(map(len, rows["captions"])))
+            for split, (rows, _) in splits.items()
         },
         official=official,
         single={split: sum(count == 1 for count in counts.values()) for split, counts in persons.items()},
         shared={pair: count for pair, count in shared.items() if count},
         problems={
-            split: list(find_bad_images(split, images[split], len(ids), decode=not quick).values())
-            for split, (ids, _) in columns.items()
+            split: list(find_bad_images(split, images, len(rows), decode=not quick).values())
+            for split, (rows, images) in splits.items()
         },
     )

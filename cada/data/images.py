@@ -34,14 +34,15 @@ def _image_problem(image: dict, decode: bool) -> str | None:
 def find_bad_images(split: str, images: Iterable[dict], count: int, decode: bool) -> dict[int, str]:
     """
     Which of `count` images (`row`, `path`, and `bytes` where a table holds the content) are missing, empty or (with
-    `decode`) damaged: name, row and what is wrong, by row.
+    `decode`) damaged: name, row and what is wrong, by their place in `images`.
     """
     problems = {}
-    for image in tqdm(images, desc=f"{split}: images", unit="image", total=count, disable=count < 1000):
+    images = tqdm(images, desc=f"{split}: images", unit="image", total=count, disable=count < 1000)
+    for place, image in enumerate(images):
         problem = _image_problem(image, decode)
         if problem:
             name = image["path"] or image.get("file_name") or "The image"
-            problems[image["row"]] = f"{name} (row {image['row']}) {problem}"
+            problems[place] = f"{name} (row {image['row']}) {problem}"
     return problems
 
 

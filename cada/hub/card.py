@@ -23,7 +23,6 @@ from cada.hub.record import (
     checkpoint_digest,
     evaluations_of,
     newest,
-    precision_of,
     read_run,
     set_title,
 )
@@ -43,8 +42,8 @@ def _captions(row: Evaluation) -> str:
 
 def _departures(row: Evaluation) -> str:
     """What an evaluation differs in from one of the split of the set's authors in float32; empty where in nothing."""
-    words = f", in {precision_of(row)}" if precision_of(row) != "float32" else ""
-    words += ", unreadable images left out" if row.get("unreadable_images_skipped") else ""
+    words = f", in {row['precision']}" if row["precision"] != "float32" else ""
+    words += ", unreadable images left out" if row["unreadable_images_skipped"] else ""
     if row["dataset"] in PEDES_SETS:
         _, images, captions = PEDES_SETS[row["dataset"]].counts.get(row["split"], (0, 0, 0))
         queries, gallery = row["metrics"]["queries"], row["metrics"]["gallery"]
@@ -71,17 +70,11 @@ def _protocol(evaluations: list[Evaluation], training: Training | None) -> list[
     return list(dict.fromkeys(notes))
 
 
-def _recipe(training: dict, start: str) -> list[tuple[str, str]]:
+def _recipe(training: dict, start: str) -> list[tuple]:
     """Rows of the card's table of the training."""
     data = training["data"]
-    rows = [
-        (
-            "data",
-            f"{training['title']}: {data['persons']:,} persons, {data['images']:,} images, {data['pairs']:,} pairs",
-        ),
-        ("captions", _captions(training)),
-        ("start", start),
-    ]
+    sizes = ", ".join(f"{data[name]:,} {name}" for name in ("persons", "images", "pairs"))
+    rows = [("data", f"{training['title']}: {sizes}"), ("captions", _captions(training)), ("start", start)]
     for key, value in training["recipe"].items():
         rows.append((key.replace("_", " "), json.dumps(value) if isinstance(value, dict) else value))
     rows.append(("seed", training["seed"]))
@@ -89,7 +82,7 @@ def _recipe(training: dict, start: str) -> list[tuple[str, str]]:
         rows.append(("time", f"{training['minutes']:.1f} minutes"))
     rows += [("hardware", training["hardware"]), ("date", training["date"])]
     rows.append(("versions", ", ".join(f"{name} {number}" for name, number in training["versions"].items())))
-    return [(key, str(value)) for key, value in rows]
+    return rows
 
 
 def _stages(evaluations: list[Evaluation]) -> Iterator[tuple[Evaluation, str]]:
@@ -104,10 +97,10 @@ def _table(evaluations: list[Evaluation]) -> list[list[str]]:
     table = []
     for row, matching in _stages(evaluations):
         metrics = row["metrics"]
-        sizes = [f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
-        cells = [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
         title, k = set_title(row["dataset"]) + _departures(row), metrics["rerank_k"] if matching == "local" else "–"
-        table.append([title, row["split"], matching, str(k), *sizes, *cells])
+        cells = [str(k), f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
+        cells += [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
+        table.append([title, row["split"], matching, *cells])
     return table
 
 
