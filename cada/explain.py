@@ -1,7 +1,7 @@
 """
 Why an image fits a sentence: where every word looks, and which words the image suggests for masked attributes.
 
-    cada explain --model demo/model --image person.png --text "A man in a red coat." --output why.png
+    cada explain --model demo/model --image person.png --text "A man in a red coat." --out why.png
 
 The picture is for the reader; `--arrays why.npz` and the functions below give the numbers (Fig. 5 and 6 of the paper).
 """

@@ -370,7 +370,11 @@ CLS, PATCH, POSITIONS = (
         (POSITIONS, torch.tensor(0.0), "holds a tensor of another shape"),
         (POSITIONS, torch.zeros(1, 4, 32), "no square number"),
         (CLS, torch.zeros(5), "The sizes do not fit"),
-        ("visual_encoder.blocks.100000000.norm1.weight", torch.zeros(2), "no place for cada.vision_model.layers.100000000"),
+        (
+            "visual_encoder.blocks.100000000.norm1.weight",
+            torch.zeros(2),
+            "no place for cada.vision_model.layers.100000000",
+        ),
         ("vision_proj.bias", torch.tensor(0.0), "holds a tensor of another shape"),
         ("itm_head.extra.bias", torch.zeros(2), "has no place for match_head.extra.bias"),
     ],

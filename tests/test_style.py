@@ -142,3 +142,23 @@ def test_links_of_the_documents_lead_somewhere():
                 assert anchor in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}, target
             links += 1
     assert links > 20
+
+
+def test_options_that_messages_name_exist():
+    """As they are spelled, in `cada` or in train_cada.py, whose parser takes dashes too."""
+    import typer
+    from transformers import HfArgumentParser
+
+    from cada.cli import app
+    from cada.training.arguments import CADATrainingArguments, DataArguments, ModelArguments
+
+    parser = HfArgumentParser((ModelArguments, DataArguments, CADATrainingArguments))
+    known = {option for action in parser._actions for option in action.option_strings}
+    for command in typer.main.get_command(app).commands.values():
+        known |= {option for parameter in command.params for option in parameter.opts}
+    named = {}
+    for path in MODULES:
+        for option in re.findall(r"--[a-z][a-z0-9_-]*[a-z0-9]", path.read_text(encoding="utf-8")):
+            named.setdefault(option, path.name)
+    assert {option: file for option, file in named.items() if option not in known} == {}
+    assert len(named) > 60

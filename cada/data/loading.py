@@ -136,8 +136,8 @@ def load_pairs_dataset(
                 folder = "" if data_dir is None else f" --data-dir {data_dir}"
                 raise CADAError(
                     f"{dataset}, split {split!r}: {next(iter(problems.values()))}; {len(problems)} such image(s) in "
-                    f"this split. Complete the data (list them: cada check --dataset {dataset}{folder}), or leave them "
-                    "out with --skip_unreadable."
+                    f"this split. Complete the data (list them: cada check --dataset {dataset}{folder}), or leave "
+                    "them out with --skip_unreadable."
                 )
             loaded[split] = _without_bad_images(rows, problems, split) if problems else rows
     if captions_per_image is not None:

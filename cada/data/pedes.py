@@ -51,7 +51,7 @@ def _annotation_file(pedes: PedesSet, data_dir: Path) -> Path:
     if not os.path.isdir(data_dir):
         raise CADAError(
             f"The data folder {data_dir} does not exist. Pass the folder of {pedes.title} that holds "
-            f"{pedes.annotations[0]} and imgs/ as --data_dir."
+            f"{pedes.annotations[0]} and imgs/ as --data-dir."
         )
     for name in pedes.annotations:
         if os.path.isfile(data_dir / name):
@@ -72,7 +72,7 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[s
     """
     pedes = PEDES_SETS[dataset]
     if data_dir is None:
-        raise CADAError(f"{pedes.title} needs --data_dir, the folder with its annotations and imgs/.")
+        raise CADAError(f"{pedes.title} needs --data-dir, the folder with its annotations and imgs/.")
     data_dir = Path(data_dir)
     file = _annotation_file(pedes, data_dir)
     root = Path(os.path.realpath(data_dir / "imgs"))

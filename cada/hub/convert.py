@@ -83,7 +83,7 @@ _LEFT_OUT = [
     (r"\.position_ids$", "a constant, not a weight"),
     (r"^text_decoder\.cls\.predictions\.decoder\.weight$", "tied to the word embeddings of the text stack"),
     (r"^text_decoder\.cls\.predictions\.decoder\.bias$", "stored twice; `predictions.bias` counts"),
-    (r"^text_decoder\.bert\.", "a separate decoder; here the text stack decodes, and retrieval never uses this one"),
+    (r"^text_decoder\.bert\.", "a separate decoder; here the text stack is the decoder, and retrieval never uses it"),
     (r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", "momentum copy, for BLIP's pre-training only"),
     (r"^(image_queue|text_queue|idx_queue|queue_ptr|ptr_queue)$", "queue, for BLIP's pre-training only"),
     (r"^(temp|logit_scale)$", "temperature, a fixed value in CADA"),
@@ -328,7 +328,7 @@ def convert(
     if source == "blip":
         state_dict, told = _read_blip(str(checkpoint), vocabulary_head, revision)
     elif vocabulary_head is not None:
-        raise CADAError("--vocabulary_head goes with --source blip; the other files hold their own.")
+        raise CADAError("--vocabulary-head goes with --source blip; the other files hold their own.")
     else:
         state_dict, told = read_checkpoint(checkpoint), settings_of(source)
     report = ConversionReport()

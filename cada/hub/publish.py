@@ -157,7 +157,7 @@ def check_licence(origin: dict | None, licence_granted: bool) -> None:
     if origin and origin["licence"] == NO_LICENCE and not licence_granted:
         raise CADAError(
             f"These weights started from {origin['start']}, which comes without a licence: you may use them, not "
-            "publish them. If the authors have allowed it, pass --licence_granted."
+            "publish them. If the authors have allowed it, pass --licence-granted."
         )
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_old_rstp_file_is_refused(tmp_path):
 
 
 def test_missing_folders(tmp_path):
-    with pytest.raises(CADAError, match="needs --data_dir"):
+    with pytest.raises(CADAError, match="needs --data-dir"):
         load_pairs_dataset("cuhk_pedes")
     with pytest.raises(CADAError, match="nowhere does not exist.*reid_raw.json"):
         load_pairs_dataset("cuhk_pedes", tmp_path / "nowhere")
@@ -208,7 +209,7 @@ def test_missing_image_is_an_error(cuhk):
         load_pairs_dataset("cuhk_pedes", cuhk)
     expected = f"cuhk_pedes, split 'train': {cuhk / 'imgs' / name} (row 1) is missing; 2 such"
     assert str(error.value).startswith(expected)
-    assert f"cada check --dataset cuhk_pedes --data_dir {cuhk})" in str(error.value)
+    assert f"cada check --dataset cuhk_pedes --data-dir {cuhk})" in str(error.value)
     assert "--skip_unreadable" in str(error.value)
 
 
@@ -553,7 +554,7 @@ def test_saved_rows_load_again(laid_out, tmp_path):
 
 def test_missing_tagger_is_an_error_of_the_data(laid_out, monkeypatch):
     rows = load_pairs_dataset("rstp_reid", laid_out["rstp_reid"])["train"]
-    monkeypatch.setattr(processing_cada, "_TAGGER_CACHE", [])
+    monkeypatch.setattr(processing_cada, "_tagger", cache(processing_cada._tagger.__wrapped__))
     monkeypatch.setattr(processing_cada.nltk.data, "path", [])
     monkeypatch.setattr(processing_cada, "_shipped_tagger", lambda: None)
     monkeypatch.setattr(processing_cada.nltk, "download", lambda name, quiet: False)
