@@ -186,7 +186,8 @@ class CADAPipeline(Pipeline):
 
     def postprocess(self, model_outputs, top_k: int = 10) -> list[dict]:
         """The ranking of one sentence."""
-        order, global_scores, local_scores = (values[0].tolist() for values in model_outputs.values())
+        names = ("order", "global_scores", "local_scores")
+        order, global_scores, local_scores = (model_outputs[name][0].tolist() for name in names)
         local_scores += [None] * len(order)  # local matching did not look
         return [
             {"index": i, "score": global_scores[i] + (s_l or 0), "global_score": global_scores[i], "local_score": s_l}

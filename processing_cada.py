@@ -312,7 +312,7 @@ class AttributeMasker:
         words = list(_WORD.finditer(caption))
         tags = [tag for _, tag in _tagger().tag([word.group() for word in words])]
         kinds = "".join("a" if tag in _ADJECTIVES else "n" if tag in _NOUNS else "-" for tag in tags)
-        # A phrase has two words at least. Colours are often tagged as nouns ("grey jacket"): adjectives may be missing.
+        # A phrase has two words at least, perhaps no adjective: colours are often tagged as nouns ("grey jacket").
         units = re.finditer("[an]" if self.unit == "word" else "a+n+|nn+", kinds)
         return [[words[unit.start()].start(), words[unit.end() - 1].end()] for unit in units]
 
