@@ -267,8 +267,6 @@ def explain(
     for name, path, ending in (("--out", out, ".png"), ("--arrays", arrays, ".npz")):
         if path is not None and path.suffix.lower() != ending:
             raise CADAError(f"{name} {path} should end in {ending}.")
-        if path is not None and path.is_dir():
-            raise CADAError(f"{name} {path} is a folder. Give the name of a file.")
         if path is not None:
             make_output_folder(path.parent)
     photo = open_file(image)

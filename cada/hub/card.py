@@ -1,9 +1,7 @@
 """The model card, written from the record of a run."""
 
-import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -70,38 +68,14 @@ def _protocol(evaluations: list[Evaluation], training: Training | None) -> list[
     return list(dict.fromkeys(notes))
 
 
-def _recipe(training: dict, start: str) -> list[tuple]:
-    """Rows of the card's table of the training."""
-    data = training["data"]
-    sizes = ", ".join(f"{data[name]:,} {name}" for name in ("persons", "images", "pairs"))
-    rows = [("data", f"{training['title']}: {sizes}"), ("captions", _captions(training)), ("start", start)]
-    for key, value in training["recipe"].items():
-        rows.append((key.replace("_", " "), json.dumps(value) if isinstance(value, dict) else value))
-    rows.append(("seed", training["seed"]))
-    if training["minutes"] is not None:  # of a resumed run nobody knows the whole
-        rows.append(("time", f"{training['minutes']:.1f} minutes"))
-    rows += [("hardware", training["hardware"]), ("date", training["date"])]
-    rows.append(("versions", ", ".join(f"{name} {number}" for name, number in training["versions"].items())))
-    return rows
+def _stages(evaluations: list[Evaluation]) -> list[tuple[Evaluation, str]]:
+    """Each evaluation with each matching that it measured."""
+    stages = ((row, matching) for row in evaluations for matching in ("global", "local"))
+    return [(row, matching) for row, matching in stages if f"{matching}_R1" in row["metrics"]]
 
 
-def _stages(evaluations: list[Evaluation]) -> Iterator[tuple[Evaluation, str]]:
-    for row in evaluations:
-        for matching in ("global", "local"):
-            if f"{matching}_R1" in row["metrics"]:
-                yield row, matching
-
-
-def _table(evaluations: list[Evaluation]) -> list[list[str]]:
-    """Rows of the card's table of the scores."""
-    table = []
-    for row, matching in _stages(evaluations):
-        metrics = row["metrics"]
-        title, k = set_title(row["dataset"]) + _departures(row), metrics["rerank_k"] if matching == "local" else "–"
-        cells = [str(k), f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
-        cells += [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
-        table.append([title, row["split"], matching, *cells])
-    return table
+def _title(row: Evaluation) -> str:
+    return set_title(row["dataset"]) + _departures(row)
 
 
 def _results(evaluations: list[Evaluation]) -> list[EvalResult]:
@@ -111,7 +85,7 @@ def _results(evaluations: list[Evaluation]) -> list[EvalResult]:
             task_type="text-to-image-retrieval",
             task_name="Text-to-image person retrieval",
             dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]),
-            dataset_name=set_title(row["dataset"]) + _departures(row),
+            dataset_name=_title(row),
             # Results that agree in this, type and split are listed as one.
             dataset_config=(
                 f"{row['metrics']['queries']:,} queries, {row['metrics']['gallery']:,} images, "
@@ -177,10 +151,11 @@ def model_card(
         repo_id=repo_id,
         revision=revision,
         training=training,
-        recipe=_recipe(training, origin["start"]) if training else [],
+        captions=_captions(training) if training else None,
         origin=origin,
-        evaluations=evaluations,
-        table=_table(evaluations),
+        stages=_stages(evaluations),
+        title=_title,
+        metrics=METRICS,
         protocol=_protocol(evaluations, training),
         has_local=config.use_atp,
         max_text_length=config.max_text_length,

@@ -223,12 +223,12 @@ def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
     training = ("initializer_range", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
     # Neither a field that a later version adds with a neutral default changes it, nor another form of tokenizer files.
     settings = {
-        type(tower).__name__: {
+        side: {
             name: getattr(tower, name)
             for name in type(tower).__annotations__
             if name not in training and getattr(tower, name) != getattr(type(tower), name, None)
         }
-        for tower in (config.vision_config, config.text_config)
+        for side, tower in (("vision", config.vision_config), ("text", config.text_config))
     }
     settings["config"] = [config.projection_dim, config.max_text_length, config.match_score, config.use_atp]
     names = ("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", "rescale_factor")
