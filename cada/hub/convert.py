@@ -37,21 +37,14 @@ ENC_TOKEN_ID = 30523
 _POSITIONS = "cada.vision_model.embeddings.position_embedding"
 _WORDS, _WORD_BIAS = "cada.text_model.embeddings.word_embeddings.weight", "vocabulary_head.decoder.bias"
 
-# Order matters: the first pattern that matches renames the key. Both text attentions share their inner names.
-_VISION_OF_BLIP = [
-    (
-        r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.",
-        r"cada.vision_model.layers.\1.self_attn.out_proj.",
-    ),
-    (r"^vision_model\.(encoder\.)?(embeddings|layers|post_layernorm)\.", r"cada.vision_model.\2."),
-]
+# Order matters: the first pattern that matches renames the key, and then each of `_INNER` what is inside a layer.
+_VISION_OF_BLIP = [(r"^vision_model\.(encoder\.)?(embeddings|layers|post_layernorm)\.", r"cada.vision_model.\2.")]
 _VISION_OF_ORIGINAL = [
     (r"^visual_encoder\.cls_token$", "cada.vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "cada.vision_model.embeddings.position_embedding"),
     (r"^visual_encoder\.patch_embed\.proj\.", "cada.vision_model.embeddings.patch_embedding."),
     (r"^visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"cada.vision_model.layers.\1.layer_norm\2."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"cada.vision_model.layers.\1.self_attn.qkv."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"cada.vision_model.layers.\1.self_attn.out_proj."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"cada.vision_model.layers.\1.self_attn."),
     (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"cada.vision_model.layers.\1.mlp."),
     (r"^visual_encoder\.norm\.", "cada.vision_model.post_layernorm."),
 ]
@@ -72,11 +65,11 @@ _TEXT_AND_HEADS = [
     (r"^text_decoder\.cls\.predictions\.bias$", "vocabulary_head.decoder.bias"),
 ]
 _RULES = dict.fromkeys(SOURCES, _VISION_OF_ORIGINAL + _TEXT_AND_HEADS) | {"blip": _VISION_OF_BLIP + _TEXT_AND_HEADS}
-_ATTENTION = [
+_INNER = [
     (r"\.self\.query\.", ".q_proj."),
     (r"\.self\.key\.", ".k_proj."),
     (r"\.self\.value\.", ".v_proj."),
-    (r"_attn\.output\.dense\.", "_attn.out_proj."),
+    (r"_attn\.(output\.dense|projection|proj)\.", "_attn.out_proj."),
     (r"_attn\.output\.LayerNorm\.", "_attn_layer_norm."),
 ]
 _LEFT_OUT = [
@@ -92,12 +85,11 @@ _LEFT_OUT = [
 
 @dataclass
 class ConversionReport:
-    """What became of every key: `converted` old name -> new names; `left_out` old name -> reason; `new` names that the
-    checkpoint has not, with random weights."""
+    """What became of every key of a checkpoint."""
 
-    converted: dict[str, list[str]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    new: list[str] = field(default_factory=list)
+    converted: dict[str, list[str]] = field(default_factory=dict)  # old name: new names
+    left_out: dict[str, str] = field(default_factory=dict)  # old name: reason
+    new: list[str] = field(default_factory=list)  # names that the checkpoint has not, with random weights
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -137,7 +129,7 @@ def convert_state_dict(
         name = next((re.sub(*rule, key) for rule in _RULES[source] if re.search(rule[0], key)), None)
         if name is None:
             raise CADAError(f"No rule for the key {key!r}. Is this a checkpoint of the kind {source!r}?")
-        for pattern, replacement in _ATTENTION:
+        for pattern, replacement in _INNER:
             name = re.sub(pattern, replacement, name)
         _check_tensor(key, tensor)
         parts = {name: tensor}
