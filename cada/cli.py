@@ -54,9 +54,9 @@ def check(
     quick: Annotated[bool, Option("--quick", help="look for the image files without decoding them")] = False,
 ) -> None:
     """Find bad images in a data set, and compare it with the official numbers; exit status 1 where they differ."""
-    found = check_dataset(dataset, data_dir, quick)
-    print(found)
-    if not found.passed:
+    report, passed = check_dataset(dataset, data_dir, quick)
+    print(report)
+    if not passed:
         raise typer.Exit(1)
 
 

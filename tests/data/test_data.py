@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pedes_layout import ANNOTATIONS, LAYOUTS, lay_out_icfg
 from PIL import Image
 
-import cada.data.check
 import cada.data.loading
 import cada.data.pedes
 import processing_cada
