@@ -17,7 +17,6 @@ from cada.hub.record import (
     RANDOM_START,
     UNKNOWN_START,
     Evaluation,
-    Training,
     checkpoint_digest,
     evaluations_of,
     newest,
@@ -48,24 +47,6 @@ def _departures(row: Evaluation) -> str:
         if gallery != images or (row["captions_per_image"] is None and queries != captions):
             words += f", NOT the official split ({gallery:,} of {images:,} images)"
     return words
-
-
-def _protocol(evaluations: list[Evaluation], training: Training | None) -> list[str]:
-    """What a reader has to know to compare the figures."""
-    notes = ["Every caption of the split searches all images of the split; its own image is among them."]
-    notes += [
-        f"{set_title(row['dataset'])}, {row['split']}: {_captions(row)}{_departures(row)}." for row in evaluations
-    ]
-    notes.append("Global matching ranks by S_G; local matching ranks the best K of these again by S_G + S_L.")
-    if training and training["selected_by"]:
-        notes.append(f"The checkpoint was chosen by {training['selected_by']}. The test split chose nothing.")
-    elif training:
-        notes.append("The last checkpoint was taken; nothing was chosen.")
-    if training:
-        notes.append("One training run with one seed. Others differ; see the spread before you compare.")
-    for where in dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations):
-        notes.append(f"Evaluated on {where}.")
-    return list(dict.fromkeys(notes))
 
 
 def _stages(evaluations: list[Evaluation]) -> list[tuple[Evaluation, str]]:
@@ -156,7 +137,10 @@ def model_card(
         stages=_stages(evaluations),
         title=_title,
         metrics=METRICS,
-        protocol=_protocol(evaluations, training),
+        protocols=dict.fromkeys(
+            f"{set_title(row['dataset'])}, {row['split']}: {_captions(row)}{_departures(row)}" for row in evaluations
+        ),
+        places=dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations),
         has_local=config.use_atp,
         max_text_length=config.max_text_length,
     )

@@ -324,15 +324,12 @@ def convert(
     weights = convert_state_dict(state_dict, source, report)
     try:
         fields = _join(infer_sizes(weights, num_attention_heads), told)
+        model = _build(weights, fields, image_size, config_overrides or {}, report)
     except CADAError:
         raise
     except KeyError as error:
         raise CADAError(f"{checkpoint} lacks {error.args[0]!r}. Is this a checkpoint of {source!r}?") from error
-    except (IndexError, TypeError, ValueError) as error:
-        raise CADAError(f"{checkpoint} holds a tensor of another shape than {source!r}: {error}.") from error
-    try:
-        model = _build(weights, fields, image_size, config_overrides or {}, report)
-    except (StrictDataclassError, RuntimeError, ValueError) as error:
+    except (StrictDataclassError, RuntimeError, ValueError, IndexError, TypeError) as error:
         raise CADAError(
             f"The sizes of {checkpoint} and the arguments give no model: {one_line(error)} Is it of {source!r}?"
         ) from error
