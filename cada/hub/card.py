@@ -27,6 +27,9 @@ from cada.hub.record import (
 
 logger = logging.get_logger(__name__)
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(CARDS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 TEMPLATES = {"cuhk_pedes": "cada-cuhk.md", "icfg_pedes": "cada-icfg.md", "rstp_reid": "cada-rstp.md"}
 TEMPLATES |= dict.fromkeys(DRAWN_TITLES, "cada-demo.md")
 METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
@@ -95,12 +98,11 @@ def model_card(
         evaluations: further ones, from the records of other runs.
     """
     run, config, digest = read_run(folder), load_config(folder), checkpoint_digest(folder)
-    own = evaluations_of(digest, folder)
     if any(row["weights"] != digest for row in evaluations):
         raise CADAError(
             f"The further evaluations are of other weights than those in {folder}. Run --do_predict again."
         )
-    evaluations = newest([*own, *evaluations])
+    evaluations = newest([*evaluations_of(digest, folder), *evaluations])
     for row in evaluations:
         if _departures(row):
             logger.warning(f"{set_title(row['dataset'])}, {row['split']}{_departures(row)}: the card says so.")
@@ -123,11 +125,8 @@ def model_card(
         model_name=repo_id.split("/")[-1],
         eval_results=_results(evaluations) or None,
     )
-    cards = Environment(
-        loader=FileSystemLoader(CARDS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     template = TEMPLATES.get(dataset, "base.md") if open_licence or dataset not in DRAWN_TITLES else "base.md"
-    body = cards.get_template(template).render(
+    body = _ENVIRONMENT.get_template(template).render(
         name=data.model_name,
         repo_id=repo_id,
         revision=revision,

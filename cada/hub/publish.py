@@ -16,7 +16,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers.utils import logging
 
 from cada.files import CADAError, one_line, written_whole
 from cada.hub.card import model_card
@@ -24,17 +23,9 @@ from cada.hub.loading import check_config, weight_files
 from cada.hub.record import NO_LICENCE, RUN_FILE, checkpoint_digest, evaluations_of, read_run
 
 
-logger = logging.get_logger(__name__)
 CODE = tuple(f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "pipeline", "processing"))
 SETTINGS = ("config.json", "processor_config.json", "tokenizer.json")
-OPTIONAL = (
-    "README.md",
-    RUN_FILE,
-    "model.safetensors.index.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-)
+OPTIONAL = ("README.md", RUN_FILE, "model.safetensors.index.json", "tokenizer_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
