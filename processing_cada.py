@@ -111,9 +111,12 @@ def read_image(file, size: tuple[int, int] | None = None) -> Image.Image:
         size: what the model reads.
 
     Raises:
-        ValueError: for another format, too many pixels, or colours that [`to_rgb`] refuses. On damaged files Pillow
-            raises many kinds.
+        ValueError: for no file, another format, too many pixels, or colours that [`to_rgb`] refuses. On damaged files
+            Pillow raises many kinds.
     """
+    if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):  # to open a named pipe would wait for ever
+        is_there = os.path.exists(file)
+        raise ValueError("it is not a file but a folder or a device" if is_there else "there is no such file")
     try:
         opened = Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError as error:
@@ -191,12 +194,8 @@ class CADAImageProcessor(PilBackend):
             return [self.fetch_images(image, timeout) for image in images]
         if isinstance(images, str) and images.startswith(("http://", "https://")):
             images = httpx.get(images, timeout=timeout, follow_redirects=True).raise_for_status().content
-        if isinstance(images, bytes):
-            return read_image(BytesIO(images))
-        if isinstance(images, (str, os.PathLike)):
-            if not os.path.isfile(images):  # to open a named pipe would wait for ever
-                raise ValueError("it is no file" if os.path.exists(images) else "there is no such file")
-            return read_image(images)
+        if isinstance(images, (bytes, str, os.PathLike)):
+            return read_image(BytesIO(images) if isinstance(images, bytes) else images)
         return super().fetch_images(images)
 
     def process_image(

@@ -61,23 +61,13 @@ def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Ima
         CADAError: what is wrong with it; whoever calls names the row.
     """
     content, path = image["bytes"], image["path"]
+    if content is None and path is None:
+        raise CADAError("there is neither a file name nor content")
     try:
-        if content is not None:
-            file = BytesIO(content)
-        elif path is None:
-            raise CADAError("there is neither a file name nor content")
-        elif os.path.isfile(path):
-            file = path
-        elif os.path.exists(path):  # to open a named pipe would wait for ever
-            raise CADAError("it is not a file but a folder or a device")
-        elif "://" not in path:
-            raise CADAError("there is no such file")
-        else:  # of an archive, or remote
+        if content is None and "://" in path and not os.path.exists(path):  # of an archive, or remote
             with xopen(path, "rb") as remote:
-                file = BytesIO(remote.read())
-        return read_image(file, size)
-    except CADAError:
-        raise
+                content = remote.read()
+        return read_image(path if content is None else BytesIO(content), size)
     except Exception as error:  # Pillow's readers of the formats raise many kinds on damaged files
         raise CADAError(one_line(error)) from error
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
-from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
 from cada.files import CADAError, one_line, read_json
@@ -18,8 +17,6 @@ from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 
-
-logger = logging.get_logger(__name__)
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
