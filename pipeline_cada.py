@@ -91,27 +91,24 @@ class CADAPipeline(Pipeline):
                 range, or `rerank` with a model that has no match head.
         """
         images = _listed(images)
-        if isinstance(text, (list, tuple)):
-            text = list(text)
-            if not text:
-                raise ValueError("`text` is empty. Give a sentence, or a list of sentences.")
+        text = list(text) if isinstance(text, tuple) else text
+        if text == []:
+            raise ValueError("`text` is empty. Give a sentence, or a list of sentences.")
         if batch_size is None:
             batch_size = _BATCH_SIZE if self._batch_size is None else self._batch_size
         _check_number("batch_size", batch_size, 1, "the number of images to encode at once")
-        options = {"top_k": top_k, "rerank": rerank, **kwargs}
-        options = {name: value for name, value in options.items() if value is not None}
-        rerank = {**self._forward_params, **options}.get("rerank", self._default_rerank())
-        self._sanitize_parameters(rerank=rerank)  # what is wrong shows before the images are encoded
+        if rerank is None:
+            default = self.model.config.rerank_k if self._has_match_head() else 0
+            rerank = self._forward_params.get("rerank", default)
+        self._sanitize_parameters(top_k, rerank)  # what is wrong shows before the images are encoded
         gallery = self._encode_images(images, batch_size, timeout, keep_states=rerank > 0)
-        return super().__call__(text, batch_size=batch_size, gallery=gallery, **{**options, "rerank": rerank})
+        options = {"batch_size": batch_size, "gallery": gallery, "rerank": rerank, "top_k": top_k, **kwargs}
+        return super().__call__(text, **{name: value for name, value in options.items() if value is not None})
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """Save a whole checkpoint: model, processor, and the code of both and of this pipeline."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
-
-    def _default_rerank(self) -> int:
-        return self.model.config.rerank_k if self._has_match_head() else 0
 
     def _has_match_head(self) -> bool:
         return self.model.config.use_atp and hasattr(self.model, "match")
@@ -189,15 +186,13 @@ class CADAPipeline(Pipeline):
 
     def postprocess(self, model_outputs, top_k: int = 10) -> list[dict]:
         """The ranking of one sentence."""
-        order, global_scores, local_scores = (
-            model_outputs[name][0] for name in ("order", "global_scores", "local_scores")
-        )
-        ranking = []
-        for rank, index in enumerate(order[:top_k].tolist()):
-            s_g = global_scores[index].item()
-            s_l = local_scores[rank].item() if rank < len(local_scores) else None
-            ranking.append({"index": index, "score": s_g + (s_l or 0), "global_score": s_g, "local_score": s_l})
-        return ranking
+        names = ("order", "global_scores", "local_scores")
+        order, global_scores, local_scores = (model_outputs[name][0].tolist() for name in names)
+        local_scores += [None] * len(order)  # local matching did not look
+        return [
+            {"index": i, "score": global_scores[i] + (s_l or 0), "global_score": global_scores[i], "local_score": s_l}
+            for i, s_l in zip(order[:top_k], local_scores)
+        ]
 
 
 def _listed(images):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import zipfile
+from functools import cache
 from io import BytesIO
 
 import numpy as np
@@ -52,15 +53,8 @@ def clean_caption(caption: str) -> str:
     return " ".join(_STRIPPED.sub(" ", caption.lower()).split())
 
 
-_TURNS = {  # what turns an image upright, by EXIF's tag of its orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What turns an image upright, by EXIF's tag of its orientation from 2 on.
+_TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -70,12 +64,12 @@ def upright(image: Image.Image) -> Image.Image:
     """
     image.load()
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow's reader of EXIF raises many kinds
-        turn = None
-    if turn is None:
         return image
-    turned = image.transpose(turn)
+    if orientation not in range(2, 9):
+        return image
+    turned = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
     turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # not to turn it twice
     return turned
 
@@ -117,9 +111,12 @@ def read_image(file, size: tuple[int, int] | None = None) -> Image.Image:
         size: what the model reads.
 
     Raises:
-        ValueError: for another format, too many pixels, or colours that [`to_rgb`] refuses. On damaged files Pillow
-            raises many kinds.
+        ValueError: for no file, another format, too many pixels, or colours that [`to_rgb`] refuses. On damaged files
+            Pillow raises many kinds.
     """
+    if isinstance(file, (str, os.PathLike)) and not os.path.isfile(file):  # to open a named pipe would wait for ever
+        is_there = os.path.exists(file)
+        raise ValueError("it is not a file but a folder or a device" if is_there else "there is no such file")
     try:
         opened = Image.open(file, formats=IMAGE_FORMATS)
     except UnidentifiedImageError as error:
@@ -181,9 +178,6 @@ class CADAImageProcessor(PilBackend):
     erase_probability = 0.5
     erase_area = (0.02, 0.4)
 
-    def __init__(self, **kwargs: Unpack[CADAImageProcessorKwargs]):
-        super().__init__(**kwargs)
-
     def fetch_images(self, images, timeout: float | None = None):
         """
         Paths, the content of files (bytes) and addresses (`http://`, `https://`) as images, see [`read_image`]; images
@@ -200,12 +194,8 @@ class CADAImageProcessor(PilBackend):
             return [self.fetch_images(image, timeout) for image in images]
         if isinstance(images, str) and images.startswith(("http://", "https://")):
             images = httpx.get(images, timeout=timeout, follow_redirects=True).raise_for_status().content
-        if isinstance(images, bytes):
-            return read_image(BytesIO(images))
-        if isinstance(images, (str, os.PathLike)):
-            if not os.path.isfile(images):  # to open a named pipe would wait for ever
-                raise ValueError("it is no file" if os.path.exists(images) else "there is no such file")
-            return read_image(images)
+        if isinstance(images, (bytes, str, os.PathLike)):
+            return read_image(BytesIO(images) if isinstance(images, bytes) else images)
         return super().fetch_images(images)
 
     def process_image(
@@ -257,8 +247,7 @@ class CADAImageProcessor(PilBackend):
             if do_normalize:
                 mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (image_mean, image_std))
                 image = (image - mean) / std
-            if do_augment:
-                # Zero is the mean colour after normalisation.
+            if do_augment:  # zero is the mean colour after normalisation
                 image = _erase(image, erase_probability, erase_area, generator)
             processed.append(image)
         if len({image.shape for image in processed}) == 1:
@@ -271,9 +260,7 @@ def _generators(seeds: list[int] | None, count: int) -> list[torch.Generator | N
     return [None] * count if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def _flip_and_crop(
-    image: np.ndarray, flip_probability: float, padding: int, generator: torch.Generator | None = None
-) -> np.ndarray:
+def _flip_and_crop(image: np.ndarray, flip_probability: float, padding: int, generator) -> np.ndarray:
     if torch.rand((), generator=generator) < flip_probability:
         image = image[:, :, ::-1]
     if padding:
@@ -284,9 +271,7 @@ def _flip_and_crop(
     return np.ascontiguousarray(image)
 
 
-def _erase(
-    image: np.ndarray, probability: float, area: tuple[float, float], generator: torch.Generator | None = None
-) -> np.ndarray:
+def _erase(image: np.ndarray, probability: float, area: tuple[float, float], generator) -> np.ndarray:
     """Random erasing (Zhong et al., AAAI 2020): a rectangle of side ratio 0.3 to 3.3; ten tries to make it fit."""
     if torch.rand((), generator=generator) >= probability:
         return image
@@ -325,21 +310,10 @@ class AttributeMasker:
         caption = clean_caption(caption)
         words = list(_WORD.finditer(caption))
         tags = [tag for _, tag in _tagger().tag([word.group() for word in words])]
-        if self.unit == "word":
-            return [list(word.span()) for word, tag in zip(words, tags) if tag in _ADJECTIVES | _NOUNS]
-        spans, position = [], 0
-        while position < len(tags):
-            noun = position
-            while noun < len(tags) and tags[noun] in _ADJECTIVES:
-                noun += 1
-            end = noun
-            while end < len(tags) and tags[end] in _NOUNS:
-                end += 1
-            # Two words at least. Colours are often tagged as nouns ("grey jacket"), so adjectives may be missing.
-            if noun < end and end - position > 1:
-                spans.append([words[position].start(), words[end - 1].end()])
-            position = max(end, position + 1)
-        return spans
+        kinds = "".join("a" if tag in _ADJECTIVES else "n" if tag in _NOUNS else "-" for tag in tags)
+        # A phrase has two words at least, perhaps no adjective: colours are often tagged as nouns ("grey jacket").
+        units = re.finditer("[an]" if self.unit == "word" else "a+n+|nn+", kinds)
+        return [[words[unit.start()].start(), words[unit.end() - 1].end()] for unit in units]
 
     def mask(
         self,
@@ -371,18 +345,6 @@ class AttributeMasker:
         return masked, input_ids.masked_fill(~chosen, -100)
 
 
-_TAGGER_CACHE: list = []
-
-
-def _own_tagger_data() -> bool:
-    """Whether NLTK finds its tagger data, in `NLTK_DATA` or where it downloads to."""
-    try:
-        nltk.data.find(f"taggers/{TAGGER}")
-    except LookupError:
-        return False
-    return True
-
-
 def _shipped_tagger():
     """NLTK's tagger with the data that the package `cada` brings; `None` where only a checkpoint's files are here."""
     package = importlib.util.find_spec("cada")
@@ -399,24 +361,27 @@ def _shipped_tagger():
     return None
 
 
+@cache
 def _tagger():
-    """NLTK's English perceptron tagger, loaded once: from the user's own data, the package's, or after a download."""
-    if not _TAGGER_CACHE:
-        if nltk is None:
-            raise ImportError("Attribute phrases need NLTK. Run: pip install nltk")
-        tagger = None if _own_tagger_data() else _shipped_tagger()
-        if tagger is None and not _own_tagger_data():
-            logger.warning(f"NLTK's tagger data are missing, downloading {TAGGER}.")
-            nltk.download(TAGGER, quiet=True)
-        try:
-            _TAGGER_CACHE.append(tagger or nltk.PerceptronTagger())
-        except LookupError as error:
-            raise LookupError(
-                "NLTK's tagger data are missing and could not be downloaded. Install the package cada-transformers, "
-                f"which brings them. Or run `python -m nltk.downloader {TAGGER}` on a machine with internet access, "
-                "copy the folder nltk_data, and set NLTK_DATA to its path."
-            ) from error
-    return _TAGGER_CACHE[0]
+    """NLTK's English perceptron tagger: from the user's own data, the package's, or after a download."""
+    if nltk is None:
+        raise ImportError("Attribute phrases need NLTK. Run: pip install nltk")
+    try:
+        return nltk.PerceptronTagger()
+    except LookupError:
+        tagger = _shipped_tagger()
+    if tagger is not None:
+        return tagger
+    logger.warning(f"NLTK's tagger data are missing, downloading {TAGGER}.")
+    nltk.download(TAGGER, quiet=True)
+    try:
+        return nltk.PerceptronTagger()
+    except LookupError as error:
+        raise LookupError(
+            "NLTK's tagger data are missing and could not be downloaded. Install the package cada-transformers, "
+            f"which brings them. Or run `python -m nltk.downloader {TAGGER}` on a machine with internet access, "
+            "copy the folder nltk_data, and set NLTK_DATA to its path."
+        ) from error
 
 
 class CADAProcessor(ProcessorMixin):
@@ -497,7 +462,7 @@ class CADAProcessor(ProcessorMixin):
                 raise TypeError(
                     f"`text` should be a string or a list of strings, not {text!r:.80}. Turn it into these."
                 )
-            text = clean_caption(text) if isinstance(text, str) else [clean_caption(caption) for caption in text]
+            text = clean_caption(text) if isinstance(text, str) else list(map(clean_caption, text))
             # Some tokenizers come with a `max_length` of their own, which may be longer than the model can read.
             own = self.tokenizer.init_kwargs.get("max_length")
             if own is not None and "max_length" not in {**kwargs, **kwargs.get("text_kwargs", {})}:
@@ -521,6 +486,11 @@ CADAImageProcessor.register_for_auto_class("AutoImageProcessor")
 CADAProcessor.register_for_auto_class()
 
 __all__ = [
-    *("AttributeMasker", "CADAImageProcessor", "CADAProcessor", "clean_caption", "read_image"),
-    *("to_rgb", "upright"),
+    "AttributeMasker",
+    "CADAImageProcessor",
+    "CADAProcessor",
+    "clean_caption",
+    "read_image",
+    "to_rgb",
+    "upright",
 ]

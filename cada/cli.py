@@ -29,7 +29,7 @@ from cada.gallery.index import build_index, open_index
 from cada.gallery.store import parse_conditions, shard_files
 from cada.hub.convert import SOURCES, check_output, convert, default_image_size, save_converted
 from cada.hub.loading import load_model_and_processor
-from cada.hub.publish import evaluations_of_others, publish, write_card
+from cada.hub.publish import evaluations_of_others, publish, release_files, write_card
 
 
 app = typer.Typer(
@@ -45,7 +45,6 @@ Model = Annotated[str, Option(help="folder or Hub name of a CADA checkpoint")]
 OtherModel = Annotated[str | None, Option(help="the checkpoint; by default the one that the index was made with")]
 Revision = Annotated[str | None, Option(help="tag, branch or commit of the checkpoint on the Hub")]
 Device = Annotated[str | None, Option(help="of the model, such as cpu or cuda:1")]
-ImageSize = Annotated[tuple[int, int] | None, Option(metavar="HEIGHT WIDTH")]
 
 
 @app.command()
@@ -55,9 +54,9 @@ def check(
     quick: Annotated[bool, Option("--quick", help="look for the image files without decoding them")] = False,
 ) -> None:
     """Find bad images in a data set, and compare it with the official numbers; exit status 1 where they differ."""
-    found = check_dataset(dataset, data_dir, quick)
-    print(found)
-    if not found.passed:
+    report, passed = check_dataset(dataset, data_dir, quick)
+    print(report)
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -70,8 +69,7 @@ def convert_checkpoint(
     vocabulary_head: Annotated[
         str | None, Option(help="BlipForConditionalGeneration whose vocabulary head ARA starts from")
     ] = None,
-    image_size: ImageSize = None,
-    checkpoint_image_size: ImageSize = None,
+    image_size: Annotated[tuple[int, int] | None, Option(metavar="HEIGHT WIDTH")] = None,
     num_attention_heads: Annotated[int | None, Option(help="by default the width divided by 64")] = None,
     seed: Annotated[int, Option(help="of weights that the checkpoint does not have")] = 0,
     tokenizer_name: Annotated[str, Option(help="folder or Hub name")] = "bert-base-uncased",
@@ -88,7 +86,6 @@ def convert_checkpoint(
         checkpoint,
         vocabulary_head=vocabulary_head,
         image_size=image_size or default_image_size(source),
-        checkpoint_image_size=checkpoint_image_size,
         num_attention_heads=num_attention_heads,
         revision=revision,
     )
@@ -270,8 +267,6 @@ def explain(
     for name, path, ending in (("--out", out, ".png"), ("--arrays", arrays, ".npz")):
         if path is not None and path.suffix.lower() != ending:
             raise CADAError(f"{name} {path} should end in {ending}.")
-        if path is not None and path.is_dir():
-            raise CADAError(f"{name} {path} is a folder. Give the name of a file.")
         if path is not None:
             make_output_folder(path.parent)
     photo = open_file(image)
@@ -322,8 +317,8 @@ def publish_checkpoint(
     """Push a trained checkpoint with its model card to the Hub."""
     further = evaluations_of_others(checkpoint, repo_id, tag, evaluations or [])
     if card_only:
-        path, files = write_card(checkpoint, repo_id, tag, further)
-        print(f"Wrote {path}. A push would publish: {', '.join(files)}")
+        path = write_card(checkpoint, repo_id, tag or "main", further)
+        print(f"Wrote {path}. A push would publish: {', '.join(release_files(checkpoint))}")
         return
     options = {"private": private, "overwrite": overwrite, "licence_granted": licence_granted}
     revision = publish(checkpoint, repo_id, tag, evaluations=further, **options)

@@ -18,8 +18,8 @@ logger = logging.get_logger(__name__)
 
 COLUMNS = 6  # word maps in a row of the picture
 _HOT = np.array([[0, 0, 60], [90, 0, 140], [215, 60, 60], [255, 165, 0], [255, 255, 160]], dtype=np.float32)
-# Characters of a line in the picture.
-MAX_LINE = 160
+MAX_LINE = 160  # characters
+GREY = "#57606a"
 # Pillow brings a font for English. For all other letters one of the system is asked for, by these names.
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "segoeui.ttf")
 
@@ -36,8 +36,9 @@ def _heat(image: Image.Image, weights: np.ndarray) -> Image.Image:
     return Image.fromarray((0.45 * grey + 0.55 * colour).clip(0, 255).astype(np.uint8))
 
 
-def shortened(line: str) -> str:
-    """What of a line is drawn: at most `MAX_LINE` characters."""
+def _shortened(line: str) -> str:
+    """What of a text is drawn: one line of at most `MAX_LINE` characters."""
+    line = " ".join(line.split())
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 
@@ -64,6 +65,48 @@ def drawable(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     return text, font
 
 
+def _fitted(image: Image.Image, height: int, most: int) -> Image.Image:
+    """An image of this height, at most `most` times as wide: a panorama would make a picture of any width."""
+    width = min(max(8, round(height * image.width / image.height)), most * height)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _sheet(rows: list[tuple[str, list[tuple]]], height: int, columns: int, lines: list[str] = ()) -> Image.Image:
+    """
+    A picture: under the title of every row its cells, `columns` of them side by side, and `lines` at the end. A cell
+    is an image of this `height`, the text below it, and the colour of the text.
+    """
+    margin, title_height, line_height = 12, 28, 22
+    lines = [drawable(_shortened(line), 14) for line in lines]
+    rows = [
+        (*drawable(_shortened(title), 17), [(image, *drawable(text, 13), ink) for image, text, ink in cells])
+        for title, cells in rows
+    ]
+    all_cells = [cell for *_, cells in rows for cell in cells]
+    cell_width = margin + max([96, *(image.width for image, *_ in all_cells)])
+    cell_height = height + 20 + 16 * max([1, *(text.count("\n") + 1 for _, text, *_ in all_cells)])
+    most = min(columns, max([1, *(len(cells) for *_, cells in rows)]))
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lengths = [round(measure.textlength(text, font=font)) + margin for text, font, *_ in (*rows, *lines)]
+    total = sum(title_height + cell_height * max(1, -(-len(cells) // columns)) for *_, cells in rows)
+    size = (margin + max(cell_width * most, *lengths), total + line_height * len(lines) + margin)
+    canvas = Image.new("RGB", size, "white")
+    draw, upper = ImageDraw.Draw(canvas), margin
+    for title, font, cells in rows:
+        draw.text((margin, upper), title, fill="black", font=font)
+        upper += title_height
+        for start in range(0, max(1, len(cells)), columns):
+            for place, (image, text, font, ink) in enumerate(cells[start : start + columns]):
+                left = margin + place * cell_width
+                canvas.paste(image, (left, upper))
+                draw.multiline_text((left, upper + 4 + height), text, fill=ink, font=font, spacing=2)
+            upper += cell_height
+    for line, font in lines:
+        draw.text((margin, upper), line, fill=GREY, font=font)
+        upper += line_height
+    return canvas
+
+
 def draw_explanation(
     image: Image.Image, text: str, attention: WordAttention, predictions: list[AttributePrediction], height: int = 192
 ) -> Image.Image:
@@ -71,38 +114,15 @@ def draw_explanation(
     The picture: the image, a map for every word, and the predictions as lines of text. Long lines are cut, and an
     image that is more than three times as wide as high is shown narrower.
     """
-    image = to_rgb(upright(image))  # upright, as the processor sees it
-    # A panorama would make a picture of any width, a strip none that can be seen.
-    width = min(max(8, round(height * image.width / image.height)), 3 * height)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    text = shortened(" ".join(text.split()))
-    cell_width, cell_height, margin = max(image.width, 96) + 12, height + 30, 12
-    panels = [("image", image)]
-    panels += [(word, _heat(image, weights)) for word, weights in zip(attention.words, attention.maps)]
-    rows = -(-len(panels) // COLUMNS)
-    title, large = drawable(text, 17)
+    image = _fitted(to_rgb(upright(image)), height, most=3)  # upright, as the processor sees it
+    letters = max(image.width, 96) // 8  # that have place below it
+    cells = [(image, "image", "black")]
+    cells += [(_heat(image, map_), word[:letters], "black") for word, map_ in zip(attention.words, attention.maps)]
     lines = ["masked: what the image suggests"] if predictions else []
     for prediction in predictions:
         pieces = [", ".join(f"{word} {chance:.2f}" for word, chance in guesses) for guesses in prediction.guesses]
-        lines.append(shortened(f"{prediction.phrase}:  {'  |  '.join(pieces)}"))
-    lines = [drawable(line, 14) for line in lines]
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    text_width = max(measure.textlength(line, font=font) for line, font in [(title, large), *lines])
-    width = max(COLUMNS * cell_width, round(text_width)) + 2 * margin
-    top = margin + 30
-    lines_top = top + rows * cell_height + 8
-    canvas = Image.new("RGB", (width, lines_top + (8 + 22 * len(lines) if lines else 0) + margin), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((margin, margin), title, fill="black", font=large)
-    for number, (label, panel) in enumerate(panels):
-        left, upper = margin + number % COLUMNS * cell_width, top + number // COLUMNS * cell_height
-        canvas.paste(panel, (left, upper))
-        label, small = drawable(label[: cell_width // 8], 14)
-        draw.text((left, upper + height + 4), label, fill="black", font=small)
-    for number, (line, small) in enumerate(lines):
-        place = (margin, lines_top + 22 * number + (4 if number else 0))
-        draw.text(place, line, fill="black" if number else "#57606a", font=small)
-    return canvas
+        lines.append(f"{prediction.phrase}: {' | '.join(pieces)}")
+    return _sheet([(text, cells)], height, COLUMNS, lines)
 
 
 def draw_results(
@@ -123,7 +143,7 @@ def draw_results(
             result; by default rank and score.
         height: of the images in pixels.
     """
-    measure, margin, rows, lost = ImageDraw.Draw(Image.new("RGB", (1, 1))), 12, [], []
+    rows, lost = [], []
     for title, results in rankings.items():
         cells = []
         for rank, result in enumerate(results, start=1):
@@ -132,50 +152,22 @@ def draw_results(
             except CADAError as error:
                 lost.append(error)
                 image = Image.new("RGB", (height // 2, height), "#d0d7de")
-            # A very wide picture would leave no place for the others.
-            width = min(max(1, round(height * image.width / image.height)), 2 * height)
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-            text, colour = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", "#57606a")
-            cells.append((image, *drawable(text, 13), colour))
-        rows.append((*drawable(shortened(" ".join(title.split())), 17), cells))
+            below = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", GREY)
+            cells.append((_fitted(image, height, most=2), *below))
+        rows.append((title, cells))
     if lost:
         logger.warning(f"{counted(len(lost), 'image')} cannot be shown, such as this: {lost[0]}")
-    cell = margin + max([96, *(image.width for *_, cells in rows for image, *_ in cells)])
-    lines = max([1, *(text.count("\n") + 1 for *_, cells in rows for _, text, *_ in cells)])
-    line_height, title_height = height + 20 + 16 * lines, 26
-    width = margin + max(
-        cell * min(columns, max([1, *(len(cells) for *_, cells in rows)])),
-        *(round(measure.textlength(title, font=font)) + margin for title, font, _ in rows),
-    )
-    total = sum(title_height + line_height * max(1, -(-len(cells) // columns)) for *_, cells in rows)
-    canvas = Image.new("RGB", (width, total + margin), "white")
-    draw, upper = ImageDraw.Draw(canvas), margin
-    for title, font, cells in rows:
-        draw.text((margin, upper), title, fill="black", font=font)
-        upper += title_height
-        for start in range(0, max(1, len(cells)), columns):
-            for place, (image, text, font, colour) in enumerate(cells[start : start + columns]):
-                left = margin + place * cell
-                canvas.paste(image, (left, upper))
-                draw.multiline_text((left, upper + 4 + height), text, fill=colour, font=font, spacing=2)
-            upper += line_height
-    return canvas
+    return _sheet(rows, height, columns)
 
 
 def check_picture(path: Path) -> None:
-    """
-    Raises:
-        CADAError: where `path` has an ending that names no format of pictures.
-    """
+    """A `CADAError` where `path` has an ending that names no format of pictures."""
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise CADAError(f"The picture {path} cannot be written: no such format. Give a name such as out.png.")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """
-    Raises:
-        CADAError: where `path` cannot be written.
-    """
+    """Write a picture; a `CADAError` where that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)

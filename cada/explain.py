@@ -6,6 +6,7 @@ Why an image fits a sentence: where every word looks, and which words the image 
 The picture is for the reader; `--arrays why.npz` and the functions below give the numbers (Fig. 5 and 6 of the paper).
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,8 +52,7 @@ class AttributePrediction:
 @contextmanager
 def _eager(model: CADAForTextToImageRetrieval) -> Iterator[None]:
     """Only eager attention hands out its probabilities."""
-    before = model.config._attn_implementation
-    was_training = model.training
+    before, was_training = model.config._attn_implementation, model.training
     model.set_attn_implementation("eager")
     model.eval()
     try:
@@ -112,14 +112,12 @@ def word_attention(
     attention = attention.mean(dim=0) if head is None else attention[head]
     grid = attention[:, 1:].view(-1, *config.vision_config.grid_size).cpu().numpy()
 
-    words, maps, cleaned, start = [], [], clean_caption(text), 0
-    for word in cleaned.split(" "):
-        end = start + len(word)
-        pieces = _pieces(offsets, start, end)
+    words, maps = [], []
+    for word in re.finditer(r"[^ ]+", clean_caption(text)):
+        pieces = _pieces(offsets, *word.span())
         if pieces:  # words behind the longest text that the model reads are cut
-            words.append(word)
+            words.append(word.group())
             maps.append(grid[pieces].mean(axis=0))
-        start = end + 1
     return WordAttention(words, np.stack(maps))
 
 
@@ -135,12 +133,10 @@ def attribute_predictions(
     """
     if not model.config.use_ara:
         raise CADAError("This model has no vocabulary head (`use_ara=False`), so it predicts no attributes.")
-    cleaned = clean_caption(text)
-    spans = processor.attribute_masker.find_spans(cleaned)
+    cleaned, predictions = clean_caption(text), []
     with _eager(model):
         inputs, states, offsets = _encode(model, processor, image, text)
-        predictions = []
-        for start, end in spans:
+        for start, end in processor.attribute_masker.find_spans(cleaned):
             masked = _pieces(offsets, start, end)
             if not masked:
                 continue
@@ -150,10 +146,8 @@ def attribute_predictions(
                 input_ids, inputs["attention_mask"], states, is_causal=model.config.ara_causal
             )
             chances = model.vocabulary_head(outputs.last_hidden_state[0, masked]).float().softmax(dim=-1)
-            best = chances.topk(top)
-            guesses = [
-                list(zip(processor.tokenizer.convert_ids_to_tokens(ids), values))
-                for ids, values in zip(best.indices.tolist(), best.values.tolist())
-            ]
+            values, ids = chances.topk(top)
+            words = map(processor.tokenizer.convert_ids_to_tokens, ids.tolist())
+            guesses = [list(zip(*piece)) for piece in zip(words, values.tolist())]
             predictions.append(AttributePrediction(cleaned[start:end], guesses))
     return predictions

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -47,9 +47,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """
-    Exit status of a command line: the number that `command` returns, 1 after the line `error: ...`, 130 after Ctrl+C.
-    """
+    """Exit status of a command: the number that it returns, 1 after the line `error: ...`, 130 after Ctrl+C."""
     try:
         status = command()
         return status if isinstance(status, int) else 0
@@ -61,28 +59,20 @@ def run_command(command: Callable[[], object]) -> int:
         return 130
 
 
-def _reject(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
 def parse_json(text: str | bytes):
-    """
-    `json.loads`, for text in UTF-8, UTF-16 or UTF-32, where every fault is a `ValueError`: also NaN, infinity and
-    lists in lists without end.
-    """
+    """`json.loads`, where every fault is a `ValueError`: also NaN, infinity and lists in lists without end."""
+
+    def reject(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        return json.loads(text, parse_constant=_reject)
+        return json.loads(text, parse_constant=reject)
     except RecursionError as error:
         raise ValueError("lists or objects stand in each other too deeply") from error
 
 
 def read_json(path: str | os.PathLike):
-    """
-    The content of a JSON file.
-
-    Raises:
-        CADAError: where the file is missing, unreadable, not text, or not JSON.
-    """
+    """The content of a JSON file; a `CADAError` where it is missing, unreadable, not text, or not JSON."""
     path = Path(path)
     if not os.path.isfile(path):  # a named pipe would wait for ever
         raise CADAError(f"{path} is not a file." if os.path.exists(path) else f"{path} does not exist.")
@@ -100,12 +90,7 @@ def read_json(path: str | os.PathLike):
 
 
 def make_output_folder(folder: str | os.PathLike) -> Path:
-    """
-    Create a folder where it is missing, and try whether it can be written to, before the work and not after it.
-
-    Raises:
-        CADAError: where it is a file, or cannot be written to.
-    """
+    """Create a folder where it is missing; a `CADAError`, before the work, where it cannot be written to."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,20 +105,15 @@ def make_output_folder(folder: str | os.PathLike) -> Path:
 @contextmanager
 def only_writer(folder: str | os.PathLike) -> Iterator[None]:
     """
-    No other process that asks for it writes into `folder` during the block. Where one is killed, the next may.
-
-    Raises:
-        CADAError: where another one does.
+    During the block no other process that asks for it writes into `folder`; a `CADAError` where one does. Where one is
+    killed, the next may.
     """
-    lock = FileLock(Path(folder) / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise CADAError(f"Another process is writing {folder}. Wait for it to end.") from error
-    try:
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(FileLock(Path(folder) / LOCK, timeout=0))
+        except Timeout as error:
+            raise CADAError(f"Another process is writing {folder}. Wait for it to end.") from error
         yield
-    finally:
-        lock.release()
 
 
 def flush(path: Path) -> None:
@@ -151,11 +131,8 @@ def _not_written(path: Path, error: Exception) -> CADAError:
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A temporary name beside `path`, with its ending. After the block the file takes its place; where the block fails,
-    or the process is killed, the old file stays. What a killed process leaves has a name with a dot at the front.
-
-    Raises:
-        CADAError: where the file cannot be written.
+    A temporary name beside `path`, with its ending. After the block the file takes its place; where it cannot be
+    written (a `CADAError`), the block fails, or the process is killed, the old file stays.
     """
     path = Path(path)
     temporary = path.with_name(f".unfinished-{path.name}")
@@ -174,11 +151,8 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     """
     A temporary folder inside `folder` for the files of a checkpoint. After the block they move to `folder`: the old
-    weights are removed first and the new ones come last, so that at no moment old and new files load together.
-
-    Raises:
-        CADAError: where a file cannot be written; `folder` is as before, then. Or, on a damaged disk or where a folder
-            has the name of a file, where one cannot take its place.
+    weights are removed first and the new ones come last, so that at no moment old and new files load together. A
+    `CADAError` where a file cannot be written (`folder` is as before, then), or cannot take its place.
     """
     folder = make_output_folder(folder)
     temporary = folder / ".unfinished"

@@ -160,24 +160,14 @@ def _shade(colour: tuple[int, int, int], rng: random.Random, amount: int = 14) -
 
 def _draw_cloth(canvas, polygon, colour, pattern) -> None:
     """Fill a polygon with a plain, striped (across) or checked cloth."""
-    draw = ImageDraw.Draw(canvas)
-    if pattern == "plain":
-        draw.polygon(polygon, fill=colour)
-        return
-    width, height = canvas.size
-    light = sum(colour) > 380
-    other = (
-        tuple(channel // 3 for channel in colour)
-        if light
-        else tuple(channel + (255 - channel) * 3 // 4 for channel in colour)
-    )
+    (width, height), light = canvas.size, sum(colour) > 380
+    other = tuple(channel // 3 if light else channel + (255 - channel) * 3 // 4 for channel in colour)
     cloth = PILImage.new("RGB", canvas.size, colour)
     lines = ImageDraw.Draw(cloth)
-    for y in range(0, height, 12):
+    for y in range(0, height, 12) if pattern != "plain" else ():
         lines.rectangle((0, y, width, y + 4), fill=other)
-    if pattern == "checked":
-        for x in range(0, width, 12):
-            lines.rectangle((x, 0, x + 4, height), fill=other)
+    for x in range(0, width, 12) if pattern == "checked" else ():
+        lines.rectangle((x, 0, x + 4, height), fill=other)
     mask = PILImage.new("L", canvas.size)
     ImageDraw.Draw(mask).polygon(polygon, fill=255)
     canvas.paste(cloth, mask=mask)
@@ -228,17 +218,22 @@ class _Figure:
         return x - half_width, y - half_height, x + half_width, y + half_height
 
     def limb(self, start, end, thickness: float, colour) -> None:
-        self.pen.line((*self.at(*start), *self.at(*end)), fill=colour, width=max(1, round(thickness * self.scale)))
+        self.pen.line((*self.at(*start), *self.at(*end)), fill=colour, width=round(thickness * self.scale))
 
     def cloth(self, part: str, *corners: tuple[float, float]) -> None:
         polygon = [self.at(*corner) for corner in corners]
         _draw_cloth(self.canvas, polygon, getattr(self, part), self.person[f"{part}_pattern"])
 
-    def draw_back(self) -> None:
+    def draw(self) -> None:
+        """All of it, from back to front."""
         if self.person["bag_type"] == "backpack":
             self.pen.rounded_rectangle(self.box(-self.shoulder - 3, 68, 13, 22), radius=6, fill=self.bag)
         if self.person["hair_length"] == "long":
             self.pen.rounded_rectangle(self.box(self.lean, 34, 15, 22), radius=9, fill=self.hair)
+        self.draw_legs()
+        self.draw_upper()
+        self.draw_head()
+        self.draw_bag()
 
     def draw_legs(self) -> None:
         """Legs, shoes, lower garment."""
@@ -310,8 +305,7 @@ def draw_image(person: dict[str, str], rng: random.Random, domain: Domain = DOMA
     """One image of a person, `IMAGE_SIZE` large: same attributes, new pose, crop, light, background and noise."""
     height, width = (side * _DRAW_SCALE for side in IMAGE_SIZE)
     figure = _Figure(_draw_background(rng, width, height, domain), person, rng)
-    for draw_part in (figure.draw_back, figure.draw_legs, figure.draw_upper, figure.draw_head, figure.draw_bag):
-        draw_part()
+    figure.draw()
     image = figure.canvas.reduce(_DRAW_SCALE)
     image = ImageEnhance.Brightness(image).enhance(rng.uniform(*domain.brightness))
     image = ImageEnhance.Contrast(image).enhance(rng.uniform(*domain.contrast))
@@ -356,7 +350,8 @@ class _Writer:
     """Parts of a caption of a person, drawn one after the other; keeps what they named, and their phrases."""
 
     def __init__(self, person: dict[str, str], rng: random.Random):
-        self.person, self.rng = person, rng
+        self.person, self.rng, self.woman = person, rng, person["sex"] == "woman"
+        self.pronoun = "she" if self.woman else "he"
         self.named: list[str] = ["sex"]
         self.phrases: list[str] = []
 
@@ -408,7 +403,6 @@ class _Writer:
 
     def sentences(self, style: int, has_hair: bool, has_shoes: bool, who: str) -> list[str]:
         """Hair, clothes and shoes in one of the styles of [`Domain`]."""
-        woman = self.person["sex"] == "woman"
         if style == 0:  # one flowing sentence, hair first
             start = who + (self.hair(" with {}") if has_hair else "")
             clothes = [self.garment("upper", 0.85), self.garment("lower", 0.8)]
@@ -416,37 +410,35 @@ class _Writer:
             verb = self.rng.choice(("wearing", "dressed in", "who wears", "in"))
             return [f"{start} {verb} {', '.join(clothes[:-1])} and {clothes[-1]}"]
         if style == 1:  # short sentences
-            pronoun = "she" if woman else "he"
             first = f"{who} is wearing {self.garment('upper', 0.85)}"
-            second = f"{pronoun} has {self.rng.choice(('on ', ''))}{self.garment('lower', 0.8)}"
+            second = f"{self.pronoun} has {self.rng.choice(('on ', ''))}{self.garment('lower', 0.8)}"
             second += f" with {self.shoes()}" if has_shoes else ""
             hair = self.hair() if has_hair else ""
             if hair and self.rng.random() < 0.3:
-                hair = f"{'her' if woman else 'his'} hair is easy to see, {hair}"
+                hair = f"{'her' if self.woman else 'his'} hair is easy to see, {hair}"
             elif hair:
-                hair = f"{pronoun} has {hair}"
+                hair = f"{self.pronoun} has {hair}"
             return [first, second, *([hair] if hair else [])]
         lower = self.garment("lower", 0.8)  # from the feet up
         with_shoes = f" and {self.shoes()}" if has_shoes else ""
         first = f"{who} wears {lower}{with_shoes}, with {self.garment('upper', 0.85)} on top"
-        hair = self.hair(f"the {'woman' if woman else 'man'} has {{}}") if has_hair else ""
+        hair = self.hair(f"the {self.person['sex']} has {{}}") if has_hair else ""
         return [first, *([hair] if hair else [])]
 
 
 def draw_caption(person: dict[str, str], rng: random.Random, domain: Domain = DOMAINS["day"]) -> DrawnCaption:
     """A caption of a person from a varied grammar that leaves attributes out."""
-    writer, woman = _Writer(person, rng), person["sex"] == "woman"
+    writer = _Writer(person, rng)
     nouns = ("a woman", "the woman", "a lady", "a female pedestrian")
-    who = rng.choice(nouns if woman else ("a man", "the man", "a guy", "a male pedestrian"))
+    who = rng.choice(nouns if writer.woman else ("a man", "the man", "a guy", "a male pedestrian"))
     has_hair, has_shoes = rng.random() < 0.6, rng.random() < 0.5
     has_bag = person["bag_type"] != "none" and rng.random() < 0.65
     has_hat = person["hat_type"] != "none" and rng.random() < 0.65
-    pronoun = "she" if woman else "he"
     sentences = writer.sentences(rng.choice(domain.styles), has_hair, has_shoes, who)
     if has_hat:
-        sentences.append(f"{pronoun} wears {writer.item('hat')}{rng.choice((' on the head', ''))}")
+        sentences.append(f"{writer.pronoun} wears {writer.item('hat')}{rng.choice((' on the head', ''))}")
     if has_bag:
-        sentences.append(f"{pronoun} {rng.choice(('carries', 'is carrying', 'has'))} {writer.item('bag')}")
+        sentences.append(f"{writer.pronoun} {rng.choice(('carries', 'is carrying', 'has'))} {writer.item('bag')}")
     text = ". ".join(sentence[0].upper() + sentence[1:] for sentence in sentences) + "."
 
     cleaned, spans, position = clean_caption(text), [], 0
@@ -518,23 +510,15 @@ def load_drawn(
         seed: decides persons, images and captions.
         domain: `"day"` or `"night"`, see [`DOMAINS`].
     """
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    splits = {}
     persons = {"train": train_persons, "val": val_persons, "test": test_persons}
+    arguments = {"persons": persons, "seed": seed, "domain": domain}
+    arguments["version"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    splits = DatasetDict()
     for split in persons:
-        splits[split] = Dataset.from_generator(
-            _rows,
-            features=FEATURES,
-            gen_kwargs={
-                "split": split,
-                "persons": persons,
-                "images_per_person": (images_per_person + 1) // 2 if split == "train" else images_per_person,
-                "seed": seed,
-                "domain": domain,
-                "version": version,
-            },
-        )
-    return DatasetDict(splits)
+        images = (images_per_person + 1) // 2 if split == "train" else images_per_person
+        arguments |= {"split": split, "images_per_person": images}
+        splits[split] = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=arguments)
+    return splits
 
 
 def ideal_scores(split: Dataset) -> np.ndarray:
@@ -542,12 +526,8 @@ def ideal_scores(split: Dataset) -> np.ndarray:
     Scores `(captions, images)` of a matcher that knows the attributes of every image and what every caption names: the
     number of named attributes that agree.
     """
-    rows = split.remove_columns("image")
-    attributes = {name: np.array([row[name] for row in rows["attributes"]]) for name in ATTRIBUTES}
-    return np.stack(
-        [
-            sum(attributes[name] == attributes[name][index] for name in names)
-            for index, captions in enumerate(rows["named_attributes"])
-            for names in captions
-        ]
-    )
+    attributes = {name: np.array([row[name] for row in split["attributes"]]) for name in ATTRIBUTES}
+    scores = []
+    for index, captions in enumerate(split["named_attributes"]):
+        scores += [sum(attributes[name] == attributes[name][index] for name in names) for names in captions]
+    return np.stack(scores)

@@ -34,14 +34,15 @@ def _image_problem(image: dict, decode: bool) -> str | None:
 def find_bad_images(split: str, images: Iterable[dict], count: int, decode: bool) -> dict[int, str]:
     """
     Which of `count` images (`row`, `path`, and `bytes` where a table holds the content) are missing, empty or (with
-    `decode`) damaged: name, row and what is wrong, by row.
+    `decode`) damaged: name, row and what is wrong, by their place in `images`.
     """
     problems = {}
-    for image in tqdm(images, desc=f"{split}: images", unit="image", total=count, disable=count < 1000):
+    images = tqdm(images, desc=f"{split}: images", unit="image", total=count, disable=count < 1000)
+    for place, image in enumerate(images):
         problem = _image_problem(image, decode)
         if problem:
             name = image["path"] or image.get("file_name") or "The image"
-            problems[image["row"]] = f"{name} (row {image['row']}) {problem}"
+            problems[place] = f"{name} (row {image['row']}) {problem}"
     return problems
 
 
@@ -60,23 +61,13 @@ def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Ima
         CADAError: what is wrong with it; whoever calls names the row.
     """
     content, path = image["bytes"], image["path"]
+    if content is None and path is None:
+        raise CADAError("there is neither a file name nor content")
     try:
-        if content is not None:
-            file = BytesIO(content)
-        elif path is None:
-            raise CADAError("there is neither a file name nor content")
-        elif os.path.isfile(path):
-            file = path
-        elif os.path.exists(path):  # to open a named pipe would wait for ever
-            raise CADAError("it is not a file but a folder or a device")
-        elif "://" not in path:
-            raise CADAError("there is no such file")
-        else:  # of an archive, or remote
+        if content is None and "://" in path and not os.path.exists(path):  # of an archive, or remote
             with xopen(path, "rb") as remote:
-                file = BytesIO(remote.read())
-        return read_image(file, size)
-    except CADAError:
-        raise
+                content = remote.read()
+        return read_image(path if content is None else BytesIO(content), size)
     except Exception as error:  # Pillow's readers of the formats raise many kinds on damaged files
         raise CADAError(one_line(error)) from error
 

@@ -41,34 +41,6 @@ def _rows(records: list[dict]) -> Iterator[dict]:
         yield {name: record["path" if name == "image" else name] for name in FEATURES}
 
 
-def _rows_to_leave_out(
-    dataset: str,
-    data_dir: str | os.PathLike | None,
-    split: str,
-    images: Iterable[dict],
-    count: int,
-    skip_unreadable: bool,
-) -> Collection[int]:
-    """The rows of bad images, which are counted and listed; without `skip_unreadable` they are an error."""
-    problems = find_bad_images(split, images, count, decode=skip_unreadable)
-    if not problems:
-        return ()
-    first = next(iter(problems.values()))
-    if not skip_unreadable:
-        folder = "" if data_dir is None else f" --data-dir {data_dir}"
-        raise CADAError(
-            f"{dataset}, split {split!r}: {first}; {len(problems)} such image(s) in this split. Complete the data "
-            f"(list them: cada check --dataset {dataset}{folder}), or leave them out with "
-            "--skip_unreadable."
-        )
-    logger.warning(f"{split}: left out {len(problems)} of {count} images that cannot be read:")
-    for problem in problems.values():
-        logger.warning(f"  {problem}")
-    if len(problems) == count:
-        raise CADAError(f"No image of split {split!r} can be read: {first}")
-    return problems
-
-
 def _needed_splits(dataset: str, there: Collection[str], splits: Collection[str] | None) -> list[str]:
     """The splits to load of those that are there; for `splits` see [`load_pairs_dataset`]."""
     if splits is None:
@@ -92,17 +64,38 @@ def _writing_to_the_cache(what: str) -> Iterator[None]:
         ) from error
 
 
-def _load_pedes(
-    dataset: str, data_dir: str | os.PathLike | None, skip_unreadable: bool, splits: Collection[str] | None
-) -> DatasetDict:
-    loaded, annotations = {}, read_annotations(dataset, data_dir)
-    for split in _needed_splits(dataset, annotations, splits):
-        records = annotations[split]
-        left_out = _rows_to_leave_out(dataset, data_dir, split, records, len(records), skip_unreadable)
-        records = [record for record in records if record["row"] not in left_out]
-        with _writing_to_the_cache(f"The table of split {split!r}"):
-            loaded[split] = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"records": records})
-    return DatasetDict(loaded)
+def open_splits(
+    dataset: str,
+    data_dir: str | os.PathLike | None,
+    revision: str | None = None,
+    splits: Collection[str] | None = None,
+    with_content: bool = True,
+) -> dict[str, tuple[Dataset, Iterable[dict]]]:
+    """
+    Of every split the rows, checked all but the images, and its images as [`find_bad_images`] takes them; arguments as
+    of [`load_pairs_dataset`]. Without `with_content`, `b""` stands for the content of images in a table.
+    """
+    opened, is_pedes = {}, dataset in PEDES_SETS
+    there = read_annotations(dataset, data_dir) if is_pedes else _open_other(dataset, data_dir, revision)
+    for split in _needed_splits(dataset, there, splits):
+        if is_pedes:
+            images = there[split]
+            with _writing_to_the_cache(f"The table of split {split!r}"):
+                rows = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"records": images})
+        else:
+            rows = _check_split(there[split], f"{dataset}, split {split!r}")
+            images = _undecoded_images(rows, with_content)
+        opened[split] = rows, images
+    return opened
+
+
+def _without_bad_images(rows: Dataset, problems: dict[int, str], split: str) -> Dataset:
+    logger.warning(f"{split}: left out {len(problems)} of {len(rows)} images that cannot be read:")
+    for problem in problems.values():
+        logger.warning(f"  {problem}")
+    if len(problems) == len(rows):
+        raise CADAError(f"No image of split {split!r} can be read: {next(iter(problems.values()))}")
+    return rows.select([row for row in range(len(rows)) if row not in problems])
 
 
 def load_pairs_dataset(
@@ -130,14 +123,23 @@ def load_pairs_dataset(
     Raises:
         CADAError: names the file, the row and the remedy.
     """
-    if dataset in PEDES_SETS:
-        loaded = _load_pedes(dataset, data_dir, skip_unreadable, splits)
-    elif dataset in DRAWN_SETS:
+    loaded = DatasetDict()
+    if dataset in DRAWN_SETS:
         with _writing_to_the_cache("The drawn set"):
             drawn = load_drawn(domain=DRAWN_SETS[dataset])
-        loaded = DatasetDict({split: drawn[split] for split in _needed_splits(dataset, drawn, splits)})
+        loaded |= {split: drawn[split] for split in _needed_splits(dataset, drawn, splits)}
     else:
-        loaded = _load_other(dataset, data_dir, skip_unreadable, revision, splits)
+        opened = open_splits(dataset, data_dir, revision, splits, with_content=skip_unreadable)
+        for split, (rows, images) in opened.items():
+            problems = find_bad_images(split, images, len(rows), decode=skip_unreadable)
+            if problems and not skip_unreadable:
+                folder = "" if data_dir is None else f" --data-dir {data_dir}"
+                raise CADAError(
+                    f"{dataset}, split {split!r}: {next(iter(problems.values()))}; {len(problems)} such image(s) in "
+                    f"this split. Complete the data (list them: cada check --dataset {dataset}{folder}), or leave "
+                    "them out with --skip_unreadable."
+                )
+            loaded[split] = _without_bad_images(rows, problems, split) if problems else rows
     if captions_per_image is not None:
         if captions_per_image < 1:
             raise CADAError(f"`captions_per_image` is {captions_per_image}. Give 1 or more.")
@@ -154,7 +156,7 @@ def _first_captions(row: dict, count: int) -> dict:
     return {name: row[name][:count] for name in ("captions", "attribute_spans") if name in row}
 
 
-def open_other(dataset: str, data_dir: str | os.PathLike | None, revision: str | None) -> DatasetDict:
+def _open_other(dataset: str, data_dir: str | os.PathLike | None, revision: str | None) -> DatasetDict:
     """Own data with all their splits, not yet checked."""
     known = (
         f"Known: {', '.join([*PEDES_SETS, *DRAWN_SETS])}, a folder written by `save_to_disk`, or a name that "
@@ -193,23 +195,7 @@ def open_other(dataset: str, data_dir: str | os.PathLike | None, revision: str |
     )
 
 
-def _load_other(
-    dataset: str,
-    data_dir: str | os.PathLike | None,
-    skip_unreadable: bool,
-    revision: str | None,
-    splits: Collection[str] | None,
-) -> DatasetDict:
-    loaded, there = {}, open_other(dataset, data_dir, revision)
-    for split in _needed_splits(dataset, there, splits):
-        rows = check_split(there[split], f"{dataset}, split {split!r}")
-        images = undecoded_images(rows, with_content=skip_unreadable)
-        left_out = _rows_to_leave_out(dataset, data_dir, split, images, len(rows), skip_unreadable)
-        loaded[split] = rows.select([row for row in range(len(rows)) if row not in left_out]) if left_out else rows
-    return DatasetDict(loaded)
-
-
-def check_split(rows: Dataset, where: str) -> Dataset:
+def _check_split(rows: Dataset, where: str) -> Dataset:
     """The rows, all of them checked but the images, whose column gets the type `Image`."""
     missing = {"image", "captions", "person_id"} - set(rows.column_names)
     if missing:
@@ -231,7 +217,7 @@ def check_split(rows: Dataset, where: str) -> Dataset:
         ) from error
 
 
-def undecoded_images(rows: Dataset, with_content: bool) -> Iterator[dict]:
+def _undecoded_images(rows: Dataset, with_content: bool) -> Iterator[dict]:
     """`row`, `path`, `bytes` and `file_name` of every image. Without `with_content`, `b""` stands for the content."""
     start, columns = 0, [name for name in ("image", "file_name") if name in rows.column_names]
     for table in rows.select_columns(columns).with_format("arrow").iter(1000):

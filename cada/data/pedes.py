@@ -47,37 +47,33 @@ PEDES_SETS = {
 }
 
 
-def _annotation_file(pedes: PedesSet, data_dir: Path) -> Path:
+def _files(pedes: PedesSet, data_dir: str | os.PathLike | None) -> tuple[Path, Path]:
+    """The annotation file and the folder of the images, whose name may be a link."""
+    if data_dir is None:
+        raise CADAError(f"{pedes.title} needs --data-dir, the folder with its annotations and imgs/.")
     if not os.path.isdir(data_dir):
         raise CADAError(
             f"The data folder {data_dir} does not exist. Pass the folder of {pedes.title} that holds "
             f"{pedes.annotations[0]} and imgs/ as --data-dir."
         )
-    for name in pedes.annotations:
-        if os.path.isfile(data_dir / name):
-            return data_dir / name
-    raise CADAError(
-        f"{data_dir} holds no annotation file of {pedes.title}: looked for {' and '.join(pedes.annotations)}. "
-        "Put the file of the set's authors there, next to imgs/."
-    )
+    files = [Path(data_dir, name) for name in pedes.annotations if os.path.isfile(Path(data_dir, name))]
+    if not files:
+        raise CADAError(
+            f"{data_dir} holds no annotation file of {pedes.title}: looked for {' and '.join(pedes.annotations)}. "
+            "Put the file of the set's authors there, next to imgs/."
+        )
+    if not os.path.isdir(Path(data_dir, "imgs")):
+        raise CADAError(f"{data_dir} holds no folder imgs/ with the images of {pedes.title}. Put the images there.")
+    return files[0], Path(os.path.realpath(Path(data_dir, "imgs")))
 
 
 def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[str, list[dict]]:
     """
     The annotations of a PEDES set by split, checked: `{"train": [{"path", "captions", "person_id", "file_name",
-    "row"}, ...], ...}`. Image files are not opened.
-
-    Raises:
-        CADAError: names the annotation file, the row and the remedy.
+    "row"}, ...], ...}`. Image files are not opened. A `CADAError` names annotation file, row and remedy.
     """
     pedes = PEDES_SETS[dataset]
-    if data_dir is None:
-        raise CADAError(f"{pedes.title} needs --data-dir, the folder with its annotations and imgs/.")
-    data_dir = Path(data_dir)
-    file = _annotation_file(pedes, data_dir)
-    root = Path(os.path.realpath(data_dir / "imgs"))
-    if not os.path.isdir(root):
-        raise CADAError(f"{data_dir} holds no folder imgs/ with the images of {pedes.title}. Put the images there.")
+    file, root = _files(pedes, data_dir)
     records = read_json(file)
     if not isinstance(records, list) or not records:
         raise CADAError(f"{file} should be a JSON list with one object per image. Fetch it again.")
@@ -109,10 +105,8 @@ def _checked(record, pedes: PedesSet, file: Path, row: int, root: Path) -> dict:
     where = f"{file}, row {row}"
     if not isinstance(record, dict):
         raise CADAError(f"{where}: expected an object, found {type(record).__name__}. Fetch the file again.")
-    if "split" not in record:
-        other = "caption_all.json has none; use reid_raw.json of the set's authors"
-        remedy = other if file.name == "caption_all.json" else "add one, or fetch the file again"
-        raise CADAError(f"{where} has no `split`: {remedy}.")
+    if "split" not in record:  # nor has caption_all.json of CUHK-PEDES
+        raise CADAError(f"{where} has no `split`: add one, or use {pedes.annotations[0]} of the set's authors.")
     for key in ("id", "captions", pedes.path_key):
         if key not in record:
             raise CADAError(f"{where} has no `{key}`. Is this the annotation file of {pedes.title}?")
@@ -138,7 +132,6 @@ def _image_path(name, root: Path, where: str) -> Path:
             "folders, and correct the row."
         )
     path = root / name
-    # The folder itself may be a link, as often on clusters; what counts is that the name stays inside.
     if not Path(os.path.realpath(path)).is_relative_to(root):
         raise CADAError(f"{where}: the path {name!r:.200} leaves the data folder {root}. Correct the row.")
     return path

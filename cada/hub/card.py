@@ -1,9 +1,7 @@
 """The model card, written from the record of a run."""
 
-import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -19,11 +17,9 @@ from cada.hub.record import (
     RANDOM_START,
     UNKNOWN_START,
     Evaluation,
-    Training,
     checkpoint_digest,
     evaluations_of,
     newest,
-    precision_of,
     read_run,
     set_title,
 )
@@ -31,6 +27,9 @@ from cada.hub.record import (
 
 logger = logging.get_logger(__name__)
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(CARDS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 TEMPLATES = {"cuhk_pedes": "cada-cuhk.md", "icfg_pedes": "cada-icfg.md", "rstp_reid": "cada-rstp.md"}
 TEMPLATES |= dict.fromkeys(DRAWN_TITLES, "cada-demo.md")
 METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
@@ -43,8 +42,8 @@ def _captions(row: Evaluation) -> str:
 
 def _departures(row: Evaluation) -> str:
     """What an evaluation differs in from one of the split of the set's authors in float32; empty where in nothing."""
-    words = f", in {precision_of(row)}" if precision_of(row) != "float32" else ""
-    words += ", unreadable images left out" if row.get("unreadable_images_skipped") else ""
+    words = f", in {row['precision']}" if row["precision"] != "float32" else ""
+    words += ", unreadable images left out" if row["unreadable_images_skipped"] else ""
     if row["dataset"] in PEDES_SETS:
         _, images, captions = PEDES_SETS[row["dataset"]].counts.get(row["split"], (0, 0, 0))
         queries, gallery = row["metrics"]["queries"], row["metrics"]["gallery"]
@@ -53,62 +52,14 @@ def _departures(row: Evaluation) -> str:
     return words
 
 
-def _protocol(evaluations: list[Evaluation], training: Training | None) -> list[str]:
-    """What a reader has to know to compare the figures."""
-    notes = ["Every caption of the split searches all images of the split; its own image is among them."]
-    notes += [
-        f"{set_title(row['dataset'])}, {row['split']}: {_captions(row)}{_departures(row)}." for row in evaluations
-    ]
-    notes.append("Global matching ranks by S_G; local matching ranks the best K of these again by S_G + S_L.")
-    if training and training["selected_by"]:
-        notes.append(f"The checkpoint was chosen by {training['selected_by']}. The test split chose nothing.")
-    elif training:
-        notes.append("The last checkpoint was taken; nothing was chosen.")
-    if training:
-        notes.append("One training run with one seed. Others differ; see the spread before you compare.")
-    for where in dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations):
-        notes.append(f"Evaluated on {where}.")
-    return list(dict.fromkeys(notes))
+def _stages(evaluations: list[Evaluation]) -> list[tuple[Evaluation, str]]:
+    """Each evaluation with each matching that it measured."""
+    stages = ((row, matching) for row in evaluations for matching in ("global", "local"))
+    return [(row, matching) for row, matching in stages if f"{matching}_R1" in row["metrics"]]
 
 
-def _recipe(training: dict, start: str) -> list[tuple[str, str]]:
-    """Rows of the card's table of the training."""
-    data = training["data"]
-    rows = [
-        (
-            "data",
-            f"{training['title']}: {data['persons']:,} persons, {data['images']:,} images, {data['pairs']:,} pairs",
-        ),
-        ("captions", _captions(training)),
-        ("start", start),
-    ]
-    for key, value in training["recipe"].items():
-        rows.append((key.replace("_", " "), json.dumps(value) if isinstance(value, dict) else value))
-    rows.append(("seed", training["seed"]))
-    if training["minutes"] is not None:  # of a resumed run nobody knows the whole
-        rows.append(("time", f"{training['minutes']:.1f} minutes"))
-    rows += [("hardware", training["hardware"]), ("date", training["date"])]
-    rows.append(("versions", ", ".join(f"{name} {number}" for name, number in training["versions"].items())))
-    return [(key, str(value)) for key, value in rows]
-
-
-def _stages(evaluations: list[Evaluation]) -> Iterator[tuple[Evaluation, str]]:
-    for row in evaluations:
-        for matching in ("global", "local"):
-            if f"{matching}_R1" in row["metrics"]:
-                yield row, matching
-
-
-def _table(evaluations: list[Evaluation]) -> list[list[str]]:
-    """Rows of the card's table of the scores."""
-    table = []
-    for row, matching in _stages(evaluations):
-        metrics = row["metrics"]
-        sizes = [f"{metrics['queries']:,}", f"{metrics['gallery']:,}"]
-        cells = [f"{metrics[f'{matching}_{metric}']:.2f}" for metric in METRICS]
-        title, k = set_title(row["dataset"]) + _departures(row), metrics["rerank_k"] if matching == "local" else "–"
-        table.append([title, row["split"], matching, str(k), *sizes, *cells])
-    return table
+def _title(row: Evaluation) -> str:
+    return set_title(row["dataset"]) + _departures(row)
 
 
 def _results(evaluations: list[Evaluation]) -> list[EvalResult]:
@@ -118,7 +69,7 @@ def _results(evaluations: list[Evaluation]) -> list[EvalResult]:
             task_type="text-to-image-retrieval",
             task_name="Text-to-image person retrieval",
             dataset_type=re.sub(r"[^\w.-]+", "-", row["dataset"]),
-            dataset_name=set_title(row["dataset"]) + _departures(row),
+            dataset_name=_title(row),
             # Results that agree in this, type and split are listed as one.
             dataset_config=(
                 f"{row['metrics']['queries']:,} queries, {row['metrics']['gallery']:,} images, "
@@ -147,12 +98,11 @@ def model_card(
         evaluations: further ones, from the records of other runs.
     """
     run, config, digest = read_run(folder), load_config(folder), checkpoint_digest(folder)
-    own = evaluations_of(digest, folder)
     if any(row["weights"] != digest for row in evaluations):
         raise CADAError(
             f"The further evaluations are of other weights than those in {folder}. Run --do_predict again."
         )
-    evaluations = newest([*own, *evaluations])
+    evaluations = newest([*evaluations_of(digest, folder), *evaluations])
     for row in evaluations:
         if _departures(row):
             logger.warning(f"{set_title(row['dataset'])}, {row['split']}{_departures(row)}: the card says so.")
@@ -175,20 +125,21 @@ def model_card(
         model_name=repo_id.split("/")[-1],
         eval_results=_results(evaluations) or None,
     )
-    cards = Environment(
-        loader=FileSystemLoader(CARDS), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     template = TEMPLATES.get(dataset, "base.md") if open_licence or dataset not in DRAWN_TITLES else "base.md"
-    body = cards.get_template(template).render(
+    body = _ENVIRONMENT.get_template(template).render(
         name=data.model_name,
         repo_id=repo_id,
         revision=revision,
         training=training,
-        recipe=_recipe(training, origin["start"]) if training else [],
+        captions=_captions(training) if training else None,
         origin=origin,
-        evaluations=evaluations,
-        table=_table(evaluations),
-        protocol=_protocol(evaluations, training),
+        stages=_stages(evaluations),
+        title=_title,
+        metrics=METRICS,
+        protocols=dict.fromkeys(
+            f"{set_title(row['dataset'])}, {row['split']}: {_captions(row)}{_departures(row)}" for row in evaluations
+        ),
+        places=dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations),
         has_local=config.use_atp,
         max_text_length=config.max_text_length,
     )

@@ -3,13 +3,13 @@ Starting points: BLIP, and checkpoints of the authors' CADA code, converted to t
 
     cada convert --source blip --checkpoint Salesforce/blip-itm-base-coco \
         --vocabulary-head Salesforce/blip-image-captioning-base --out start
-    cada convert --source blip_original --checkpoint model_base.pth --out start
     cada convert --source cada_original --checkpoint cuhk.pth --out cuhk
 
 Every key of a checkpoint is converted or left out for a stated reason; an unknown or missing key is an error. Pickled
 files are read with `weights_only=True`.
 """
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -33,24 +33,18 @@ from processing_cada import CADAImageProcessor, CADAProcessor
 SOURCES = ("blip", "blip_original", "cada_original")
 VOCABULARY_SIZE = 30524  # bert-base-uncased with [DEC] and [ENC]
 ENC_TOKEN_ID = 30523
+# Tensors that are not taken as they are.
+_POSITIONS = "cada.vision_model.embeddings.position_embedding"
+_WORDS, _WORD_BIAS = "cada.text_model.embeddings.word_embeddings.weight", "vocabulary_head.decoder.bias"
 
-# Order matters: the first pattern that matches renames the key. Both text attentions share their inner names.
-_VISION_OF_BLIP = [
-    (r"^vision_model\.embeddings\.", "cada.vision_model.embeddings."),
-    (
-        r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.",
-        r"cada.vision_model.layers.\1.self_attn.out_proj.",
-    ),
-    (r"^vision_model\.encoder\.layers\.", "cada.vision_model.layers."),
-    (r"^vision_model\.post_layernorm\.", "cada.vision_model.post_layernorm."),
-]
+# Order matters: the first pattern that matches renames the key, and then each of `_INNER` what is inside a layer.
+_VISION_OF_BLIP = [(r"^vision_model\.(encoder\.)?(embeddings|layers|post_layernorm)\.", r"cada.vision_model.\2.")]
 _VISION_OF_ORIGINAL = [
     (r"^visual_encoder\.cls_token$", "cada.vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "cada.vision_model.embeddings.position_embedding"),
     (r"^visual_encoder\.patch_embed\.proj\.", "cada.vision_model.embeddings.patch_embedding."),
     (r"^visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"cada.vision_model.layers.\1.layer_norm\2."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"cada.vision_model.layers.\1.self_attn.qkv."),
-    (r"^visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"cada.vision_model.layers.\1.self_attn.out_proj."),
+    (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"cada.vision_model.layers.\1.self_attn."),
     (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"cada.vision_model.layers.\1.mlp."),
     (r"^visual_encoder\.norm\.", "cada.vision_model.post_layernorm."),
 ]
@@ -71,21 +65,18 @@ _TEXT_AND_HEADS = [
     (r"^text_decoder\.cls\.predictions\.bias$", "vocabulary_head.decoder.bias"),
 ]
 _RULES = dict.fromkeys(SOURCES, _VISION_OF_ORIGINAL + _TEXT_AND_HEADS) | {"blip": _VISION_OF_BLIP + _TEXT_AND_HEADS}
-_ATTENTION = [
+_INNER = [
     (r"\.self\.query\.", ".q_proj."),
     (r"\.self\.key\.", ".k_proj."),
     (r"\.self\.value\.", ".v_proj."),
-    (r"_attn\.output\.dense\.", "_attn.out_proj."),
+    (r"_attn\.(output\.dense|projection|proj)\.", "_attn.out_proj."),
     (r"_attn\.output\.LayerNorm\.", "_attn_layer_norm."),
 ]
 _LEFT_OUT = [
     (r"\.position_ids$", "a constant, not a weight"),
     (r"^text_decoder\.cls\.predictions\.decoder\.weight$", "tied to the word embeddings of the text stack"),
     (r"^text_decoder\.cls\.predictions\.decoder\.bias$", "stored twice; `predictions.bias` counts"),
-    (
-        r"^text_decoder\.bert\.",
-        "a separate decoder; here the text stack is the decoder, and retrieval never uses this one",
-    ),
+    (r"^text_decoder\.bert\.", "a separate decoder; here the text stack is the decoder, and retrieval never uses it"),
     (r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.", "momentum copy, for BLIP's pre-training only"),
     (r"^(image_queue|text_queue|idx_queue|queue_ptr|ptr_queue)$", "queue, for BLIP's pre-training only"),
     (r"^(temp|logit_scale)$", "temperature, a fixed value in CADA"),
@@ -94,12 +85,11 @@ _LEFT_OUT = [
 
 @dataclass
 class ConversionReport:
-    """What became of every key: `converted` old name -> new names; `left_out` old name -> reason; `new` names that the
-    checkpoint has not, with random weights."""
+    """What became of every key of a checkpoint."""
 
-    converted: dict[str, list[str]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    new: list[str] = field(default_factory=list)
+    converted: dict[str, list[str]] = field(default_factory=dict)  # old name: new names
+    left_out: dict[str, str] = field(default_factory=dict)  # old name: reason
+    new: list[str] = field(default_factory=list)  # names that the checkpoint has not, with random weights
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -139,26 +129,25 @@ def convert_state_dict(
         name = next((re.sub(*rule, key) for rule in _RULES[source] if re.search(rule[0], key)), None)
         if name is None:
             raise CADAError(f"No rule for the key {key!r}. Is this a checkpoint of the kind {source!r}?")
-        for pattern, replacement in _ATTENTION:
+        for pattern, replacement in _INNER:
             name = re.sub(pattern, replacement, name)
         _check_tensor(key, tensor)
-        names = [name.replace(".qkv.", f".{part}_proj.") for part in "qkv"] if ".qkv." in name else [name]
-        if len(names) > 1 and (tensor.ndim == 0 or len(tensor) % len(names)):
-            raise CADAError(f"{key!r} of the shape {tuple(tensor.shape)} is not made of q, k and v, equally large.")
-        if len(names) == 1:
-            converted[name] = tensor
-        else:  # ViTs of BLIP keep q, k and v in one matrix
-            converted |= {part: chunk.clone() for part, chunk in zip(names, tensor.chunk(len(names)))}
-        report.converted[key] = names
+        parts = {name: tensor}
+        if ".qkv." in name:  # ViTs of BLIP keep q, k and v in one matrix
+            if tensor.ndim == 0 or len(tensor) % 3:
+                raise CADAError(
+                    f"{key!r} of the shape {tuple(tensor.shape)} is not made of q, k and v, equally large."
+                )
+            chunks = zip("qkv", tensor.chunk(3))
+            parts = {name.replace(".qkv.", f".{part}_proj."): chunk.clone() for part, chunk in chunks}
+        converted |= parts
+        report.converted[key] = list(parts)
     return converted
 
 
 def _check_tensor(key: str, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided or not tensor.is_floating_point():
         raise CADAError(f"{key!r} is of the type {tensor.dtype}, not of plain floating-point numbers.")
-    # A file of a few bytes may claim a tensor of any size, by repeating one number.
-    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
-        raise CADAError(f"{key!r} of the shape {tuple(tensor.shape)} is not stored whole.")
     if not tensor.float().isfinite().all():
         raise CADAError(f"{key!r} holds NaN or infinite numbers. Take another checkpoint.")
 
@@ -201,31 +190,22 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return weights
 
 
-def infer_sizes(
-    weights: dict[str, torch.Tensor], num_attention_heads: int | None = None, image_size: tuple[int, int] | None = None
-) -> dict:
+def infer_sizes(weights: dict[str, torch.Tensor], num_attention_heads: int | None = None) -> dict:
     """
-    Fields of [`CADAConfig`] from the shapes of converted `weights`. Heads are 64 wide and images are square, as in
-    BLIP, unless the arguments say otherwise.
+    Fields of [`CADAConfig`] from the shapes of converted `weights`. Images are square and, unless the argument says
+    otherwise, heads are 64 wide, as in BLIP.
     """
-    embeddings, text = "cada.vision_model.embeddings.", "cada.text_model."
-    hidden, channels, patch_size, _ = weights[f"{embeddings}patch_embedding.weight"].shape
-    patches = weights[f"{embeddings}position_embedding"].shape[1] - 1
-    if image_size is None:
-        side = round(patches**0.5)
-        if side * side != patches:
-            raise CADAError(
-                f"The checkpoint has {patches} patches, no square number. Pass --checkpoint-image-size HEIGHT WIDTH."
-            )
-        image_size = (side * patch_size, side * patch_size)
+    text = "cada.text_model."
+    hidden, channels, patch_size, _ = weights["cada.vision_model.embeddings.patch_embedding.weight"].shape
+    patches = weights[_POSITIONS].shape[1] - 1
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches:
+        raise CADAError(f"The checkpoint has {patches} patches, no square number. Take one of square images.")
 
-    def layers(prefix: str) -> int:
-        numbers = {int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix)}
-        if numbers != set(range(len(numbers))):
-            raise CADAError(f"The layers {prefix}* are not numbered from 0 without gaps: the last is {max(numbers)}.")
-        return len(numbers)
+    def layers(prefix: str) -> int:  # a gap shows when the model is filled
+        return len({key[len(prefix) :].split(".")[0] for key in weights if key.startswith(prefix)})
 
-    vocabulary, text_hidden = weights[f"{text}embeddings.word_embeddings.weight"].shape
+    vocabulary, text_hidden = weights[_WORDS].shape
     return {
         "vision_config": {
             "hidden_size": hidden,
@@ -234,7 +214,7 @@ def infer_sizes(
             "num_attention_heads": num_attention_heads or hidden // 64,
             "num_channels": channels,
             "patch_size": patch_size,
-            "image_size": tuple(image_size),
+            "image_size": (side * patch_size, side * patch_size),
         },
         "text_config": {
             "hidden_size": text_hidden,
@@ -250,21 +230,17 @@ def infer_sizes(
 
 def grow_vocabulary(weights: dict[str, torch.Tensor], size: int, std: float) -> int:
     """Append rows for new words, random with standard deviation `std`; their bias is 0. Returns how many."""
-    name = "cada.text_model.embeddings.word_embeddings.weight"
-    words = weights[name]
-    missing = size - len(words)
-    if missing > 0:
-        weights[name] = torch.cat([words, std * torch.randn(missing, words.shape[1]).to(words.dtype)])
-        if "vocabulary_head.decoder.bias" in weights:
-            bias = weights["vocabulary_head.decoder.bias"]
-            weights["vocabulary_head.decoder.bias"] = F.pad(bias, (0, missing))
-    return max(missing, 0)
+    words = weights[_WORDS]
+    missing = max(size - len(words), 0)
+    if missing:
+        weights[_WORDS] = torch.cat([words, std * torch.randn(missing, words.shape[1]).to(words.dtype)])
+        if _WORD_BIAS in weights:
+            weights[_WORD_BIAS] = F.pad(weights[_WORD_BIAS], (0, missing))
+    return missing
 
 
 def settings_of(source: str) -> dict:
-    """Fields of [`CADAConfig`] that the code behind a source fixes, besides the sizes."""
-    if source == "blip":  # BLIP in transformers; its configuration names the rest
-        return {}
+    """Fields of [`CADAConfig`] that the code behind a file of its authors fixes, besides the sizes."""
     fields = {"vision_config": {"layer_norm_eps": 1e-6}, "text_config": {"layer_norm_eps": 1e-12}}
     if source == "cada_original":
         fields |= {"contrastive_loss": "ndf_reference", "hard_negative_similarity": "dot", "match_score": "logit"}
@@ -272,22 +248,20 @@ def settings_of(source: str) -> dict:
     return fields
 
 
-def _join(*parts: dict) -> dict:
-    """Fields of the configuration; later parts win, field by field also inside the towers."""
-    joined: dict = {}
-    for part in parts:
-        for name, value in part.items():
-            joined[name] = {**joined.get(name, {}), **value} if isinstance(value, dict) else value
-    return joined
+def _join(fields: dict, more: dict) -> dict:
+    """Fields of the configuration; those of `more` win, field by field also inside the towers."""
+    return fields | {
+        name: {**fields.get(name, {}), **value} if isinstance(value, dict) else value for name, value in more.items()
+    }
 
 
 def _read_blip(
-    checkpoint: str, vocabulary_head: str | None, revision: str | None
+    checkpoint: str, vocabulary_head: str | os.PathLike | None, revision: str | None
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors, and the fields of its configuration that shapes do not tell, of BLIP in transformers."""
     state_dict, config = _load_blip(BlipForImageTextRetrieval, checkpoint, revision)
     if vocabulary_head is not None:
-        captioner, _ = _load_blip(BlipForConditionalGeneration, vocabulary_head, None)
+        captioner, _ = _load_blip(BlipForConditionalGeneration, str(vocabulary_head), None)
         state_dict |= {key: value for key, value in captioner.items() if key.startswith("text_decoder.cls.")}
     names = ("num_attention_heads", "hidden_act", "layer_norm_eps")
     towers = {"vision_config": names, "text_config": (*names, "pad_token_id")}
@@ -320,7 +294,6 @@ def convert(
     checkpoint: str | os.PathLike,
     vocabulary_head: str | os.PathLike | None = None,
     image_size: int | tuple[int, int] | None = None,
-    checkpoint_image_size: tuple[int, int] | None = None,
     num_attention_heads: int | None = None,
     config_overrides: dict | None = None,
     revision: str | None = None,
@@ -334,7 +307,6 @@ def convert(
         vocabulary_head: for `"blip"`, a `BlipForConditionalGeneration` whose vocabulary head ARA starts from.
         image_size: one side or (height, width) in pixels; position embeddings are interpolated to it. By default the
             size of the checkpoint stays.
-        checkpoint_image_size: the size the checkpoint was trained with, where it is not square.
         num_attention_heads: of both towers, for files that do not tell; by default the width divided by 64.
         config_overrides: further fields of [`CADAConfig`].
         revision: tag, branch or commit of a `"blip"` checkpoint on the Hub.
@@ -342,27 +314,22 @@ def convert(
     Raises:
         CADAError: for a checkpoint that does not fit; the message names the key.
     """
-    report = ConversionReport()
-    told: dict = {}
     if source == "blip":
-        vocabulary_head = None if vocabulary_head is None else str(vocabulary_head)
         state_dict, told = _read_blip(str(checkpoint), vocabulary_head, revision)
     elif vocabulary_head is not None:
         raise CADAError("--vocabulary-head goes with --source blip; the other files hold their own.")
     else:
-        state_dict = read_checkpoint(checkpoint)
+        state_dict, told = read_checkpoint(checkpoint), settings_of(source)
+    report = ConversionReport()
     weights = convert_state_dict(state_dict, source, report)
     try:
-        fields = _join(infer_sizes(weights, num_attention_heads, checkpoint_image_size), told, settings_of(source))
-    except KeyError as error:
-        raise CADAError(f"{checkpoint} lacks {error.args[0]!r}. Is this a checkpoint of {source!r}?") from error
+        fields = _join(infer_sizes(weights, num_attention_heads), told)
+        model = _build(weights, fields, image_size, config_overrides or {}, report)
     except CADAError:
         raise
-    except (IndexError, TypeError, ValueError) as error:
-        raise CADAError(f"{checkpoint} holds a tensor of another shape than {source!r}: {error}.") from error
-    try:
-        model = _build(weights, fields, image_size, config_overrides or {}, report)
-    except (StrictDataclassError, RuntimeError, ValueError) as error:
+    except KeyError as error:
+        raise CADAError(f"{checkpoint} lacks {error.args[0]!r}. Is this a checkpoint of {source!r}?") from error
+    except (StrictDataclassError, RuntimeError, ValueError, IndexError, TypeError) as error:
         raise CADAError(
             f"The sizes of {checkpoint} and the arguments give no model: {one_line(error)} Is it of {source!r}?"
         ) from error
@@ -377,15 +344,12 @@ def _build(
     added = grow_vocabulary(weights, VOCABULARY_SIZE, std=0.02)
     if added:
         report.notes.append(f"The vocabulary grew by {added} word(s) to {VOCABULARY_SIZE}.")
-    vocabulary = len(weights["cada.text_model.embeddings.word_embeddings.weight"])
-    fields = _join(fields, {"text_config": {"vocab_size": vocabulary, "enc_token_id": ENC_TOKEN_ID}})
+    fields["text_config"] |= {"vocab_size": len(weights[_WORDS]), "enc_token_id": ENC_TOKEN_ID}
     if image_size is not None:
-        image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         old = CADAConfig(**fields).vision_config.grid_size
-        fields = _join(fields, {"vision_config": {"image_size": image_size}})
+        fields["vision_config"]["image_size"] = image_size if isinstance(image_size, int) else tuple(image_size)
         new = CADAConfig(**fields).vision_config.grid_size
-        name = "cada.vision_model.embeddings.position_embedding"
-        weights[name] = resize_positions(weights[name], old, new)
+        weights[_POSITIONS] = resize_positions(weights[_POSITIONS], old, new)
         if old != new:
             report.notes.append(f"Position embeddings were interpolated from {old} to {new} patches.")
     return CADAForTextToImageRetrieval(CADAConfig(**_join(fields, overrides)))
@@ -420,8 +384,8 @@ def default_image_size(source: str) -> int | None:
 def describe_origin(source: str, checkpoint: str | os.PathLike) -> dict:
     """What a model card says of where converted weights come from; folders of this machine are not named."""
     name = Path(checkpoint).name if Path(checkpoint).exists() else str(checkpoint)
-    licences = {"cada_original": NO_LICENCE}
-    return {"start": f"{name} ({source})", "licence": licences.get(source, "BSD-3-Clause (BLIP, Salesforce)")}
+    licence = NO_LICENCE if source == "cada_original" else "BSD-3-Clause (BLIP, Salesforce)"
+    return {"start": f"{name} ({source})", "licence": licence}
 
 
 def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -> CADAProcessor:
@@ -440,12 +404,7 @@ def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -
 
 
 def check_output(out: str | os.PathLike, checkpoint: str) -> None:
-    """
-    What keeps from saving shows before the work.
-
-    Raises:
-        CADAError: where the folder `out` cannot be written, or is the `checkpoint`.
-    """
+    """What keeps from saving, shown before the work: `out` cannot be written, or is the `checkpoint`."""
     folder = make_output_folder(out).resolve()
     if Path(checkpoint).resolve() in (folder, folder / "model.safetensors"):
         raise CADAError(f"--out {folder} would overwrite --checkpoint. Choose another folder.")

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
-from transformers.utils import logging
 from transformers.utils.hub import resolve_revision
 
 from cada.files import CADAError, one_line, read_json
@@ -18,8 +17,6 @@ from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 
-
-logger = logging.get_logger(__name__)
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -35,10 +32,10 @@ def in_one_line(what: str, name: str | os.PathLike, remedy: str) -> Iterator[Non
         raise CADAError(f"{what}: {one_line(error)} {remedy if os.path.isdir(name) else _WHERE}") from error
 
 
-def weight_files(folder: str | os.PathLike) -> list[Path]:
+def weight_files(folder: str | os.PathLike, shapes: dict[str, tuple[int, ...]] | None = None) -> list[Path]:
     """
     The safetensors files that a checkpoint's folder consists of, each looked at: present, inside the folder, complete,
-    with numbers of a floating-point type.
+    with numbers of a floating-point type and, where given, the `shapes` that its configuration asks for.
 
     Raises:
         CADAError: names the file.
@@ -55,17 +52,24 @@ def weight_files(folder: str | os.PathLike) -> list[Path]:
     for path in files:
         try:
             with safe_open(path, "pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         except (SafetensorError, OSError) as error:
             raise CADAError(
                 f"{path} is damaged ({one_line(error)}). Save the model again, or fetch the file again."
             ) from error
-        wrong = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _FLOATS]
+        wrong = [f"{name} ({kind})" for name, (kind, _) in found.items() if kind not in _FLOATS]
         if wrong:
             raise CADAError(
                 f"{path}: {wrong[0]} is not of a floating-point type; {len(wrong)} such tensor(s). Save the model "
                 "again, not quantised."
             )
+        for name, (_, shape) in found.items():
+            if shapes and shape != shapes.get(name, shape):
+                raise CADAError(
+                    f"{path}: {name} is of the shape {shape}, config.json asks for {shapes[name]}. Take both from the "
+                    "same checkpoint."
+                )
     return files
 
 
@@ -88,12 +92,7 @@ def _indexed_files(folder: Path) -> list[Path]:
 
 
 def check_config(folder: str | os.PathLike, model_type: str = CADAConfig.model_type) -> dict:
-    """
-    The content of `config.json` in the folder of a checkpoint, before any of the checkpoint is loaded.
-
-    Raises:
-        CADAError: where it is missing, damaged, or of another model.
-    """
+    """The content of `config.json` in the folder of a checkpoint; a `CADAError` where it is not of `model_type`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CADAError(f"{folder} is a file. Give the folder of a checkpoint.")
@@ -146,14 +145,13 @@ def load_model(
     Raises:
         CADAError: names what is missing, damaged, or not a number.
     """
-    files = []
     if os.path.exists(name):
         check_config(name)
-        files = weight_files(name)
     own = load_config(name, revision)
     with torch.device("meta"):
         shapes = {key: tuple(tensor.shape) for key, tensor in CADAForTextToImageRetrieval(own).state_dict().items()}
-    _check_shapes(files, shapes)
+    if os.path.exists(name):
+        weight_files(name, shapes)
     remedy = "Do the fields of --config_overrides fit it?"
     with in_one_line(f"The weights of {name} do not load", name, remedy):
         model, report = CADAForTextToImageRetrieval.from_pretrained(
@@ -163,7 +161,7 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    missing = (set(report["missing_keys"]) & set(shapes)) - set(model.all_tied_weights_keys)
+    missing = set(report["missing_keys"]) & set(shapes) - set(model.all_tied_weights_keys)
     if missing:
         raise CADAError(
             f"The weights of {name} lack {_some(missing)}. The checkpoint is not complete: save or fetch it again."
@@ -176,42 +174,20 @@ def load_model(
     return model
 
 
-def _check_shapes(files: list[Path], shapes: dict[str, tuple[int, ...]]) -> None:
-    for path in files:
-        with safe_open(path, "pt") as file:
-            for key in file.keys():
-                found = tuple(file.get_slice(key).get_shape())
-                if found != shapes.get(key, found):
-                    raise CADAError(
-                        f"{path}: {key} is of the shape {found}, config.json asks for {shapes[key]}. Take both from "
-                        "the same checkpoint."
-                    )
-
-
 def _some(names) -> str:
     names = sorted(names)
     return f"{names[0]} and {len(names) - 1} others" if len(names) > 1 else names[0]
 
 
 def load_processor(name: str | os.PathLike, revision: str | None = None) -> CADAProcessor:
-    """
-    The processor of a checkpoint.
-
-    Raises:
-        CADAError: where its files are missing or damaged, or name code that the checkpoint brings.
-    """
+    """The processor of a checkpoint; a `CADAError` where its files are missing, damaged, or name code of their own."""
     remedy = "Save it again with processor.save_pretrained."
     with in_one_line(f"The processor of {name} cannot be loaded", name, remedy):
         return CADAProcessor.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
 
 
 def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
-    """
-    A processor of another model gives inputs that are read without complaint, and wrong scores.
-
-    Raises:
-        CADAError: names what the two do not agree in.
-    """
+    """A processor of another model gives inputs that are read without complaint, and wrong scores: a `CADAError`."""
     size, tokenizer, text = dict(processor.image_processor.size), processor.tokenizer, config.text_config
     given_size = (size.get("height"), size.get("width"))
     pairs = {
@@ -229,12 +205,7 @@ def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
 
 
 def load_tokenizer(name: str | os.PathLike):
-    """
-    A tokenizer by the name of a folder or on the Hub.
-
-    Raises:
-        CADAError: where it cannot be loaded, or is code that somebody brings along.
-    """
+    """A tokenizer by the name of a folder or on the Hub; a `CADAError` where it cannot be loaded or is code."""
     with in_one_line(f"The tokenizer {name} cannot be loaded", name, _WHERE):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
@@ -242,12 +213,7 @@ def load_tokenizer(name: str | os.PathLike):
 def load_model_and_processor(
     name: str | os.PathLike, revision: str | None = None
 ) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
-    """
-    Model, in evaluation mode, and processor of a checkpoint, which belong together.
-
-    Raises:
-        CADAError: as [`load_model`], [`load_processor`] and [`check_processor`].
-    """
+    """Model, in evaluation mode, and processor of a checkpoint, which belong together; errors as of each."""
     model, processor = load_model(name, revision), load_processor(name, revision)
     check_processor(processor, model.config)
     return model, processor

@@ -8,73 +8,50 @@ evaluation counts only for the very weights that it was made with. Only the file
 pickles, no optimizer states.
 """
 
-import fnmatch
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers.dynamic_module_utils import get_relative_imports
-from transformers.utils import logging
 
-from cada.files import CADAError, one_line, read_json, written_whole
+from cada.files import CADAError, one_line, written_whole
 from cada.hub.card import model_card
 from cada.hub.loading import check_config, weight_files
 from cada.hub.record import NO_LICENCE, RUN_FILE, checkpoint_digest, evaluations_of, read_run
 
 
-logger = logging.get_logger(__name__)
-RELEASED = (
-    *("README.md", RUN_FILE, "config.json", "*_cada.py", "*.safetensors", "model.safetensors.index.json"),
-    *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"),
-)
+CODE = tuple(f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "pipeline", "processing"))
+SETTINGS = ("config.json", "processor_config.json", "tokenizer.json")
+OPTIONAL = ("README.md", RUN_FILE, "model.safetensors.index.json", "tokenizer_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
-def _code_of(config, path: Path) -> set[str]:
-    """The code files that `auto_map` of a configuration, the content of `path`, names."""
-    references = config.get("auto_map", {}) if isinstance(config, dict) else None
-    if not isinstance(references, dict) or not all(isinstance(name, str) for name in references.values()):
-        raise CADAError(f"`auto_map` in {path} is damaged. Save model and processor again.")
-    return {f"{reference.split('.')[0]}.py" for reference in references.values()}
-
-
 def release_files(folder: str | os.PathLike) -> list[str]:
-    """
-    Names of the files of `folder` that a release consists of.
-
-    Raises:
-        CADAError: where something is missing or damaged that loading the model needs.
-    """
+    """Names of the files of `folder` that a release consists of; a `CADAError` where one is missing or damaged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CADAError(f"The folder {folder} does not exist. Give the --output_dir of a training run.")
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    for needed in ("config.json", "processor_config.json", "tokenizer.json"):
+    names = {path.name for path in folder.iterdir() if path.is_file()}
+    for needed in SETTINGS:
         if needed not in names:
             raise CADAError(
                 f"{folder} holds no {needed}. Save model and processor there: model.save_pretrained, "
                 "processor.save_pretrained."
             )
-    try:
-        weights = {path.name for path in weight_files(folder)}
-        code = _code_of(check_config(folder), folder / "config.json")
-        if code:
-            code |= _code_of(read_json(folder / "processor_config.json"), folder / "processor_config.json")
-        for name in sorted(code & set(names)):
-            code |= {f"{module}.py" for module in get_relative_imports(folder / name)}
-    except (OSError, UnicodeDecodeError) as error:
-        raise CADAError(f"The code in {folder} cannot be read: {one_line(error)}. Save the model again.") from error
-    missing = sorted(code - set(names)) if code else ["auto_map in config.json"]
+    weights = [path.name for path in weight_files(folder)]
+    missing = [name for name in CODE if name not in names]
+    auto_map = check_config(folder).get("auto_map")
+    if not isinstance(auto_map, dict) or auto_map.get("AutoModel") != "modeling_cada.CADAForTextToImageRetrieval":
+        missing.append("auto_map in config.json")
     if missing:
         raise CADAError(
             f"{folder} lacks {', '.join(missing)}, so nobody can load the model without this package. Save it again "
             "with model.save_pretrained and processor.save_pretrained."
         )
-    released = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in RELEASED)]
-    return [name for name in released if not name.endswith(".safetensors") or name in weights]
+    return sorted([*SETTINGS, *CODE, *weights, *names.intersection(OPTIONAL)])
 
 
 def check_names(repo_id: str, tag: str | None = None) -> None:
@@ -98,11 +75,8 @@ def open_repository(
     overwrite: bool = False,
 ) -> tuple[str, list[str]]:
     """
-    Create the repository where it does not exist. Returns its full name and the files that it holds.
-
-    Raises:
-        CADAError: where a name is not one for the Hub, the repository cannot be written to, has the tag already,
-            or holds weights and `overwrite` is not set.
+    Create the repository where it does not exist. Returns its full name and the files that it holds. A `CADAError`
+    where it cannot be written to, has the tag already, or holds weights and `overwrite` is not set.
     """
     check_names(repo_id, tag)
     api = HfApi(token=token)
@@ -137,7 +111,7 @@ def publish(
     licence_granted: bool = False,
 ) -> str:
     """
-    Push a checkpoint with its card. The card's snippet pins the tag, or the commit that holds the weights.
+    Push a checkpoint with its card. Returns the revision that the card pins: the tag, or the commit of the weights.
 
     Args:
         folder: the checkpoint, with the record of its run; its README.md is written anew.
@@ -149,19 +123,17 @@ def publish(
         evaluations: further rows of the card's table, from the records of other runs.
         licence_granted: whether somebody who may has allowed to publish weights that come without a licence.
 
-    Returns:
-        The revision that the card pins.
-
     Raises:
         CADAError: where the folder is not complete, the tag exists, or the push would overwrite.
     """
-    folder, api = Path(folder), HfApi(token=token)
+    folder = Path(folder)
     release_files(folder)
     check_licence(read_run(folder)["origin"], licence_granted)
     model_card(folder, repo_id, tag or "main", evaluations)  # what is wrong with the record shows before the push
     repo_id, present = open_repository(repo_id, tag, private, token, overwrite)
+    pickles = [name for name in present if name.endswith(PICKLES)]
     try:
-        return _push(api, folder, repo_id, tag, evaluations, [name for name in present if name.endswith(PICKLES)])
+        return _push(HfApi(token=token), folder, repo_id, tag, evaluations, pickles)
     except CADAError:
         raise
     except Exception as error:  # the client raises its own errors and those of its HTTP library
@@ -182,24 +154,14 @@ def check_licence(origin: dict | None, licence_granted: bool) -> None:
 
 def _push(api: HfApi, folder: Path, repo_id: str, tag: str | None, evaluations: list[dict], pickles: list[str]) -> str:
     """Upload, tag; returns the revision that the card pins."""
-    commit = None
+    revision, upload = tag, partial(api.upload_folder, repo_id=repo_id, folder_path=folder)
     if tag is None:  # the card names the commit that holds the weights, so they go first
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=[name for name in release_files(folder) if name != "README.md"],
-            commit_message="Model and processor",
-        ).oid
-    revision = tag or commit
-    with written_whole(folder / "README.md") as path:
-        model_card(folder, repo_id, revision, evaluations).save(path)
-    release = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=release_files(folder),
-        delete_patterns=pickles,  # weights in the old form, pickled arguments: nothing of a release is unpickled
-        commit_message=f"Release {tag}" if tag else "Model card",
-    )
+        files = [name for name in release_files(folder) if name != "README.md"]
+        revision = upload(allow_patterns=files, commit_message="Model and processor").oid
+    write_card(folder, repo_id, revision, evaluations)
+    # Weights in the old form, pickled arguments: nothing of a release is unpickled.
+    message = f"Release {tag}" if tag else "Model card"
+    release = upload(allow_patterns=release_files(folder), delete_patterns=pickles, commit_message=message)
     if tag is not None:
         api.create_tag(repo_id, tag=tag, revision=release.oid)  # this state, whatever main has become since
     return revision
@@ -208,13 +170,7 @@ def _push(api: HfApi, folder: Path, repo_id: str, tag: str | None, evaluations: 
 def evaluations_of_others(
     checkpoint: str | os.PathLike, repo_id: str, tag: str | None, folders: Iterable[str | os.PathLike]
 ) -> list[dict]:
-    """
-    The evaluations of these weights that other runs have left in `folders`.
-
-    Raises:
-        CADAError: where a folder holds none, the checkpoint is not complete, or a name is not one for the Hub: what is
-            wrong shows before anything is written.
-    """
+    """The evaluations of these weights in `folders` of other runs; what is wrong shows before anything is written."""
     check_names(repo_id, tag)
     release_files(checkpoint)
     digest, further = checkpoint_digest(checkpoint), []
@@ -229,12 +185,9 @@ def evaluations_of_others(
     return further
 
 
-def write_card(
-    checkpoint: str | os.PathLike, repo_id: str, tag: str | None, evaluations: list[dict]
-) -> tuple[Path, list[str]]:
-    """Write README.md into the folder. Returns its path, and the names of the files that a push would publish."""
-    card = model_card(checkpoint, repo_id, tag or "main", evaluations)
-    path = Path(checkpoint) / "README.md"
-    with written_whole(path) as temporary:
-        card.save(temporary)
-    return path, release_files(checkpoint)
+def write_card(folder: str | os.PathLike, repo_id: str, revision: str, evaluations: list[dict]) -> Path:
+    """Write README.md into the folder. Returns its path."""
+    card = model_card(folder, repo_id, revision, evaluations)
+    with written_whole(Path(folder) / "README.md") as path:
+        card.save(path)
+    return Path(folder) / "README.md"

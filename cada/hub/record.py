@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
@@ -41,11 +42,8 @@ def environment(processes: int = 1) -> dict:
     if torch.cuda.is_available():
         hardware = f"{processes} × {torch.cuda.get_device_name()}"
     else:
-        try:
-            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        except OSError:
-            lines = []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        cpuinfo = Path("/proc/cpuinfo")  # of Linux
+        names = re.findall("model name.*: (.*)", cpuinfo.read_text("utf-8")) if cpuinfo.exists() else []
         hardware = f"{os.cpu_count()} CPU cores ({names[0] if names else platform.machine()}), no GPU"
     return {
         "date": datetime.date.today().isoformat(),
@@ -103,8 +101,8 @@ class Evaluation(_Measured):
     split: str
     metrics: _Metrics
     weights: str
-    precision: NotRequired[str]  # float32 in an older record
-    unreadable_images_skipped: NotRequired[bool]
+    precision: str
+    unreadable_images_skipped: bool
 
 
 class Run(TypedDict):
@@ -116,12 +114,7 @@ class Run(TypedDict):
 
 
 def read_run(folder: str | os.PathLike) -> Run:
-    """
-    The record of a run, `cada_run.json` in `folder`; without one all of it is empty.
-
-    Raises:
-        CADAError: where the file is damaged.
-    """
+    """The record of a run, `cada_run.json` in `folder`, empty without one; a `CADAError` where it is damaged."""
     path = Path(folder) / RUN_FILE
     if not os.path.lexists(path):
         return {"origin": None, "training": None, "evaluations": []}
@@ -138,26 +131,22 @@ def read_run(folder: str | os.PathLike) -> Run:
 
 
 def _check(value, kind, where: str) -> None:
-    """`value` is of a type, a union of types, a list or dictionary of some type, or one of the classes above."""
-    if isinstance(kind, UnionType) and value is not None:
-        kind = next((option for option in get_args(kind) if is_typeddict(option)), kind)
-    if is_typeddict(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"`{where}` is no object")
-        for name, inner in get_type_hints(kind).items():
-            if name in value:
-                _check(value[name], inner, f"{where}.{name}")
-            elif name in kind.__required_keys__:
-                raise ValueError(f"`{where}` has no `{name}`")
+    """`value` is of the type `kind`: a class above, a list, a dictionary; in a union it comes first."""
+    kind, *others = get_args(kind) if isinstance(kind, UnionType) else [kind]
+    if type(value) in others:
         return
-    if value is None and isinstance(kind, UnionType) and NoneType in get_args(kind):
-        return
-    container = get_origin(kind) if get_origin(kind) in (list, dict) else None
-    if not isinstance(value, container or kind) or (isinstance(value, bool) and kind is not bool):
+    outer, *inner = get_origin(kind) or kind, *get_args(kind)
+    if type(value) is not (dict if is_typeddict(kind) else outer):
         raise ValueError(f"`{where}` is {value!r:.80}")
-    if container:
-        for key, part in value.items() if container is dict else enumerate(value):
-            _check(part, get_args(kind)[-1], f"{where}[{key!r}]")
+    if is_typeddict(kind):
+        missing = sorted(kind.__required_keys__ - value.keys())
+        if missing:
+            raise ValueError(f"`{where}` has no `{missing[0]}`")
+        for name, part in get_type_hints(kind).items():
+            if name in value:
+                _check(value[name], part, f"{where}.{name}")
+    for key, part in value.items() if outer is dict else enumerate(value) if outer is list else ():
+        _check(part, inner[-1], f"{where}[{key!r}]")
 
 
 def read_start(name: str, revision: str | None = None) -> Run:
@@ -195,18 +184,11 @@ def write_run(
         path.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def precision_of(evaluation: dict) -> str:
-    """The precision that an evaluation was computed in."""
-    return evaluation.get("precision", "float32")
-
-
 def newest(evaluations: list[dict]) -> list[dict]:
     """The last evaluation of each protocol."""
-    names, sizes = ("weights", "dataset", "split", "captions_per_image"), ("queries", "gallery", "rerank_k")
-    rows = {}
-    for row in evaluations:
-        protocol = (*(row[name] for name in names), row.get("unreadable_images_skipped"), precision_of(row))
-        rows[protocol, *(row["metrics"][name] for name in sizes)] = row
+    names = ("weights", "dataset", "split", "captions_per_image", "unreadable_images_skipped", "precision")
+    sizes = ("queries", "gallery", "rerank_k")
+    rows = {(*map(row.get, names), *map(row["metrics"].get, sizes)): row for row in evaluations}
     return list(rows.values())
 
 
@@ -237,8 +219,7 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
     """SHA-256 of the weights and of the settings that change features or scores, those of training left out."""
-    config, tokenizer = model.config, processor.tokenizer
-    towers = {"vision": config.vision_config, "text": config.text_config}
+    config, tokenizer, images = model.config, processor.tokenizer, processor.image_processor.to_dict()
     training = ("initializer_range", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
     # Neither a field that a later version adds with a neutral default changes it, nor another form of tokenizer files.
     settings = {
@@ -247,12 +228,11 @@ def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
             for name in type(tower).__annotations__
             if name not in training and getattr(tower, name) != getattr(type(tower), name, None)
         }
-        for side, tower in towers.items()
+        for side, tower in (("vision", config.vision_config), ("text", config.text_config))
     }
     settings["config"] = [config.projection_dim, config.max_text_length, config.match_score, config.use_atp]
     names = ("do_convert_rgb", "do_resize", "size", "resample", "do_rescale", "rescale_factor")
     names += ("do_normalize", "image_mean", "image_std")
-    images = processor.image_processor.to_dict()
     settings["images"] = {name: images.get(name) for name in names}
     backend = tokenizer.backend_tokenizer
     words = _PROBE if backend.normalizer is None else backend.normalizer.normalize_str(_PROBE)

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 from pedes_layout import ANNOTATIONS, LAYOUTS, lay_out_icfg
 from PIL import Image
 
-import cada.data.check
 import cada.data.loading
 import cada.data.pedes
 import processing_cada
@@ -553,7 +553,7 @@ def test_saved_rows_load_again(laid_out, tmp_path):
 
 def test_missing_tagger_is_an_error_of_the_data(laid_out, monkeypatch):
     rows = load_pairs_dataset("rstp_reid", laid_out["rstp_reid"])["train"]
-    monkeypatch.setattr(processing_cada, "_TAGGER_CACHE", [])
+    monkeypatch.setattr(processing_cada, "_tagger", cache(processing_cada._tagger.__wrapped__))
     monkeypatch.setattr(processing_cada.nltk.data, "path", [])
     monkeypatch.setattr(processing_cada, "_shipped_tagger", lambda: None)
     monkeypatch.setattr(processing_cada.nltk, "download", lambda name, quiet: False)

@@ -233,7 +233,7 @@ def test_what_is_wrong_is_named(search, images, tmp_path):
             {"images": [str(tmp_path / "missing.jpg")]},
             r"Image 0, .*missing.jpg, cannot be read: there is no such file",
         ),
-        ({"images": [tmp_path]}, "Image 0, .*: it is no file"),
+        ({"images": [tmp_path]}, "Image 0, .*: it is not a file"),
         ({"images": [7]}, "Image 0 cannot be read: int is no path"),
         ({"images": [images[0], Image.new("F", (4, 4))]}, "Image 1 cannot be read: pixels are floating-point numbers"),
         ({"images": (image for image in images)}, "`images` is of the type generator. Give a list"),

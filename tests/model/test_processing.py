@@ -4,6 +4,7 @@ import io
 import json
 import socket
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +197,7 @@ def empty_nltk(monkeypatch, tmp_path) -> Path:
     def refuse(*_, **__):
         raise OSError("no network in this test")
 
-    monkeypatch.setattr(processing_cada, "_TAGGER_CACHE", [])
+    monkeypatch.setattr(processing_cada, "_tagger", cache(processing_cada._tagger.__wrapped__))
     monkeypatch.setattr(processing_cada.nltk.data, "path", [str(tmp_path)])
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
@@ -208,9 +209,9 @@ def test_the_package_brings_the_tagger(empty_nltk, processor):
     caption = "A woman with long black hair in a red coat."
     assert AttributeMasker().find_spans(caption) == [[13, 28], [34, 42]]  # long black hair, red coat
     rows = Dataset.from_dict({"captions": [[caption]], "person_id": [1]})
-    processing_cada._TAGGER_CACHE.clear()
+    processing_cada._tagger.cache_clear()
     assert add_attribute_spans(rows, processor.attribute_masker)["attribute_spans"][0] == [[[13, 28], [34, 42]]]
-    processing_cada._TAGGER_CACHE.clear()
+    processing_cada._tagger.cache_clear()
     inputs = processor(text=[caption], attribute_spans=[AttributeMasker().find_spans(caption)], return_tensors="pt")
     assert (inputs["labels"] >= 0).any()
 
