@@ -36,7 +36,6 @@ from cada.training.arguments import (
     parse_arguments,
 )
 from cada.training.describe import check_hold_out, describe_evaluation, describe_start, describe_training, name_of_set
-from cada.training.resume import find_checkpoint
 from cada.training.start import load_splits, make_model_and_processor
 from cada.training.trainer import CADATrainer, check_processes
 from modeling_cada import CADAForTextToImageRetrieval
@@ -62,10 +61,12 @@ def choose_by_what_is_there(args: CADATrainingArguments, model: CADAForTextToIma
 def train(trainer: CADATrainer, describe: partial, record: Run) -> None:
     """Train, from the checkpoint where there is one to go on from, and save the model with the record of the run."""
     args = trainer.args
-    trainer.write_record = lambda folder: write_run(folder, record["origin"], describe(trainer.state), [])
-    checkpoint = find_checkpoint(args, trainer.recipe)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    minutes = None if checkpoint else result.metrics["train_runtime"] / 60  # of a resumed run nobody knows the whole
+    trainer.write_record = lambda folder: write_run(
+        folder, record["origin"], describe(trainer.state, checkpoint=folder), []
+    )
+    result = trainer.train()
+    # Of a resumed run nobody knows the whole.
+    minutes = None if trainer.resumed_from else result.metrics["train_runtime"] / 60
     record["training"] = describe(trainer.state, minutes)
     if trainer.is_world_process_zero():
         with checkpoint_written_whole(args.output_dir) as folder:
@@ -97,7 +98,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     check_processes(args)
     if args.mixed_precision == "bf16" and args.device.type == "cpu" and not cpu_has_bfloat16():
         logger.warning(
-            "This processor has no instructions for bfloat16: --bf16 is slower than float32. Add --bf16 false."
+            "This processor has no instructions for bfloat16: --bf16 is slower than float32. Add --bf16 false; to "
+            "`accelerate launch`, --mixed_precision no."
         )
     make_output_folder(args.output_dir)  # what keeps from saving shows now, not after days of training
     with only_writer(args.output_dir) if args.process_index == 0 else nullcontext():

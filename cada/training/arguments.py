@@ -174,7 +174,11 @@ class CADATrainingArguments(TrainingArguments):
                 "Without evaluations or without checkpoints none can be chosen: add --load_best_model_at_end false, "
                 "which keeps the last weights."
             )
+        if self.greater_is_better is False:
+            raise ValueError("`greater_is_better` is False, but all scores are the better the higher. Leave it out.")
         super().__post_init__()
+        if self.muon_learning_rate is not None and (not self.optim.startswith("adamw_torch") or self.optim_args):
+            raise ValueError("`muon_learning_rate` trains by Muon and AdamW. Leave `optim` and `optim_args` out.")
         if self.negative_sampling not in ("hardest", "annealed"):
             raise ValueError(f"`negative_sampling` is {self.negative_sampling!r}. Choose 'hardest' or 'annealed'.")
         if not 0 < self.rerank_memory < math.inf:
@@ -225,7 +229,8 @@ def read_recipe(path: str, given: list[str]) -> list[str]:
     if not isinstance(recipe, dict):
         raise CADAError(f"The recipe {path} should be a JSON object of arguments.")
     arguments = []
-    left_out = {"init_from"} if any(word.split("=")[0] == "--model_name_or_path" for word in given) else set()
+    names = {word.split("=")[0].lstrip("-").replace("-", "_") for word in given}
+    left_out = {"init_from", "init_source", "vocabulary_head"} if "model_name_or_path" in names else set()
     for name, value in recipe.items():
         if value is None or name in left_out:
             continue

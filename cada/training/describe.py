@@ -94,11 +94,16 @@ def describe_training(
     held_out: int,
     state: TrainerState,
     minutes: float | None = None,
+    checkpoint: Path | None = None,
 ) -> Training:
-    """What a reader of the model card needs to repeat the training. Folders of this machine are named, not located."""
+    """
+    What a reader of the model card needs to repeat the training, of its end or of a `checkpoint` on the way. Folders
+    of this machine are named, not located.
+    """
     start = model.model_name_or_path or model.init_from
     rows = splits["train"]
-    chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    best = state.best_model_checkpoint if args.load_best_model_at_end else None
+    chosen = best is not None and (checkpoint is None or checkpoint.name == Path(best).name)
     recipe = {
         "epochs": round(state.epoch, 2),
         "steps": state.global_step,

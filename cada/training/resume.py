@@ -40,7 +40,7 @@ _RECIPE = (
         "weight_decay",
         "max_grad_norm",
     ),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "mixed_precision"),
     *("negative_sampling", "negative_temperature_start", "negative_temperature_end"),
     *("metric_for_best_model", "load_best_model_at_end"),
 )
@@ -90,32 +90,32 @@ def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
     return [path for path in map(Path, sort_checkpoints(str(folder))) if (path / RECIPE_FILE).is_file()]
 
 
-def find_checkpoint(args: TrainingArguments, recipe: dict) -> str | None:
+def find_checkpoint(args: TrainingArguments, recipe: dict, wanted: str | None) -> str | None:
     """
     The folder of the checkpoint from which to go on, looked at; `None` to begin.
 
     Args:
-        args: of the training; `resume_from_checkpoint` is a folder, or `last`, the newest that is complete.
+        args: of the training.
         recipe: of the training, by [`recipe_of`].
+        wanted: a folder, or `last`, the newest that is complete; `None` to begin.
 
     Raises:
         CADAError: for a checkpoint that is missing, not whole, or of another training; and for checkpoints that an
             earlier training left where a new one is to begin.
     """
-    wanted, found = args.resume_from_checkpoint, sort_checkpoints(args.output_dir)
+    found, whole = sort_checkpoints(args.output_dir), complete_checkpoints(args.output_dir)
     if wanted is None and found:
         raise CADAError(
             f"{found[-1]} is there from an earlier training. Go on with it by --resume_from_checkpoint last, or give "
             "another --output_dir."
         )
-    complete = complete_checkpoints(args.output_dir)
-    if wanted == "last" and not complete:
+    if wanted == "last" and not whole:
         logger.warning(
             f"{args.output_dir} holds no complete checkpoint to resume from: training starts at the beginning."
         )
-    if wanted is None or wanted == "last" and not complete:
+    if wanted is None or wanted == "last" and not whole:
         return None
-    folder = complete[-1] if wanted == "last" else Path(wanted)
+    folder = whole[-1] if wanted == "last" else Path(wanted)
     if not (folder / RECIPE_FILE).is_file():
         raise CADAError(
             f"--resume_from_checkpoint {wanted} is no complete checkpoint of a training: it has no {RECIPE_FILE}, "
@@ -181,6 +181,8 @@ def _check_whole(folder: Path, args: TrainingArguments) -> None:
     if state.best_model_checkpoint is not None:
         best = Path(args.output_dir, Path(state.best_model_checkpoint).name)  # the `output_dir` may have been moved
         if not best.is_dir():
+            best = folder.parent / best.name  # of a run that goes on in another folder
+        if not best.is_dir():
             raise CADAError(f"The best checkpoint so far, {best}, is gone. Bring it back, or {_ANEW.format(folder)}")
         try:
             load_model(best)
@@ -220,11 +222,15 @@ class SaveOnSigterm(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         # At the end of an epoch first comes its evaluation, which a checkpoint before it would leave out.
-        if self._agree(args) and state.epoch % 1 != 0:
+        if self._agree(args) and state.epoch % 1 != 0 and state.global_step < state.max_steps:
             control.should_save = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self._agree(args):
+            control.should_save = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self._agree(args):  # it came in the evaluation; what is to be saved is saved next
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):

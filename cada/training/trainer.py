@@ -17,14 +17,20 @@ from transformers.utils import logging
 
 from cada.data.pairs import GlobalBatches, outlive_sigterm
 from cada.evaluation.matching import evaluate_retrieval
-from cada.files import CADAError, one_line
+from cada.files import CADAError, checkpoint_written_whole, one_line
 from cada.hub.loading import check_processor
 from cada.hub.publish import publish
 from cada.training.arguments import made_of_arguments
 from cada.training.muon import muon_for
-from cada.training.resume import SaveOnSigterm, complete, complete_checkpoints, delete_checkpoint, recipe_of
+from cada.training.resume import (
+    SaveOnSigterm,
+    complete,
+    complete_checkpoints,
+    delete_checkpoint,
+    find_checkpoint,
+    recipe_of,
+)
 from losses_cada import rank_and_size
-from processing_cada import CADAProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -80,9 +86,10 @@ class CADATrainer(Trainer):
         check_processes(self.args)
         if self.compute_metrics is not None:
             raise CADAError("`compute_metrics` has no place: the evaluation is `evaluate_retrieval`. Leave it out.")
-        if isinstance(self.processing_class, CADAProcessor):
+        masker = getattr(self.processing_class, "attribute_masker", None)  # of a CADAProcessor, a checkpoint's own too
+        if masker is not None:
             check_processor(self.processing_class, self.model.config)
-            masker, config = self.processing_class.attribute_masker, self.model.config
+            config = self.model.config
             if config.use_ara and (masker.unit, masker.rate) != (config.mask_unit, config.mask_rate):
                 raise CADAError(
                     f"The processor masks {masker.unit}s at a rate of {masker.rate}, and the model's configuration "
@@ -92,6 +99,7 @@ class CADATrainer(Trainer):
         self.model._keys_to_ignore_on_save = list(self.model.all_tied_weights_keys)
         self.recipe = None if self.train_dataset is None else self._recipe()
         self.write_record: Callable[[Path], object] | None = None  # puts the record of the run into a checkpoint
+        self.resumed_from: str | None = None  # the checkpoint that the training goes on from
         self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
         self._part_count = 0
         self._sigterm = SaveOnSigterm()
@@ -110,7 +118,7 @@ class CADATrainer(Trainer):
             if self.args.load_best_model_at_end:
                 raise CADAError("Several sets choose no checkpoint: pass `load_best_model_at_end=False`, or one set.")
             self.args.metric_for_best_model = None  # a score without the name of a set is nowhere among theirs
-            sets = self.eval_dataset
+            sets = {f"evaluation {name}": rows for name, rows in self.eval_dataset.items()}
         return recipe_of(self.args, self.model, {"train": self.train_dataset.dataset, **sets})
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
@@ -189,12 +197,21 @@ class CADATrainer(Trainer):
             "Look at these, lower --learning_rate, or train in float32 (without --fp16)."
         )
 
-    def train(self, *args, **kwargs) -> TrainOutput:
-        """As in `Trainer`; what a machine cannot do ends with a remedy."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """
+        As in `Trainer`; `resume_from_checkpoint` is a folder or `"last"` (also `True`), by default the argument's.
+        What a machine cannot do ends with a remedy.
+
+        Raises:
+            CADAError: as [`find_checkpoint`]; for weights and losses that are not finite; for too little memory.
+        """
+        wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
+        wanted = wanted or self.args.resume_from_checkpoint
+        self.resumed_from = find_checkpoint(self.args, self.recipe, wanted)
         # `Trainer` deletes old checkpoints before the new one is complete: [`_save_checkpoint`] does it, and here.
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            output = super().train(*args, **kwargs)
+            output = super().train(self.resumed_from, *args, **kwargs)
             self._check_finite()
             if self._limit == 1 and self.state.best_model_checkpoint is not None:
                 self._delete_checkpoints_but({Path(self.state.best_model_checkpoint).name})
@@ -234,8 +251,6 @@ class CADATrainer(Trainer):
                 if self.write_record is not None:
                     self.write_record(folder)
                 complete(folder, self.recipe)
-                self._delete_old_checkpoints(folder)
-            self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
                 delete_checkpoint(folder)
@@ -245,6 +260,9 @@ class CADATrainer(Trainer):
                 f"{f'The last complete one is {there[-1]}' if there else 'None is complete yet'}. Make room, or give "
                 "access, and run again with --resume_from_checkpoint last."
             ) from error
+        if self.args.should_save:
+            self._delete_old_checkpoints(folder)
+        self.accelerator.wait_for_everyone()
 
     def _check_finite(self) -> None:
         """Weights are kept only where they are numbers; the loss tells one step later."""
@@ -291,8 +309,9 @@ class CADATrainer(Trainer):
         """Model, processor, record of the run and model card, by [`publish`]. Always waits for the end."""
         if commit_message is not None or revision is not None:
             raise CADAError("A release goes to `main` with a message of its own. Name it by `hub_tag`.")
-        self.save_model(_internal_call=True)
         if self.is_world_process_zero():
+            with checkpoint_written_whole(self.args.output_dir) as folder:
+                self.save_model(str(folder), _internal_call=True)
             repo_id = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             pinned = publish(
                 self.args.output_dir,
