@@ -1,11 +1,6 @@
 """
 Text-to-image person retrieval as a pipeline of transformers: sentences and images in, ranked images out.
 
-    from transformers import pipeline
-
-    search = pipeline("text-to-image-person-retrieval", model="org/cada-cuhk", trust_remote_code=True)
-    search("a woman in a red coat", images=["first.jpg", "second.jpg"])
-
 It reads model and processor through their public methods alone and imports nothing of CADA. The configuration names it
 and imports it, so every saved checkpoint brings it along.
 """

@@ -180,15 +180,8 @@ class CADAImageProcessor(PilBackend):
 
     def fetch_images(self, images, timeout: float | None = None):
         """
-        Paths, the content of files (bytes) and addresses (`http://`, `https://`) as images, see [`read_image`]; images
-        as they are; lists of all these.
-
-        Args:
-            timeout: seconds to wait for an image from the web; by default no limit.
-
-        Raises:
-            ValueError: for a file that is missing, or no image.
-            TypeError: for anything else.
+        Paths, contents of files (bytes) and addresses (`http://`, `https://`) as images, with the errors of
+        [`read_image`]; images as they are; lists of all these. `timeout`: seconds to wait for an image from the web.
         """
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image, timeout) for image in images]

@@ -72,27 +72,17 @@ SWAP_SHARE, RELATIVE_SHARE = 0.15, 0.25
 
 @dataclass(frozen=True)
 class Domain:
-    """
-    What differs between two drawn sets. Pairs are ranges of numbers drawn evenly.
+    """What differs between two drawn sets. Pairs are ranges of numbers drawn evenly."""
 
-    Args:
-        wall, things, ground: channels of the background, 0 to 255.
-        brightness, contrast: factors.
-        warmth: added share of red, taken from blue.
-        noise: standard deviation, of 255.
-        weights: of attribute values, where they differ from [`ATTRIBUTES`].
-        styles: caption styles, drawn evenly: 0 is one sentence, 1 short sentences, 2 from the feet up.
-    """
-
-    wall: tuple[int, int] = (70, 215)
+    wall: tuple[int, int] = (70, 215)  # channels of the background, 0 to 255
     things: tuple[int, int] = (40, 230)
     ground: tuple[int, int] = (80, 180)
-    brightness: tuple[float, float] = (0.7, 1.2)
+    brightness: tuple[float, float] = (0.7, 1.2)  # factors
     contrast: tuple[float, float] = (0.8, 1.15)
-    warmth: tuple[float, float] = (-0.06, 0.06)
-    noise: tuple[float, float] = (2, 10)
-    weights: dict[str, dict[str, float]] = field(default_factory=dict)
-    styles: tuple[int, ...] = (0, 1, 2)
+    warmth: tuple[float, float] = (-0.06, 0.06)  # added share of red, taken from blue
+    noise: tuple[float, float] = (2, 10)  # standard deviation, of 255
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)  # where they differ from `ATTRIBUTES`
+    styles: tuple[int, ...] = (0, 1, 2)  # of captions: one sentence, short sentences, from the feet up
 
 
 DOMAINS = {
@@ -342,10 +332,6 @@ _COLOUR_WORDS = {"grey": ("grey", "gray"), "blond": ("blond", "blonde"), "purple
 _PLURAL = ("trousers", "pants", "shorts", "short pants")
 
 
-def _with_article(text: str) -> str:
-    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
-
-
 class _Writer:
     """Parts of a caption of a person, drawn one after the other; keeps what they named, and their phrases."""
 
@@ -369,8 +355,10 @@ class _Writer:
         return self.rng.choice(_NOUNS[self.person[f"{part}_type"]])
 
     def phrase(self, words: list[str], article: bool = False) -> str:
-        self.phrases.append(" ".join(words))
-        return _with_article(self.phrases[-1]) if article else self.phrases[-1]
+        """Adjectives and a noun, which alone is no phrase."""
+        text = " ".join(words)
+        self.phrases += [text] if len(words) > 1 else []
+        return f"{'an' if text[0] in 'aeiou' else 'a'} {text}" if article else text
 
     def garment(self, part: str, chance: float) -> str:
         """Adjectives in one of two orders and the garment's noun."""
@@ -380,10 +368,7 @@ class _Writer:
             words.insert(0 if pattern == "plain" else self.rng.randint(0, len(words)), pattern)
         self.named.append(f"{part}_type")
         noun = self.noun(part)
-        article = noun not in _PLURAL
-        if words:
-            return self.phrase([*words, noun], article)
-        return _with_article(noun) if article else noun
+        return self.phrase([*words, noun], article=noun not in _PLURAL)
 
     def hair(self, pattern: str = "{}") -> str:
         """`pattern` with the hair in it, or nothing where no attribute is named."""
@@ -398,8 +383,7 @@ class _Writer:
     def item(self, kind: str) -> str:
         self.named.append(f"{kind}_type")
         words = [self.colour(kind)] if self.names(f"{kind}_colour", 0.75) else []
-        noun = self.noun(kind)
-        return self.phrase([*words, noun], article=True) if words else f"a {noun}"
+        return self.phrase([*words, self.noun(kind)], article=True)
 
     def sentences(self, style: int, has_hair: bool, has_shoes: bool, who: str) -> list[str]:
         """Hair, clothes and shoes in one of the styles of [`Domain`]."""

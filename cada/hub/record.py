@@ -78,11 +78,10 @@ class _Recipe(TypedDict):
     persons_held_out_of_train: NotRequired[int]  # and the options of the training
 
 
-# And R1, R5, R10, mAP and mINP in percent of each stage, such as `global_R1`.
 class _Metrics(TypedDict):
     queries: int
     gallery: int
-    rerank_k: int
+    rerank_k: int  # and R1, R5, R10, mAP and mINP in percent of each stage, such as `global_R1`
 
 
 class Training(_Measured):
