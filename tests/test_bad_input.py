@@ -363,6 +363,7 @@ CLS, PATCH, POSITIONS = (
         (BIAS, torch.zeros(2).to_sparse(), "not of plain floating-point numbers"),
         (BIAS, torch.tensor([0.0, float("nan")]), "'itm_head.bias' holds NaN"),
         (BIAS, torch.zeros(3), "The sizes do not fit"),
+        (BIAS, torch.zeros(1).expand(10**9), "is not stored whole"),
         (QKV, torch.tensor(1.0), "is not made of q, k and v"),
         (QKV, torch.zeros(7, 32), "is not made of q, k and v"),
         (PATCH, torch.zeros(3), "give no model: .* Is it of 'cada_original'"),

@@ -148,6 +148,9 @@ def convert_state_dict(
 def _check_tensor(key: str, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided or not tensor.is_floating_point():
         raise CADAError(f"{key!r} is of the type {tensor.dtype}, not of plain floating-point numbers.")
+    # A file of a few bytes may claim a tensor of any size, by repeating one number.
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        raise CADAError(f"{key!r} of the shape {tuple(tensor.shape)} is not stored whole.")
     if not tensor.float().isfinite().all():
         raise CADAError(f"{key!r} holds NaN or infinite numbers. Take another checkpoint.")
 
