@@ -55,10 +55,11 @@ RECIPE = (
     *("--max_steps", "800", "--per_device_train_batch_size", "64"),
     # Muon reaches in 600 steps what AdamW needs 1,700 for.
     *("--muon_learning_rate", "0.02", "--learning_rate", "2e-3", "--weight_decay", "0"),
-    *("--warmup_steps", "0.05", "--max_grad_norm", "5"),
+    # Short as the training is, every early step at the full rate counts.
+    *("--warmup_steps", "10", "--lr_scheduler_type", "linear", "--adam_beta2", "0.98", "--max_grad_norm", "5"),
     # From random weights the hardest negatives teach nothing at first.
     *("--negative_sampling", "annealed"),
-    *("--negative_temperature_start", "1", "--negative_temperature_end", "0.05"),
+    *("--negative_temperature_start", "1", "--negative_temperature_end", "0.07"),
     # The last weights are the best, as the learning rate falls to zero: no evaluation before the test.
     *("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"),
     # Heads of 32 numbers and texts of 31 tokens: plain attention is faster here than the fused one.
@@ -104,8 +105,9 @@ def build_start(splits: DatasetDict, folder: Path, seed: int) -> None:
         group_stride=17,
         # The decoder has to learn where to look. Masked attributes teach it, so they count more than the paper's 0.1
         # for a pre-trained decoder; and the contrastive loss has the form of the authors' code, which has a steeper
-        # gradient far from the goal.
+        # gradient far from the goal, at a temperature that suits a network that knows nothing yet.
         ara_weight=3.0,
+        temperature=0.035,
         pool_padding=False,  # then a text is padded to the longest of its batch only
         contrastive_loss="ndf_reference",
     )
