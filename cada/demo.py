@@ -53,8 +53,8 @@ SENTENCES = {
 # The training: arguments of train_cada.py.
 RECIPE = (
     *("--max_steps", "750", "--per_device_train_batch_size", "64"),
-    # Muon reaches in 600 steps what AdamW needs 1,700 for. Without weight decay the persons of the training are learned
-    # by heart. Short as the training is, early steps at the full rate count, and AdamW's averages have to follow soon.
+    # Muon reaches in 600 steps what AdamW needs 1,700 for. Without weight decay the persons of the training are
+    # learned by heart. It is short: early steps at the full rate count, and AdamW's averages have to follow soon.
     *("--muon_learning_rate", "0.02", "--learning_rate", "2e-3", "--weight_decay", "0.1", "--adam_beta2", "0.98"),
     *("--warmup_steps", "10", "--lr_scheduler_type", "linear", "--max_grad_norm", "5"),
     # From random weights the hardest negatives teach nothing at first.
@@ -105,8 +105,8 @@ def build_start(splits: DatasetDict, folder: Path, seed: int) -> None:
         group_stride=17,
         # The decoder has to learn where to look. Masked attributes teach it, so they count more than the paper's 0.1
         # for a pre-trained decoder; and the contrastive loss has the form of the authors' code, which has a steeper
-        # gradient far from the goal. With a larger weight, and with the paper's temperature of 0.02, whose gradients are
-        # larger, ATP has too small a share, and local matching may stay below global matching.
+        # gradient far from the goal. With a larger weight, and with the paper's temperature of 0.02, whose gradients
+        # are larger, ATP has too small a share, and local matching may stay below global matching.
         ara_weight=3.0,
         temperature=0.035,
         pool_padding=False,  # then a text is padded to the longest of its batch only
