@@ -339,7 +339,7 @@ def test_recipe_in_the_record_names_what_was_given(tmp_path):
     (tmp_path / "fields.json").write_text('{"mask_rate": 0.4}')
     splits = DatasetDict(train=Dataset.from_dict({"person_id": [1, 1, 2], "captions": [["a"], ["b", "c"], ["d"]]}))
     state = TrainerState(epoch=1.0, global_step=3)
-    more = {"data_seed": 0, "optim_args": "rank=8", "adam_beta2": 0.98, "muon_learning_rate": 0.02}
+    more = {"data_seed": 0, "adam_beta2": 0.98, "muon_learning_rate": 0.02}
     recipes = []
     for overrides, given in ((None, {}), (str(tmp_path / "fields.json"), more)):
         model, data = ModelArguments(config_overrides=overrides), DataArguments("org/set")
