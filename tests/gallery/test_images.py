@@ -398,22 +398,27 @@ def test_an_old_index_knows_its_source(tmp_path):
     picture(tmp_path / "images" / "x.png")
     (tmp_path / "other").mkdir()
     (tmp_path / "list.csv").write_text("path\nx.png\n")
-    given = [str(tmp_path / "list.csv"), None, tmp_path / "images"]
-    recorded = describe_source(*given, None, False)
-    assert recorded == {"location": given[0], "split": None, "root": str(tmp_path / "images"), "hidden": False}
-    assert describe_source(given[0], None, None, recorded, False) == recorded  # the root need not be said again
+
+    def described(location, recorded, moved=False, **given):
+        given = {"location": str(location), "split": None, "root": None, "hidden": None, **given}
+        return describe_source(given, recorded, moved)
+
+    table = tmp_path / "list.csv"
+    recorded = described(table, None, root=tmp_path / "images")
+    assert recorded == {"location": str(table), "split": None, "root": str(tmp_path / "images"), "hidden": False}
+    assert described(table, recorded) == recorded  # the root need not be said again
     assert source_arguments(recorded) == f"{tmp_path}/list.csv --root {tmp_path}/images"
-    hidden = describe_source(given[0], None, None, recorded, False, hidden=True)
+    hidden = described(table, recorded, hidden=True)
     assert hidden == {**recorded, "hidden": True} and source_arguments(hidden).endswith(" --hidden")
-    assert describe_source(given[0], None, None, hidden, False) == hidden
+    assert described(table, hidden) == hidden
     with pytest.raises(CADAError, match="other location and root.*--moved-source"):
-        describe_source(str(tmp_path / "other"), None, None, recorded, False)
-    moved = describe_source(str(tmp_path / "other"), None, None, recorded, True)
+        described(tmp_path / "other", recorded)
+    moved = described(tmp_path / "other", recorded, moved=True)
     assert moved == {"location": str(tmp_path / "other"), "split": None, "root": None, "hidden": False}
     # A data set on the Hub: the split of the record counts.
     hub = {"location": "org/set", "split": "test", "root": None, "hidden": False}
-    assert describe_source("org/set", None, None, hub, False) == hub
+    assert described("org/set", hub) == hub
     with pytest.raises(CADAError, match="other split"):
-        describe_source("org/set", "train", None, hub, False)
+        described("org/set", hub, split="train")
     with pytest.raises(CADAError, match="which is not there. Is its disk mounted.*--moved-source"):
         open_source({**recorded, "root": str(tmp_path / "gone")}, tmp_path / "index")
