@@ -4,7 +4,7 @@ import hashlib
 import os
 import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,11 +38,6 @@ def content_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether a file, relative to its gallery, is a hidden one, or lies in a folder that a system made for itself."""
-    return any(part[0] == "." or part.lower() in _OF_SYSTEMS for part in path.parts)
-
-
 class ImageFiles:
     """
     Image files: those below a folder, or those that a CSV or JSONL file names.
@@ -62,18 +57,9 @@ class ImageFiles:
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
-        problems, stamps = [], []
+        problems = []
         columns = {"path": sorted(self._walk(problems))} if self.list is None else self._read_list()
-        for name in tqdm(columns["path"], "Looking for images", unit="image", disable=len(columns["path"]) < 10_000):
-            stamps.append(None)
-            try:
-                name.encode()
-                stamps[-1] = self._stamp(name)
-            except UnicodeEncodeError:
-                problems.append((os.fsencode(name).decode(errors="backslashreplace"), "has a name that is not UTF-8"))
-            except OSError as error:
-                problems.append((name, problem_of(error)))
-        return _listing(columns, stamps), problems
+        return _listing(columns, self._stamp, problems)
 
     def _stamp(self, name: str) -> str:
         status = os.stat(self.root / name)
@@ -97,7 +83,8 @@ class ImageFiles:
         self.hidden = 0
 
         def left_out(path: Path) -> bool:
-            return not self.with_hidden and is_hidden(path)
+            hidden = any(part[0] == "." or part.lower() in _OF_SYSTEMS for part in path.parts)
+            return hidden and not self.with_hidden
 
         def stop(error: OSError):
             if not left_out(Path(error.filename).relative_to(self.root)):  # those of systems are often closed
@@ -203,13 +190,6 @@ class ImageRows:
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
-        problems, stamps = [], []
-        for name in tqdm(self.row_of, "Reading images", unit="image", leave=False):
-            stamps.append(None)
-            try:
-                stamps[-1] = content_digest(self.read(name))
-            except OSError as error:
-                problems.append((name, str(error)))
         others = self.dataset.remove_columns([c for c in ("image", "file_name") if c in self.dataset.column_names])
         others = others.flatten()
         table = others.with_format("arrow")[:] if others.column_names else pa.table({})
@@ -219,7 +199,7 @@ class ImageRows:
                 classes = pc.if_else(pc.less(table[name], 0), pa.scalar(None, pa.int64()), table[name])
                 table = table.set_column(number, name, pc.take(pa.array(feature.names), classes))
         columns = _metadata(dict(zip(table.column_names, table.columns)), self.name)
-        return _listing({"path": list(self.row_of), **columns}, stamps), problems
+        return _listing({"path": self.row_of, **columns}, lambda name: content_digest(self.read(name)), [])
 
     def read(self, path: str) -> bytes:
         """The bytes of an image; an `OSError` where there are none."""
@@ -231,11 +211,22 @@ class ImageRows:
         return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
 
 
-def _listing(columns: dict, stamps: list[str | None]) -> pa.Table:
-    """`path`, `stamp` and the other columns of the images that have a stamp, in the order of their paths."""
-    paths = [path if stamp else None for path, stamp in zip(columns.pop("path"), stamps)]
+def _listing(columns: dict, stamp_of: Callable[[str], str], problems: list) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """`path`, `stamp` and the other columns of the images that have a stamp; `problems` with those that have none."""
+    paths, stamps = [], []
+    for name in tqdm(columns.pop("path"), "Looking at images", unit="image", leave=False, delay=5):
+        path = stamp = None
+        try:
+            name.encode()
+            path, stamp = name, stamp_of(name)
+        except UnicodeEncodeError:
+            problems.append((name.encode(errors="backslashreplace").decode(), "has a name that is not UTF-8"))
+        except OSError as error:
+            problems.append((name, problem_of(error)))
+        paths.append(path)
+        stamps.append(stamp)
     table = pa.table({"path": pa.array(paths, pa.string()), "stamp": pa.array(stamps, pa.string()), **columns})
-    return table.filter(table["stamp"].is_valid()).sort_by("path")
+    return table.filter(table["stamp"].is_valid()).sort_by("path"), problems
 
 
 def _metadata(columns: dict, origin: str) -> dict:
@@ -274,13 +265,8 @@ def _metadata(columns: dict, origin: str) -> dict:
 def describe_source(given: dict, recorded: dict | None, moved: bool) -> dict:
     """
     The record of a source: what is `given` (`location`, `split`, `root`, `hidden`), and for an index that has one
-    (`recorded`) its split, root and `hidden` where they are not given.
-
-    Args:
-        moved: whether an index of another source may be pointed to this one.
-
-    Raises:
-        CADAError: where `recorded` is another source and `moved` is false.
+    (`recorded`) its split, root and `hidden` where they are not given. A `CADAError` where `recorded` is another
+    source, unless it has `moved`.
     """
     path, root = Path(given["location"]), given["root"]
     source = {
@@ -317,13 +303,8 @@ def _is_saved(path: Path) -> bool:
 
 def open_source(source: dict, index: str | os.PathLike | None = None) -> ImageFiles | ImageRows:
     """
-    The images that [`describe_source`] describes.
-
-    Args:
-        index: the folder of the index that has them in its record.
-
-    Raises:
-        CADAError: where they are not there, or not of the kind that the arguments are for.
+    The images that [`describe_source`] describes; `index` is the folder of the index that has them in its record. A
+    `CADAError` where they are not there, or not of the kind that the arguments are for.
     """
     location, path = source["location"], Path(source["location"])
     for place in (location, source["root"]):

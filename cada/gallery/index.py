@@ -38,14 +38,7 @@ from cada.data.images import open_image
 from cada.evaluation.encoding import Gallery, Queries, encode_queries
 from cada.evaluation.matching import match_candidates
 from cada.files import CADAError, counted, make_output_folder, only_writer, printable, problem_of, written_whole
-from cada.gallery.images import (
-    ImageFiles,
-    ImageRows,
-    content_digest,
-    describe_source,
-    open_source,
-    source_arguments,
-)
+from cada.gallery.images import ImageFiles, ImageRows, content_digest, describe_source, open_source, source_arguments
 from cada.gallery.store import (
     FORMAT,
     MEND,
@@ -61,7 +54,7 @@ from cada.gallery.store import (
     states_file,
 )
 from cada.gallery.update import Changes, Update, encode_shards
-from cada.hub.loading import check_processor, commit_of, load_model, load_processor
+from cada.hub.loading import commit_of, load_model_and_processor
 from cada.hub.record import search_digest
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
@@ -75,36 +68,22 @@ _WAIT = datetime.timedelta(days=7)  # for the slowest process; a dead one ends t
 
 @dataclass(frozen=True)
 class Result:
+    """A ranked image."""
+
+    path: str  # relative to the indexed folder; of a data set its `file_name` or row number
+    score: float  # what it is ranked by: S_G + S_L where `stage` is "local", S_G where it is "global"
+    stage: str  # "local" for candidates that the decoder has read with the sentence; they rank before all others
+    metadata: dict  # the other columns of the list or data set, by name
+
+
+def _load(name: str, revision: str | None, device, record: dict | None) -> tuple:
     """
-    A ranked image.
-
-    Attributes:
-        path: of the image, relative to the indexed folder; of a data set its `file_name` or row number.
-        score: what it is ranked by: S_G + S_L where `stage` is `"local"`, S_G where it is `"global"`.
-        stage: `"local"` for candidates that the decoder has read with the sentence; they rank before all others.
-        metadata: the other columns of the list or data set, by name.
-    """
-
-    path: str
-    score: float
-    stage: str
-    metadata: dict
-
-
-def _load(
-    name: str, revision: str | None, device: str | torch.device | None, record: dict | None
-) -> tuple[CADAForTextToImageRetrieval, CADAProcessor, str]:
-    """
-    Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on.
-
-    Raises:
-        CADAError: where one cannot be loaded whole, or they do not belong together.
-        CADAError: where `record` has another digest, or the model is no longer where it was, or for the device.
+    Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on. A
+    `CADAError` also where `record` has another digest, or the model is no longer where it was, or for the device.
     """
     if record is not None and name == record["model"] and os.path.isabs(name) and not os.path.exists(name):
         raise CADAError(f"The model of this index was in {name}, which is not there. Say where it is: --model NAME.")
-    model, processor = load_model(name, revision), load_processor(name, revision)
-    check_processor(processor, model.config)
+    model, processor = load_model_and_processor(name, revision)
     digest = search_digest(model, processor)
     if record is not None and digest != record["digest"]:
         raise CADAError(
@@ -120,39 +99,23 @@ def _load(
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """
-    How [`build_index`] makes an index. What an old index knows need not be said again.
+    """How [`build_index`] makes an index. What an old index knows need not be said again."""
 
-    Args:
-        revision: tag, branch or commit of the model on the Hub. The index keeps the commit, whatever comes after it.
-        split: of a data set.
-        root: folder that the paths of a list are relative to; by default the list's own.
-        hidden: take also hidden files, and those in folders that systems make for themselves (thumbnails, waste bins).
-        uri: address of Milvus, which keeps the features then. By default they are in a table in the index.
-        approximate: an index type of Milvus: `"FLAT"` (exact, the default), `"IVF_FLAT"` or `"HNSW"`.
-        keep_patches: keep patch states in half precision, so that re-ranking need not read image files.
-        moved_source: point an old index to another source, such as the moved folder. Images whose path and content
-            are as before are not encoded again, all others of the old source are dropped.
-        check_content: read every file. By default one whose size, times and inode are as before is taken as unchanged.
-        batch_size: images that are encoded at once.
-        workers: processes that decode images.
-        shard_size: images per shard: what an interruption costs at most.
-        progress: show bars.
-    """
-
-    revision: str | None = None
-    split: str | None = None
-    root: str | os.PathLike | None = None
-    hidden: bool | None = None
-    uri: str | None = None
-    approximate: str | None = None
-    keep_patches: bool | None = None
+    revision: str | None = None  # tag, branch or commit of the model on the Hub; the index keeps the commit
+    split: str | None = None  # of a data set
+    root: str | os.PathLike | None = None  # folder that the paths of a list are relative to; by default the list's own
+    hidden: bool | None = None  # take also hidden files, and those in folders of systems (thumbnails, waste bins)
+    uri: str | None = None  # address of Milvus, which keeps the features then; by default they are in the index
+    approximate: str | None = None  # an index type of Milvus: "FLAT" (exact, the default), "IVF_FLAT" or "HNSW"
+    keep_patches: bool | None = None  # keep patch states, so that re-ranking need not read image files
+    # Point an old index to another source, such as the moved folder. Images whose path and content are as before are
+    # not encoded again, all others of the old source are dropped.
     moved_source: bool = False
-    check_content: bool = False
-    batch_size: int = 64
-    workers: int = 0
-    shard_size: int = 1024
-    progress: bool = True
+    check_content: bool = False  # read every file; by default one is unchanged if its size, times and inode are
+    batch_size: int = 64  # images that are encoded at once
+    workers: int = 0  # processes that decode images
+    shard_size: int = 1024  # images per shard: what an interruption costs at most
+    progress: bool = True  # show bars
 
     def __post_init__(self):
         if min(self.batch_size, self.shard_size) < 1 or self.workers < 0:
@@ -236,27 +199,23 @@ def open_index(index: str | os.PathLike, model: str | None = None, device: str |
         device: of the model; the GPU where there is one.
 
     Raises:
-        CADAError: where the folder holds no index.
+        CADAError: where the folder holds no index, or a damaged one.
     """
     folder = Path(index)
-    record = read_record(folder)
-    if record is None:
-        again = f"cada index ... --out {shlex.quote(str(folder))}"
-        finished = len(shard_files(folder))
-        if finished:
-            raise CADAError(
-                f"{index} holds no index yet, but {counted(finished, 'finished shard')} of an interrupted run. Run "
-                f"the same command again to go on: {again}"
-            )
-        raise CADAError(f"{index} holds no index ({RECORD}). Make one: {again}")
-    try:
-        return GalleryIndex(folder, record, model or record["model"], device)
-    except CADAError:
-        new = read_record(folder)
-        if new is None or new == record:
-            raise
-        # It was brought up to date at this moment.
-        return GalleryIndex(folder, new, model or new["model"], device)
+    while record := read_record(folder):
+        try:
+            return GalleryIndex(folder, record, model or record["model"], device)
+        except CADAError:
+            if read_record(folder) == record:
+                raise
+            # Else it was brought up to date at this moment.
+    again = f"cada index ... --out {shlex.quote(str(folder))}"
+    if finished := len(shard_files(folder)):
+        raise CADAError(
+            f"{index} holds no index yet, but {counted(finished, 'finished shard')} of an interrupted run. Run the "
+            f"same command again to go on: {again}"
+        )
+    raise CADAError(f"{index} holds no index ({RECORD}). Make one: {again}")
 
 
 def _content(source: ImageFiles | ImageRows, row: dict) -> bytes:
@@ -317,16 +276,11 @@ class GalleryIndex:
 
     @property
     def _remedy(self) -> str:
-        """How to bring the index up to date."""
         out = shlex.quote(str(self.folder))
         return f"Bring the index up to date: cada index {source_arguments(self.record['source'])} --out {out}"
 
     def search(
-        self,
-        sentences: str | Sequence[str],
-        top: int = 10,
-        rerank: int | None = None,
-        where: str | Sequence[str] = (),
+        self, sentences: str | Sequence[str], top: int = 10, rerank: int | None = None, where: str | Sequence[str] = ()
     ) -> list[list[Result]]:
         """
         The `top` images for every sentence, best first. A candidate of re-ranking whose image is gone or has changed
@@ -452,12 +406,7 @@ class GalleryIndex:
         return load_file(self.folder / PATCHES / name)["states"]
 
     def image(self, path: str) -> Image.Image:
-        """
-        The image of the gallery named `path`, upright.
-
-        Raises:
-            CADAError: for anything that is not in the index, is gone, or has changed since.
-        """
+        """The image named `path`, upright; a `CADAError` where it is not in the index, gone, or has changed since."""
         row = self.store.find(path)
         if row is None:
             raise CADAError(f"The index holds no image {path!r}.")

@@ -20,7 +20,6 @@ logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints every erro
 # Types of index, and what a server wants to know to build one: lists; neighbours, and candidates for these.
 INDEXES = {"FLAT": {}, "IVF_FLAT": {"nlist": 1024}, "HNSW": {"M": 16, "efConstruction": 200}}
 _ROWS = 1_000  # of one message
-_LIMIT = 16_384  # images that a search gives at most
 _FIELDS = ["path", "digest", "metadata"]
 
 
@@ -46,9 +45,8 @@ class _Client:
 
 class MilvusStore:
     """
-    The rows in a collection of a Milvus server, whose token stands in the environment variable `MILVUS_TOKEN`. Search
-    is exact (`FLAT`) unless `approximate` names another of [`INDEXES`]. Rows are replaced one after the other, not all
-    at once. Methods are those of [`ArrowStore`].
+    The rows in a collection of a Milvus server. Search is exact (`FLAT`) unless `approximate` names another of
+    [`INDEXES`]. Rows are replaced one after the other, not all at once. Methods are those of [`ArrowStore`].
     """
 
     def __init__(self, record: dict):
@@ -82,27 +80,29 @@ class MilvusStore:
         return self.client.query(self.name, filter=condition, output_fields=["count(*)"])[0]["count(*)"]
 
     def find(self, path: str) -> dict | None:
-        rows = self.client.get(self.name, ids=[_key(path)], output_fields=_FIELDS)
+        rows = self.client.get(self.name, ids=[content_digest(path.encode())], output_fields=_FIELDS)
         return self._row(rows[0]) if rows else None
 
     def _row(self, entity: dict) -> dict:
         metadata = {name: entity["metadata"].get(name) for name in self.record["columns"]}
         return {"path": entity["path"], "digest": entity["digest"], **metadata}
 
-    def _rows(self, fields: Iterable[str]) -> Iterator[dict]:
-        iterator = self.client.query_iterator(self.name, batch_size=_ROWS, filter="", output_fields=[*fields])
+    def _rows(self, fields: list[str]) -> Iterator[dict]:
+        iterator = self.client.query_iterator(self.name, batch_size=_ROWS, filter="", output_fields=fields)
         while rows := self.client.call(iterator.next):
             yield from rows
 
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         kinds = {"feature": feature_type(self.record["dimension"]), **self.record.get("columns", {})}
         schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
-        for rows in _parts(self._rows({*RESERVED, "metadata"} & {*columns, "metadata"})):
-            yield pa.Table.from_pylist([row["metadata"] | row for row in rows], schema=schema)
+        own = [name for name in columns if name in RESERVED]
+        for rows in _parts(self._rows([*own, "metadata"])):
+            data = [row["metadata"] | {name: row[name] for name in own} for row in rows]
+            yield pa.Table.from_pylist(data, schema=schema)
 
     def search(self, queries: torch.Tensor, k: int, conditions: Sequence[Condition] = ()) -> Hits:
-        if k > _LIMIT:
-            raise CADAError(f"Milvus gives at most {_LIMIT} images; asked for {k}. Lower --top.")
+        if k > 16_384:
+            raise CADAError(f"Milvus gives at most 16384 images; asked for {k}. Lower --top.")
         options = {"filter": " and ".join(map(_expression, conditions)), "limit": k, "output_fields": _FIELDS}
         # The lists and candidates that are visited may hold fewer images than are asked for; then all are.
         for visited in ({"nprobe": 64, "ef": max(64, 2 * k)}, {"nprobe": 1024, "ef": 32_768}):
@@ -117,7 +117,8 @@ class MilvusStore:
         wanted = {}
         for row in listing.to_pylist():  # without missing values: these fulfil no condition
             metadata = {name: value for name, value in row.items() if name not in RESERVED and value is not None}
-            wanted[row["path"]] = {"key": _key(row["path"]), "stamp": row["stamp"], "metadata": metadata}
+            new = {"key": content_digest(row["path"].encode()), "stamp": row["stamp"], "metadata": metadata}
+            wanted[row["path"]] = new
         for batch in encoded.to_batches(max_chunksize=_ROWS):
             self._upsert(batch.to_pylist(), wanted)
         outdated, gone = [], []
@@ -134,13 +135,8 @@ class MilvusStore:
         return {}
 
     def _upsert(self, rows: list[dict], wanted: dict[str, dict]) -> None:
-        features = ([float(number) for number in row["feature"]] for row in rows)
-        data = [row | wanted[row["path"]] | {"feature": feature} for row, feature in zip(rows, features)]
+        data = [row | wanted[row["path"]] | {"feature": list(map(float, row["feature"]))} for row in rows]
         self.client.upsert(self.name, data=data)
-
-
-def _key(path: str) -> str:
-    return content_digest(path.encode())
 
 
 def _parts(values: Iterable) -> Iterator[list]:

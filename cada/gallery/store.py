@@ -13,7 +13,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
@@ -41,14 +41,8 @@ OWN_FILES = {
 }
 TYPES = {"int64": int, "float64": float, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
 _CONDITION = re.compile(r"(.+?)(==|!=|<=|>=|=<|=>|=|<|>)(.*)", re.DOTALL)
-_COMPARE = {
-    "==": pc.equal,
-    "!=": pc.not_equal,
-    "<": pc.less,
-    "<=": pc.less_equal,
-    ">": pc.greater,
-    ">=": pc.greater_equal,
-}
+_COMPARE = {"==": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal}
+_COMPARE |= {">": pc.greater, ">=": pc.greater_equal}
 _ROWS_AT_ONCE = 65_536
 _QUERIES_AT_ONCE, _ROWS_OF_A_PRODUCT = 256, 2048  # whose float32 copy stays in the cache
 # Of a product of unit vectors in half precision with sums in float32: 2^-11 for the query, 2^-11 for the result, and
@@ -57,12 +51,7 @@ _ERROR_OF_HALF, _ERROR_OF_SINGLE = 1.1e-3, 2e-5
 
 
 def read_record(index: Path) -> dict | None:
-    """
-    The record of an index; `None` where the folder has none.
-
-    Raises:
-        CADAError: where it is damaged, of another version, or no record.
-    """
+    """The record of an index, `None` where there is none; a `CADAError` where it is damaged or of another version."""
     path, again = index / RECORD, "Index again, into another folder."
     if not os.path.lexists(path):
         return None
@@ -77,12 +66,7 @@ def read_record(index: Path) -> dict | None:
 
 
 def index_settings(index: Path, record: dict | None, **given) -> dict:
-    """
-    Arguments of a new index with their defaults; for an old one those that it was made with.
-
-    Raises:
-        CADAError: for a wrong argument, or one that is not as it was.
-    """
+    """Arguments of a new index; for an old one those that it was made with, and a `CADAError` for others."""
     if given["uri"] is not None and "://" not in given["uri"]:
         raise CADAError(f"--uri is {given['uri']!r}. Give the address of Milvus, such as http://localhost:19530.")
     if record is None:
@@ -105,11 +89,8 @@ def index_settings(index: Path, record: dict | None, **given) -> dict:
 
 def check_output(index: Path, source: dict, new: bool) -> None:
     """
-    Whether `index` can be the folder of an index of `source`. A `new` one may hold nothing but what an interrupted
-    run has left.
-
-    Raises:
-        CADAError: where it holds the images, or other files.
+    A `CADAError` where `index` cannot be the folder of an index of `source`: it holds the images, or is `new` and
+    holds more than what an interrupted run has left.
     """
     for place in (source["location"], source["root"]):
         if place is not None and os.path.exists(place) and Path(place).is_relative_to(index.resolve()):
@@ -124,15 +105,15 @@ def check_output(index: Path, source: dict, new: bool) -> None:
                 raise CADAError(f"--out {index} is no index and holds {path.name}. Choose an empty or a new folder.")
 
 
-def own_files(index: Path) -> list[Path]:
-    """The files in the folder of an index that are ours, without the record and the lock."""
-    folders = [(index / name, pattern) for name, pattern in OWN_FILES.items() if (index / name).is_dir()]
-    return [path for folder, pattern in folders for path in folder.iterdir() if pattern.fullmatch(path.name)]
+def own_files(index: Path, *folders: str) -> list[Path]:
+    """The files of an index, in some of its folders or in all, that are ours; without the record and the lock."""
+    there = [name for name in folders or OWN_FILES if (index / name).is_dir()]
+    return [path for name in there for path in (index / name).iterdir() if OWN_FILES[name].fullmatch(path.name)]
 
 
 def shard_files(index: Path) -> list[Path]:
     """The files of the finished shards that wait in `pending/`."""
-    return sorted(path for path in own_files(index) if path.parent.name == PENDING and path.name[0] != ".")
+    return sorted(path for path in own_files(index, PENDING) if path.name[0] != ".")
 
 
 def states_file(model: str, path: str, digest: str) -> str:
@@ -146,11 +127,12 @@ def shard_schema(dimension: int) -> pa.Schema:
     return pa.schema([*((name, pa.string()) for name in names), ("feature", feature_type(dimension))])
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a table of Arrow, whole or not at all."""
+def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write tables of Arrow into one file, whole or not at all."""
     with written_whole(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        with pa.ipc.new_stream(sink, schema) as writer:
+            for table in tables:
+                writer.write_table(table)
 
 
 def feature_type(dimension: int) -> pa.DataType:
@@ -175,11 +157,8 @@ class Condition:
 
 def parse_conditions(where: str | Sequence[str], columns: dict[str, str]) -> list[Condition]:
     """
-    `"camera=3"` and the like as conditions on `columns` (name: type).
-
-    Raises:
-        CADAError: for an unknown column, an unknown form, or a value that is not of the column's type. A text may
-            stand in quotes.
+    `"camera=3"` and the like as conditions on `columns` (name: type); a value may stand in quotes. A `CADAError` for
+    an unknown column, an unknown form, or a value that is not of the column's type.
     """
     conditions = []
     for text in [where] if isinstance(where, str) else where:
@@ -212,13 +191,7 @@ Hits = list[list[tuple[float, dict]]]  # for each query the scores and rows of w
 
 
 class ArrowStore:
-    """
-    The rows as one memory-mapped Arrow table, in the order of the listing, which is that of the paths.
-
-    Args:
-        folder: of the index.
-        record: its `index.json`.
-    """
+    """The rows as one memory-mapped Arrow table in the folder of the index, in the order of their paths."""
 
     def __init__(self, folder: Path, record: dict):
         self.folder, self.record, self.dataset = folder, record, None
@@ -255,10 +228,7 @@ class ArrowStore:
         return _Features(self._table["feature"])
 
     def search(self, queries: torch.Tensor, k: int, conditions: Sequence[Condition] = ()) -> Hits:
-        """
-        The best `k` rows and their scores for each of `queries` `(queries, d)`, best first; of equal scores in the
-        order of paths.
-        """
+        """The best `k` rows for each of `queries` `(queries, d)`; those of equal scores in the order of paths."""
         if len(self) == 0:
             return [[] for _ in queries]
         hold = [_COMPARE[asked.operator](self._table[asked.column], asked.value) for asked in conditions]
@@ -287,12 +257,13 @@ class ArrowStore:
         features = _Features(merged["feature"])
         schema = listing.schema.append(pa.field("feature", feature_type(self.record["dimension"])))
         changes = {"table": f"table-{uuid4().hex[:12]}.arrow"}
-        with written_whole(self.folder / changes["table"]) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-            with pa.ipc.new_stream(sink, schema) as writer:
-                for start in range(0, len(rows), _ROWS_AT_ONCE):
-                    part = features.take(rows[start : start + _ROWS_AT_ONCE])
-                    table = listing.slice(start, _ROWS_AT_ONCE).append_column("feature", feature_column(part))
-                    writer.write_table(table.combine_chunks())
+
+        def parts() -> Iterator[pa.Table]:
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                column = feature_column(features.take(rows[start : start + _ROWS_AT_ONCE]))
+                yield listing.slice(start, _ROWS_AT_ONCE).append_column("feature", column).combine_chunks()
+
+        write_tables(self.folder / changes["table"], schema, parts())
         return changes
 
 

@@ -31,7 +31,7 @@ from cada.gallery.store import (
     shard_files,
     shard_schema,
     states_file,
-    write_table,
+    write_tables,
 )
 from configuration_cada import CADAVisionConfig
 from processing_cada import CADAProcessor
@@ -165,8 +165,8 @@ def announce_states(index: Path, config: CADAVisionConfig, count: int) -> None:
 def whole_states(index: Path, config: CADAVisionConfig) -> set[str]:
     """Names of the files in `patches/` that are whole."""
     states = torch.empty(config.sequence_length, config.hidden_size, dtype=torch.float16)
-    files, size = own_files(index), len(save({"states": states}))
-    return {path.name for path in files if path.parent.name == PATCHES and path.stat().st_size == size}
+    size = len(save({"states": states}))
+    return {path.name for path in own_files(index, PATCHES) if path.stat().st_size == size}
 
 
 def read_shards(index: Path, record: dict) -> Iterator[tuple[str, pa.Table]]:
@@ -260,5 +260,6 @@ def encode_shards(model, processor, images, shards: list[Shard], index: Path, re
         columns = [pa.array([row[place] for row in rows], pa.string()) for place in range(3)]
         table = pa.table([*columns, column], schema=shard_schema(model.config.projection_dim))
         about = {"model": record["digest"], "unreadable": json.dumps(list(unreadable.items()))}
-        write_table(table.replace_schema_metadata(about), index / PENDING / f"{name}.arrow")
+        table = table.replace_schema_metadata(about)
+        write_tables(index / PENDING / f"{name}.arrow", table.schema, [table])
     bar.close()

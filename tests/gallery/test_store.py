@@ -21,7 +21,7 @@ from cada.gallery.store import (
     open_store,
     parse_conditions,
     read_record,
-    write_table,
+    write_tables,
 )
 from cada.gallery.update import clean, read_shards
 
@@ -248,10 +248,11 @@ def test_damaged_shards_are_dropped(tmp_path, damage):
     _, encoded = tables(["a"], unit_vectors(1, 0))
     names = [tmp_path / "pending" / f"0123456789ab-00000{number}.arrow" for number in (0, 1)]
     for name in names:
-        write_table(encoded.replace_schema_metadata({"model": "x", "unreadable": "[]"}), name)
+        table = encoded.replace_schema_metadata({"model": "x", "unreadable": "[]"})
+        write_tables(name, table.schema, [table])
     content = names[1].read_bytes()
     if damage == "foreign":
-        write_table(pa.table({"a": [1]}), names[1])
+        write_tables(names[1], pa.schema([("a", pa.int64())]), [pa.table({"a": [1]})])
     else:
         names[1].write_bytes(content[: len(content) // 2] if damage == "cut" else damage.encode())
     assert [name for name, _ in read_shards(tmp_path, {"digest": "x", "dimension": DIMENSION})] == [names[0].stem]
