@@ -365,6 +365,13 @@ def test_what_a_folder_holds_besides_images_is_named_and_not_read(tmp_path, monk
         images.read("x.png")
 
 
+def test_a_list_may_name_what_no_system_can(tmp_path):
+    """Half a surrogate pair, which JSON can write."""
+    (tmp_path / "list.jsonl").write_text('{"path": "\\ud800.png"}\n')
+    listing, problems = source(tmp_path / "list.jsonl").listing()
+    assert (len(listing), problems) == (0, [("\\ud800.png", "has a name that is not UTF-8")])
+
+
 def saved(folder, features, **columns):
     Dataset.from_dict(columns, features=Features(features)).save_to_disk(folder)
     return folder
@@ -388,6 +395,9 @@ def test_odd_data_sets(tmp_path):
         )
     )
     assert images.listing()[0]["path"].to_pylist() == ["00000000", "00000001"]
+    large = pa.table({"image": rows[:1] * 2, "hash": pa.array([1, 2**63], pa.uint64())})
+    Dataset(large).cast_column("image", image).save_to_disk(tmp_path / "large")
+    assert source(tmp_path / "large").listing()[0]["hash"].to_pylist() == ["1", "9223372036854775808"]
     with pytest.raises(CADAError, match="no images.*cast_column"):
         source(saved(tmp_path / "text", {"image": Value("string")}, image=["x.png"]))
     with pytest.raises(CADAError, match="has no splits.*--split"):

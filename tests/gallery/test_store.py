@@ -259,6 +259,12 @@ def test_damaged_shards_are_dropped(tmp_path, damage):
     assert not names[1].exists()
 
 
+def test_an_index_may_be_called_as_its_folders_are(tmp_path):
+    (tmp_path / "pending").mkdir()
+    store = written(new_store(tmp_path / "pending"), *tables(["a"], unit_vectors(1, 0)))
+    assert list(read_shards(tmp_path / "pending", store.record)) == [] and Path(store.place).is_file()
+
+
 def test_a_damaged_table_is_reported(tmp_path):
     store = written(new_store(tmp_path), *tables(["a"], unit_vectors(1, 0)))
     (tmp_path / store.record["table"]).write_bytes(b"no table")
