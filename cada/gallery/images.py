@@ -262,11 +262,11 @@ def _metadata(columns: dict, origin: str) -> dict:
     return kept
 
 
-def describe_source(given: dict, recorded: dict | None, moved: bool) -> dict:
+def describe_source(given: dict, recorded: dict | None) -> dict:
     """
     The record of a source: what is `given` (`location`, `split`, `root`, `hidden`), and for an index that has one
     (`recorded`) its split, root and `hidden` where they are not given. A `CADAError` where `recorded` is another
-    source, unless it has `moved`.
+    source, unless it is given as `moved_source`.
     """
     path, root = Path(given["location"]), given["root"]
     source = {
@@ -281,7 +281,7 @@ def describe_source(given: dict, recorded: dict | None, moved: bool) -> dict:
         source["split"] = source["split"] or (recorded["split"] if is_data_set else None)
         source["root"] = source["root"] or (recorded["root"] if is_list else None)
         changed = [name for name in ("location", "split", "root") if source[name] != recorded[name]]
-        if changed and not moved:
+        if changed and not given["moved_source"]:
             raise CADAError(
                 f"The index holds the images of {source_arguments(recorded)}, not of {source_arguments(source)} ("
                 f"other {' and '.join(changed)}). Choose another --out; or, if the images have moved or these are to "

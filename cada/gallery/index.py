@@ -53,9 +53,10 @@ from cada.gallery.store import (
     shard_files,
     states_file,
 )
-from cada.gallery.update import Changes, Update, encode_shards
+from cada.gallery.update import Changes, IndexOptions, Update, encode_shards
 from cada.hub.loading import commit_of, load_model_and_processor
 from cada.hub.record import search_digest
+from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
 
@@ -97,34 +98,6 @@ def _load(name: str, revision: str | None, device, record: dict | None) -> tuple
         raise CADAError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
 
 
-@dataclass(frozen=True)
-class IndexOptions:
-    """How [`build_index`] makes an index. What an old index knows need not be said again."""
-
-    revision: str | None = None  # tag, branch or commit of the model on the Hub; the index keeps the commit
-    split: str | None = None  # of a data set
-    root: str | os.PathLike | None = None  # folder that the paths of a list are relative to; by default the list's own
-    hidden: bool | None = None  # take also hidden files, and those in folders of systems (thumbnails, waste bins)
-    uri: str | None = None  # address of Milvus, which keeps the features then; by default they are in the index
-    approximate: str | None = None  # an index type of Milvus: "FLAT" (exact, the default), "IVF_FLAT" or "HNSW"
-    keep_patches: bool | None = None  # keep patch states, so that re-ranking need not read image files
-    # Point an old index to another source, such as the moved folder. Images whose path and content are as before are
-    # not encoded again, all others of the old source are dropped.
-    moved_source: bool = False
-    check_content: bool = False  # read every file; by default one is unchanged if its size, times and inode are
-    batch_size: int = 64  # images that are encoded at once
-    workers: int = 0  # processes that decode images
-    shard_size: int = 1024  # images per shard: what an interruption costs at most
-    progress: bool = True  # show bars
-
-    def __post_init__(self):
-        if min(self.batch_size, self.shard_size) < 1 or self.workers < 0:
-            raise CADAError(
-                f"batch_size is {self.batch_size}, shard_size {self.shard_size}, workers {self.workers}. Give 1, 1 "
-                "and 0, or more."
-            )
-
-
 def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str | None = None, **options) -> Changes:
     """
     Encode the images of `source` into the folder `index`, or bring an index up to date: new and changed images are
@@ -150,13 +123,10 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
     record = read_record(index)
     if model is not None and Path(model).is_dir():
         model = str(Path(model).resolve())  # an index is searched from anywhere
-    given = {name: getattr(options, name) for name in ("revision", "uri", "approximate", "keep_patches")}
-    settings = index_settings(index, record, model=model, **given)
+    given = vars(options) | {"location": os.fspath(source), "model": model}
+    settings = index_settings(index, record, given)
     settings["revision"] = commit_of(settings["model"], settings["revision"])
-    given = {name: getattr(options, name) for name in ("split", "root", "hidden")}
-    place = describe_source(
-        {"location": os.fspath(source), **given}, record and record["source"], options.moved_source
-    )
+    place = describe_source(given, record and record["source"])
     check_output(index, place, record is None)
     images = open_source(place, index if record is not None and place == record["source"] else None)
     make_output_folder(index)  # what keeps from writing shows now, not after the work
@@ -167,26 +137,25 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
     with only_writer(index) if state.is_main_process else nullcontext():
         update, plan = None, None
         if state.is_main_process:
-            if read_record(index) != record:
-                raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
-            # Of Milvus. The same for each run of this command, also where the first one is killed.
-            name = uuid5(NAMESPACE_URL, f"{platform.node()}{index.resolve()}{digest}{settings['approximate']}")
-            first = {
-                "format": FORMAT,
-                "dimension": network.config.projection_dim,
-                "collection": f"cada_{name.hex[:16]}",
-            }
-            vision = network.config.vision_config if settings["keep_patches"] else None
-            update = Update(index, (record or first) | new, images, vision)
-            plan = update.plan(options.shard_size, record is None, options.check_content, options.progress)
+            update = _begin(index, record, new, network.config, images)
+            plan = update.plan(record is None, options)
         plan = broadcast_object_list([plan])[0]
         part = plan[state.process_index :: state.num_processes]
-        shown = options.progress and state.is_main_process
-        sizes = {"batch_size": options.batch_size, "workers": options.workers, "progress": shown}
-        encode_shards(network, processor, images, part, index, new, **sizes)
+        encode_shards(network, processor, images, part, index, new, options, state.is_main_process)
         state.wait_for_everyone()
         changes = update and update.commit([name for name, _ in plan])
     return broadcast_object_list([changes])[0]
+
+
+def _begin(index: Path, record: dict | None, new: dict, config: CADAConfig, images: ImageFiles | ImageRows) -> Update:
+    """The update of an index whose record becomes one with the fields `new`; for the only process that writes it."""
+    if read_record(index) != record:
+        raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
+    # Of Milvus. The same for each run of this command, also where the first one is killed.
+    name = uuid5(NAMESPACE_URL, f"{platform.node()}{index.resolve()}{new['digest']}{new['approximate']}")
+    first = {"format": FORMAT, "dimension": config.projection_dim, "collection": f"cada_{name.hex[:16]}"}
+    vision = config.vision_config if new["keep_patches"] else None
+    return Update(index, (record or first) | new, images, vision)
 
 
 def open_index(index: str | os.PathLike, model: str | None = None, device: str | None = None) -> "GalleryIndex":

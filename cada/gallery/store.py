@@ -65,8 +65,9 @@ def read_record(index: Path) -> dict | None:
     return record
 
 
-def index_settings(index: Path, record: dict | None, **given) -> dict:
+def index_settings(index: Path, record: dict | None, given: dict) -> dict:
     """Arguments of a new index; for an old one those that it was made with, and a `CADAError` for others."""
+    fixed = ("uri", "keep_patches", "approximate")
     if given["uri"] is not None and "://" not in given["uri"]:
         raise CADAError(f"--uri is {given['uri']!r}. Give the address of Milvus, such as http://localhost:19530.")
     if record is None:
@@ -74,8 +75,8 @@ def index_settings(index: Path, record: dict | None, **given) -> dict:
             raise CADAError(f"{index} is a new index. Give the --model that encodes its images.")
         if given["approximate"] is not None and given["uri"] is None:
             raise CADAError("--approximate is for Milvus (--uri). The search in a table is exact. Leave it out.")
-        return {**given, "keep_patches": bool(given["keep_patches"])}
-    fixed = ("uri", "keep_patches", "approximate")
+        settings = {name: given[name] for name in (*fixed, "model", "revision")}
+        return settings | {"keep_patches": bool(given["keep_patches"])}
     for name in fixed:
         if given[name] is not None and given[name] != record[name]:
             raise CADAError(

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -42,6 +43,34 @@ logger = logging.get_logger(__name__)
 Shard = tuple[str, list[tuple[str, str]]]  # its name; path and stamp of its images
 
 
+@dataclass(frozen=True)
+class IndexOptions:
+    """How [`build_index`] makes an index. What an old index knows need not be said again."""
+
+    revision: str | None = None  # tag, branch or commit of the model on the Hub; the index keeps the commit
+    split: str | None = None  # of a data set
+    root: str | os.PathLike | None = None  # folder that the paths of a list are relative to; by default the list's own
+    hidden: bool | None = None  # take also hidden files, and those in folders of systems (thumbnails, waste bins)
+    uri: str | None = None  # address of Milvus, which keeps the features then; by default they are in the index
+    approximate: str | None = None  # an index type of Milvus: "FLAT" (exact, the default), "IVF_FLAT" or "HNSW"
+    keep_patches: bool | None = None  # keep patch states, so that re-ranking need not read image files
+    # Point an old index to another source, such as the moved folder. Images whose path and content are as before are
+    # not encoded again, all others of the old source are dropped.
+    moved_source: bool = False
+    check_content: bool = False  # read every file; by default one is unchanged if its size, times and inode are
+    batch_size: int = 64  # images that are encoded at once
+    workers: int = 0  # processes that decode images
+    shard_size: int = 1024  # images per shard: what an interruption costs at most
+    progress: bool = True  # show bars
+
+    def __post_init__(self):
+        if min(self.batch_size, self.shard_size) < 1 or self.workers < 0:
+            raise CADAError(
+                f"batch_size is {self.batch_size}, shard_size {self.shard_size}, workers {self.workers}. Give 1, 1 "
+                "and 0, or more."
+            )
+
+
 @dataclass
 class Changes:
     """
@@ -63,7 +92,7 @@ class Update:
     def __init__(self, index: Path, record: dict, images: ImageFiles | ImageRows, vision: CADAVisionConfig | None):
         self.index, self.record, self.images, self.vision = index, record, images, vision
 
-    def plan(self, shard_size: int, new: bool, check_content: bool, progress: bool) -> list[Shard]:
+    def plan(self, new: bool, options: IndexOptions) -> list[Shard]:
         """Shards to encode. Images of finished shards and of the index are not among them."""
         self.listing, self.unreadable = self.images.listing()
         if not len(self.listing):
@@ -79,7 +108,7 @@ class Update:
             """Whether a row is that of the image as it is now, and its patch states are there."""
             if path not in stamps or self.vision and states_file(self.record["digest"], path, digest) not in whole:
                 return False
-            return stamp == stamps[path] and not check_content or self._digest(path) == digest
+            return stamp == stamps[path] and not options.check_content or self._digest(path) == digest
 
         self.finished, self.known = [], {}  # rows of earlier runs; whether each image of the index is as it was
         for _, table in read_shards(self.index, self.record):
@@ -87,7 +116,8 @@ class Update:
             self.finished.append(table if all(current) else table.filter(pa.array(current)))
         if self.record["uri"] and (not len(self.store) or new and not any(map(len, self.finished))):
             self.store.create()  # what is wrong shows now; and the rows go of an index whose folder was deleted
-        with tqdm(total=len(self.store), desc="Comparing", unit="image", disable=not progress, leave=False) as bar:
+        hide = not options.progress
+        with tqdm(total=len(self.store), desc="Comparing", unit="image", disable=hide, leave=False, delay=5) as bar:
             for table in self.store.tables(["path", "stamp", "digest"]):
                 for row in _columns(table, "path", "stamp", "digest"):
                     self.known[row[0]] = is_current(*row)
@@ -96,8 +126,9 @@ class Update:
         todo = [image for image in images if image[0] not in ready]
         if self.vision:
             announce_states(self.index, self.vision, len(todo))
-        run, starts = uuid4().hex[:12], range(0, len(todo), shard_size)
-        return [(f"{run}-{number:06}", todo[start : start + shard_size]) for number, start in enumerate(starts)]
+        run, size = uuid4().hex[:12], options.shard_size
+        starts = enumerate(range(0, len(todo), size))
+        return [(f"{run}-{number:06}", todo[start : start + size]) for number, start in starts]
 
     def _open_store(self):
         try:
@@ -221,21 +252,18 @@ class _Batches(torch.utils.data.Dataset):
 
 
 @torch.inference_mode()
-def encode_shards(model, processor, images, shards: list[Shard], index: Path, record: dict, **options) -> None:
-    """
-    Encode shards, each into a file of `pending/`; and patch states into `patches/`, if asked.
-
-    Args:
-        options: `batch_size`, `workers`, `progress`.
-    """
-    size = options["batch_size"]
+def encode_shards(
+    model, processor, images, shards: list[Shard], index: Path, record: dict, options: IndexOptions, is_main: bool
+) -> None:
+    """Encode shards, each into a file of `pending/`; and patch states into `patches/`, if asked."""
+    size, hide = options.batch_size, not (options.progress and is_main)
     batches = []  # none crosses shards, so that features do not depend on who encodes which shard
     for _, part in shards:
         batches += [[path for path, _ in part[start : start + size]] for start in range(0, len(part), size)]
     samples = _Batches(images, processor, batches)
-    loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=options["workers"], collate_fn=tuple)
-    total, hide = sum(map(len, batches)), not options["progress"]
-    stream, bar = iter(loader), tqdm(total=total, desc="Encoding images", unit="image", disable=hide, leave=False)
+    loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=options.workers, collate_fn=tuple)
+    total, stream = sum(map(len, batches)), iter(loader)
+    bar = tqdm(total=total, desc="Encoding images", unit="image", disable=hide, leave=False)
     for name, part in shards:
         stamps, rows, features, unreadable = dict(part), [], [], {}
         for _ in range(0, len(part), size):

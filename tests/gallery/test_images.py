@@ -411,7 +411,7 @@ def test_an_old_index_knows_its_source(tmp_path):
 
     def described(location, recorded, moved=False, **given):
         given = {"location": str(location), "split": None, "root": None, "hidden": None, **given}
-        return describe_source(given, recorded, moved)
+        return describe_source({**given, "moved_source": moved}, recorded)
 
     table = tmp_path / "list.csv"
     recorded = described(table, None, root=tmp_path / "images")
