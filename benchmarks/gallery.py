@@ -61,7 +61,6 @@ def shard(number: int, count: int) -> pa.Table:
             "path": paths,
             "stamp": [f"20000:{number * SHARD + row}" for row in range(count)],
             "digest": [content_digest(path.encode()) for path in paths],
-            "patches": pa.nulls(count, pa.string()),
             "feature": feature_column(near(centres, 0.5, 2 * number + 1)),
         }
     )

@@ -288,7 +288,7 @@ def explain(
 def page(
     index: Index,
     model: OtherModel = None,
-    port: Annotated[int, Option(help="1 to 65535")] = 7860,
+    port: Annotated[int, Option(min=1, max=65_535)] = 7860,
     device: Device = None,
 ) -> None:
     """Search an index in a browser, on this machine alone."""

@@ -4,28 +4,27 @@ import hashlib
 import os
 import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import ClassLabel, DatasetDict, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from cada.data.images import open_image, undecoded
+from cada.data.images import undecoded
 from cada.files import CADAError, problem_of
 from cada.gallery.lists import LISTS, is_csv, read_list, typed_column
-from processing_cada import IMAGE_FORMATS, CADAProcessor
+from processing_cada import IMAGE_FORMATS
 
 
 logger = logging.get_logger(__name__)
 
 PATH_COLUMNS = ("path", "file_name", "image")  # of a list: the first that is there names the image
-RESERVED = ("path", "stamp", "digest", "patches", "feature")  # columns of an index that are no metadata
+RESERVED = ("path", "stamp", "digest", "feature")  # columns of an index that are no metadata
 # Kinds of images that Pillow does not read, or not everywhere.
 _OTHER_IMAGES = ".heic .heif .avif .jxl .svg .dng .cr2 .cr3 .nef .arw .orf .raf .rw2".split()
 # Names of folders that systems make beside those with a dot: thumbnails, waste bins, snapshots, what archives leave.
@@ -34,9 +33,9 @@ _OF_SYSTEMS |= {"$recycle.bin", "recycler", "system volume information"}
 MAX_BYTES = 1_000_000_000  # of an image file: more than any image of `MAX_PIXELS` has, less than the memory
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether a file, relative to its gallery, is a hidden one, or lies in a folder that a system made for itself."""
-    return any(part[0] == "." or part.lower() in _OF_SYSTEMS for part in path.parts)
+def content_digest(content: bytes) -> str:
+    """SHA-256 of the bytes of an image."""
+    return hashlib.sha256(content).hexdigest()
 
 
 class ImageFiles:
@@ -51,36 +50,31 @@ class ImageFiles:
         self.list = Path(location) if Path(location).suffix.lower() in LISTS else None
         if self.list is None and root is not None:
             raise CADAError(f"--root is for a list of paths (CSV, JSONL), but {location} is a folder.")
-        folder = Path(location) if self.list is None else Path(root) if root is not None else self.list.parent
+        folder = Path(root or (location if self.list is None else self.list.parent))
         if not folder.is_dir():
             raise CADAError(f"The folder {folder} does not exist. Give the folder of the images.")
         self.root, self.with_hidden, self.hidden = folder.resolve(), with_hidden, 0
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
-        good, stamps, problems = [], [], []
+        problems = []
         columns = {"path": sorted(self._walk(problems))} if self.list is None else self._read_list()
-        names = columns.pop("path")
-        for row, name in enumerate(tqdm(names, desc="Looking for images", unit="image", disable=len(names) < 10_000)):
-            try:
-                name.encode()
-                status = os.stat(self.root / name)
-                if not stat.S_ISREG(status.st_mode):
-                    raise OSError("is not a file")
-                if not (self.root / name).resolve().is_relative_to(self.root):
-                    raise OSError(f"is a link that leads out of {self.root}")
-            except UnicodeEncodeError:
-                problems.append((os.fsencode(name).decode(errors="backslashreplace"), "has a name that is not UTF-8"))
-            except OSError as error:
-                problems.append((name, problem_of(error)))
-            else:
-                good.append(row)
-                # Of files that are exchanged, or written with their old times, size and time of writing say nothing.
-                stamps.append(f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}")
-        paths = pa.array([names[row] for row in good], pa.string())
-        rows = pa.array(good, pa.int64())
-        kept = {name: column.take(rows) for name, column in columns.items()}
-        return pa.table({"path": paths, "stamp": pa.array(stamps, pa.string()), **kept}).sort_by("path"), problems
+        return _listing(columns, self._stamp, problems)
+
+    def _stamp(self, name: str) -> str:
+        status = os.stat(self.root / name)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("is not a file")
+        self._inside(name)
+        # Of files that are exchanged, or written with their old times, size and time of writing say nothing.
+        return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
+
+    def _inside(self, name: str) -> Path:
+        """The file itself. An `OSError` where a link leads out of the folder."""
+        file = (self.root / name).resolve()
+        if not file.is_relative_to(self.root):
+            raise OSError(f"leads out of {self.root}")
+        return file
 
     def _walk(self, problems: list[tuple[str, str]]) -> Iterator[str]:
         """Names, relative to the folder, of the image files. Appends what looks like images and is left out."""
@@ -89,7 +83,8 @@ class ImageFiles:
         self.hidden = 0
 
         def left_out(path: Path) -> bool:
-            return not self.with_hidden and is_hidden(path)
+            hidden = any(part[0] == "." or part.lower() in _OF_SYSTEMS for part in path.parts)
+            return hidden and not self.with_hidden
 
         def stop(error: OSError):
             if not left_out(Path(error.filename).relative_to(self.root)):  # those of systems are often closed
@@ -123,16 +118,16 @@ class ImageFiles:
                 f"{self.list} has no column that names the images: one of {', '.join(PATH_COLUMNS)}. It has "
                 f"{', '.join(columns)}.{remedy}"
             )
-        paths, seen = [], {}
+        row_of = {}
         for row, name in enumerate(columns.pop(named_by), start=1):
             if not isinstance(name, str) or not name or "\0" in name:
                 raise CADAError(f"{self.list}, row {row}: `{named_by}` is {name!r}. Give the path of an image.")
-            paths.append(self._relative(name, row))
-            if paths[-1] in seen:
-                raise CADAError(f"{self.list}: rows {seen[paths[-1]]} and {row} name the same image {paths[-1]!r}.")
-            seen[paths[-1]] = row
+            path = self._relative(name, row)
+            if path in row_of:
+                raise CADAError(f"{self.list}: rows {row_of[path]} and {row} name the same image {path!r}.")
+            row_of[path] = row
         typed = {name: typed_column(self.list, name, values) for name, values in columns.items()}
-        return {"path": paths, **_metadata(typed, str(self.list))}
+        return {"path": list(row_of), **_metadata(typed, str(self.list))}
 
     def _relative(self, name: str, row: int) -> str:
         """The path of an image of the list, relative to the root."""
@@ -147,10 +142,8 @@ class ImageFiles:
         return place.relative_to(self.root).as_posix()
 
     def read(self, path: str) -> bytes:
-        """The bytes of an image. Links that lead out of the folder are refused."""
-        file = (self.root / path).resolve()
-        if not file.is_relative_to(self.root):
-            raise OSError(f"leads out of {self.root}")
+        """The bytes of an image; an `OSError` where there are none, or links lead out of the folder."""
+        file = self._inside(path)
         size = file.stat().st_size
         if size > MAX_BYTES:
             raise OSError(f"has {size:,} bytes, more than {MAX_BYTES:,}")
@@ -184,48 +177,56 @@ class ImageRows:
                 'after dataset.cast_column("image", datasets.Image()).'
             )
         self.dataset = undecoded(loaded)
-        names = list(loaded["file_name"]) if "file_name" in loaded.column_names else []
-        names = [name if name is None else str(name) for name in names]
-        if None in names or len(set(names)) != len(loaded):
-            if names:
+        names = [f"{row:08}" for row in range(len(loaded))]
+        if "file_name" in loaded.column_names:
+            given = {str(name): row for row, name in enumerate(loaded["file_name"]) if name is not None}
+            if len(given) == len(loaded):
+                names = list(given)
+            else:
                 logger.warning(
                     f"{location}: the column `file_name` has gaps or doubles; images are named by their row."
                 )
-            names = [f"{row:08}" for row in range(len(loaded))]
         self.row_of = {name: row for row, name in enumerate(names)}
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
-        stamps, good, problems = [], [], []
-        for name, row in tqdm(self.row_of.items(), desc="Reading images", unit="image", leave=False):
-            try:
-                stamps.append(content_digest(self.read(name)))
-                good.append(row)
-            except OSError as error:
-                problems.append((name, str(error)))
         others = self.dataset.remove_columns([c for c in ("image", "file_name") if c in self.dataset.column_names])
-        columns = {}
-        if others.column_names:
-            others = others.flatten()
-            table = others.with_format("arrow")[:]
-            for number, (name, feature) in enumerate(others.features.items()):
-                if isinstance(feature, ClassLabel):  # -1 is no class
-                    classes = pc.if_else(pc.less(table[name], 0), pa.scalar(None, pa.int64()), table[name])
-                    table = table.set_column(number, name, pc.take(pa.array(feature.names), classes))
-            columns = _metadata(dict(zip(table.column_names, table.columns)), self.name)
-        names, rows = list(self.row_of), pa.array(good, pa.int64())
-        paths = pa.array([names[row] for row in good], pa.string())
-        kept = {name: column.take(rows) for name, column in columns.items()}
-        return pa.table({"path": paths, "stamp": pa.array(stamps, pa.string()), **kept}).sort_by("path"), problems
+        others = others.flatten()
+        table = others.with_format("arrow")[:] if others.column_names else pa.table({})
+        for number, name in enumerate(table.column_names):
+            feature = others.features[name]
+            if isinstance(feature, ClassLabel):  # -1 is no class
+                classes = pc.if_else(pc.less(table[name], 0), pa.scalar(None, pa.int64()), table[name])
+                table = table.set_column(number, name, pc.take(pa.array(feature.names), classes))
+        columns = _metadata(dict(zip(table.column_names, table.columns)), self.name)
+        return _listing({"path": self.row_of, **columns}, lambda name: content_digest(self.read(name)), [])
 
     def read(self, path: str) -> bytes:
-        """The bytes of an image."""
+        """The bytes of an image; an `OSError` where there are none."""
         if path not in self.row_of:
             raise OSError("is no longer in the data set")
         image = self.dataset[self.row_of[path]]["image"]
         if image is None:
             raise OSError("has no image")
         return Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+
+
+def _listing(columns: dict, stamp_of: Callable[[str], str], problems: list) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """`path`, `stamp` and the other columns of the images that have a stamp; `problems` with those that have none."""
+    paths, stamps = [], []
+    for name in tqdm(columns.pop("path"), "Looking at images", unit="image", leave=False, delay=5):
+        path = stamp = None
+        try:
+            name.encode()
+            path, stamp = name, stamp_of(name)
+        except UnicodeEncodeError:
+            problems.append((name.encode(errors="backslashreplace").decode(), "has a name that is not UTF-8"))
+        except OSError as error:
+            problems.append((name, problem_of(error)))
+        paths.append(path)
+        stamps.append(stamp)
+    table = pa.table({"path": pa.array(paths, pa.string()), "stamp": pa.array(stamps, pa.string()), **columns})
+    return table.filter(table["stamp"].is_valid()).sort_by("path"), problems
 
 
 def _metadata(columns: dict, origin: str) -> dict:
@@ -245,11 +246,8 @@ def _metadata(columns: dict, origin: str) -> dict:
         elif pa.types.is_integer(kind):
             try:
                 kept[name] = column.cast(pa.int64())
-            except pa.ArrowInvalid as error:
-                raise CADAError(
-                    f"{origin}: the column `{name}` holds numbers beyond 2^63. Keep them as text: "
-                    f'dataset.cast_column("{name}", datasets.Value("string")).'
-                ) from error
+            except pa.ArrowInvalid:  # a whole number beyond 2^63 is an id
+                kept[name] = column.cast(pa.string())
         elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
             numbers = column.cast(pa.float64())
             if pc.any(pc.is_inf(numbers)).as_py():
@@ -264,58 +262,26 @@ def _metadata(columns: dict, origin: str) -> dict:
     return kept
 
 
-class ImageSamples(torch.utils.data.Dataset):
-    """Images as pixel values with their digest, or the problem; decoded by data loader workers."""
-
-    def __init__(self, source: ImageFiles | ImageRows, processor: CADAProcessor, paths: list[str]):
-        self.source, self.processor, self.paths = source, processor, paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, number: int) -> tuple[str, torch.Tensor | None, str | None]:
-        try:
-            content = self.source.read(self.paths[number])
-            image = open_image({"bytes": content, "path": None}, self.processor.image_size)
-            pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        except Exception as error:  # decoders raise many kinds on damaged files; it is named, counted, and not indexed
-            return "", None, f"cannot be decoded: {error or type(error).__name__}"
-        return content_digest(content), pixel_values, None
-
-
-def describe_source(
-    location: str,
-    split: str | None,
-    root: str | os.PathLike | None,
-    recorded: dict | None,
-    moved: bool,
-    hidden: bool | None = None,
-) -> dict:
+def describe_source(given: dict, recorded: dict | None) -> dict:
     """
-    The record of a source: what is given, and for an index that has one (`recorded`) its split, root and `hidden`
-    where they are not given.
-
-    Args:
-        moved: whether an index of another source may be pointed to this one.
-        hidden: whether hidden files of a folder are images, too.
-
-    Raises:
-        CADAError: where `recorded` is another source and `moved` is false.
+    The record of a source: what is `given` (`location`, `split`, `root`, `hidden`), and for an index that has one
+    (`recorded`) its split, root and `hidden` where they are not given. A `CADAError` where `recorded` is another
+    source, unless it is given as `moved_source`.
     """
-    is_list = Path(location).suffix.lower() in LISTS
+    path, root = Path(given["location"]), given["root"]
     source = {
-        "location": str(Path(location).resolve()) if Path(location).exists() else location,
-        "split": split,
+        "location": str(path.resolve()) if path.exists() else given["location"],
+        "split": given["split"],
         "root": None if root is None else str(Path(root).resolve()),
-        "hidden": bool(hidden),
+        "hidden": bool(given["hidden"]),
     }
     if recorded is not None:
+        is_list, is_data_set = path.suffix.lower() in LISTS, not path.exists() or _is_saved(path)
         source["hidden"] = source["hidden"] or recorded["hidden"]
-        if not Path(location).exists() or _is_saved(location):
-            source["split"] = source["split"] or recorded["split"]
+        source["split"] = source["split"] or (recorded["split"] if is_data_set else None)
         source["root"] = source["root"] or (recorded["root"] if is_list else None)
         changed = [name for name in ("location", "split", "root") if source[name] != recorded[name]]
-        if changed and not moved:
+        if changed and not given["moved_source"]:
             raise CADAError(
                 f"The index holds the images of {source_arguments(recorded)}, not of {source_arguments(source)} ("
                 f"other {' and '.join(changed)}). Choose another --out; or, if the images have moved or these are to "
@@ -330,23 +296,17 @@ def source_arguments(source: dict) -> str:
     return shlex.join([source["location"], *options, *(["--hidden"] if source["hidden"] else [])])
 
 
-def _is_saved(location: str) -> bool:
+def _is_saved(path: Path) -> bool:
     """Whether it is a folder written by `save_to_disk`."""
-    return any((Path(location) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def open_source(source: dict, index: str | os.PathLike | None = None) -> ImageFiles | ImageRows:
     """
-    The images that [`describe_source`] describes.
-
-    Args:
-        index: the folder of the index that has them in its record.
-
-    Raises:
-        CADAError: where they are not there, or not of the kind that the arguments are for.
+    The images that [`describe_source`] describes; `index` is the folder of the index that has them in its record. A
+    `CADAError` where they are not there, or not of the kind that the arguments are for.
     """
-    location = source["location"]
-    path = Path(location)
+    location, path = source["location"], Path(source["location"])
     for place in (location, source["root"]):
         if index is not None and place is not None and os.path.isabs(place) and not os.path.exists(place):
             again = shlex.join(["NEW", "--out", os.fspath(index)])
@@ -354,7 +314,7 @@ def open_source(source: dict, index: str | os.PathLike | None = None) -> ImageFi
                 f"The images of the index {index} were in {place}, which is not there. Is its disk mounted? If they "
                 f"have moved: cada index {again} --moved-source"
             )
-    if path.exists() and not _is_saved(location):
+    if path.exists() and not _is_saved(path):
         if source["split"] is not None:
             raise CADAError(f"--split is for a data set, but {location} is none.")
         if path.is_file() and path.suffix.lower() not in LISTS:
@@ -364,16 +324,3 @@ def open_source(source: dict, index: str | os.PathLike | None = None) -> ImageFi
     if not path.exists() and (location.count("/") != 1 or path.is_absolute() or path.parent.is_dir()):
         raise CADAError(f"{location!r} is no folder, no CSV or JSONL file, and no data set. Correct the name.")
     return ImageRows(location, source["split"])
-
-
-def content_digest(content: bytes) -> str:
-    """SHA-256 of the bytes of an image."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def digest_of(source: ImageFiles | ImageRows, path: str) -> str | None:
-    """[`content_digest`] of an image; `None` where it cannot be read, which is reported when it is to be encoded."""
-    try:
-        return content_digest(source.read(path))
-    except (OSError, KeyError):
-        return None

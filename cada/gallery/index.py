@@ -29,44 +29,32 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import parse_flag_from_env
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from cada.data.images import open_image
-from cada.evaluation.encoding import Gallery, encode_queries
+from cada.evaluation.encoding import Gallery, Queries, encode_queries
 from cada.evaluation.matching import match_candidates
-from cada.files import (
-    CADAError,
-    counted,
-    make_output_folder,
-    only_writer,
-    printable,
-    problem_of,
-    written_whole,
-)
-from cada.gallery.images import (
-    ImageFiles,
-    ImageRows,
-    content_digest,
-    describe_source,
-    open_source,
-    source_arguments,
-)
-from cada.gallery.milvus import open_store
+from cada.files import CADAError, counted, make_output_folder, only_writer, printable, problem_of, written_whole
+from cada.gallery.images import ImageFiles, ImageRows, content_digest, describe_source, open_source, source_arguments
 from cada.gallery.store import (
     FORMAT,
+    MEND,
     PATCHES,
     PENDING,
     RECORD,
     check_output,
     index_settings,
+    open_store,
     parse_conditions,
     read_record,
     shard_files,
+    states_file,
 )
-from cada.gallery.update import Changes, Update, announce_states, encode_shards, shard_kind
-from cada.hub.loading import check_processor, commit_of, load_model, load_processor
+from cada.gallery.update import Changes, IndexOptions, Update, encode_shards
+from cada.hub.loading import commit_of, load_model_and_processor
 from cada.hub.record import search_digest
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
@@ -81,36 +69,22 @@ _WAIT = datetime.timedelta(days=7)  # for the slowest process; a dead one ends t
 
 @dataclass(frozen=True)
 class Result:
+    """A ranked image."""
+
+    path: str  # relative to the indexed folder; of a data set its `file_name` or row number
+    score: float  # what it is ranked by: S_G + S_L where `stage` is "local", S_G where it is "global"
+    stage: str  # "local" for candidates that the decoder has read with the sentence; they rank before all others
+    metadata: dict  # the other columns of the list or data set, by name
+
+
+def _load(name: str, revision: str | None, device, record: dict | None) -> tuple:
     """
-    A ranked image.
-
-    Attributes:
-        path: of the image, relative to the indexed folder; of a data set its `file_name` or row number.
-        score: what it is ranked by: S_G + S_L where `stage` is `"local"`, S_G where it is `"global"`.
-        stage: `"local"` for candidates that the decoder has read with the sentence; they rank before all others.
-        metadata: the other columns of the list or data set, by name.
-    """
-
-    path: str
-    score: float
-    stage: str
-    metadata: dict
-
-
-def _load(
-    name: str, revision: str | None, device: str | torch.device | None, record: dict | None
-) -> tuple[CADAForTextToImageRetrieval, CADAProcessor, str]:
-    """
-    Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on.
-
-    Raises:
-        CADAError: where one cannot be loaded whole, or they do not belong together.
-        CADAError: where `record` has another digest, or the model is no longer where it was, or for the device.
+    Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on. A
+    `CADAError` also where `record` has another digest, or the model is no longer where it was, or for the device.
     """
     if record is not None and name == record["model"] and os.path.isabs(name) and not os.path.exists(name):
         raise CADAError(f"The model of this index was in {name}, which is not there. Say where it is: --model NAME.")
-    model, processor = load_model(name, revision), load_processor(name, revision)
-    check_processor(processor, model.config)
+    model, processor = load_model_and_processor(name, revision)
     digest = search_digest(model, processor)
     if record is not None and digest != record["digest"]:
         raise CADAError(
@@ -122,50 +96,6 @@ def _load(
         return model.to(device), processor, digest
     except (AssertionError, RuntimeError) as error:  # PyTorch raises the first where it was built without CUDA
         raise CADAError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
-
-
-@dataclass(frozen=True)
-class IndexOptions:
-    """
-    How [`build_index`] makes an index. What an old index knows need not be said again.
-
-    Args:
-        revision: tag, branch or commit of the model on the Hub. The index keeps the commit, whatever comes after it.
-        split: of a data set.
-        root: folder that the paths of a list are relative to; by default the list's own.
-        hidden: take also hidden files, and those in folders that systems make for themselves (thumbnails, waste bins).
-        uri: address of Milvus, which keeps the features then. By default they are in a table in the index.
-        approximate: an index type of Milvus: `"FLAT"` (exact, the default), `"IVF_FLAT"` or `"HNSW"`.
-        keep_patches: keep patch states in half precision, so that re-ranking need not read image files.
-        moved_source: point an old index to another source, such as the moved folder. Images whose path and content
-            are as before are not encoded again, all others of the old source are dropped.
-        check_content: read every file. By default one whose size, times and inode are as before is taken as unchanged.
-        batch_size: images that are encoded at once.
-        workers: processes that decode images.
-        shard_size: images per shard: what an interruption costs at most.
-        progress: show bars.
-    """
-
-    revision: str | None = None
-    split: str | None = None
-    root: str | os.PathLike | None = None
-    hidden: bool | None = None
-    uri: str | None = None
-    approximate: str | None = None
-    keep_patches: bool | None = None
-    moved_source: bool = False
-    check_content: bool = False
-    batch_size: int = 64
-    workers: int = 0
-    shard_size: int = 1024
-    progress: bool = True
-
-    def __post_init__(self):
-        if min(self.batch_size, self.shard_size) < 1 or self.workers < 0:
-            raise CADAError(
-                f"batch_size is {self.batch_size}, shard_size {self.shard_size}, workers {self.workers}. Give 1, 1 "
-                "and 0, or more."
-            )
 
 
 def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str | None = None, **options) -> Changes:
@@ -188,42 +118,32 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
             files, another run is at work, or the model cannot be loaded.
     """
     options = IndexOptions(**options)
-    state = PartialState(
-        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=_WAIT
-    )
-    index, record = Path(index), read_record(Path(index))
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state, index = PartialState(cpu=use_cpu, timeout=_WAIT), Path(index)
+    record = read_record(index)
     if model is not None and Path(model).is_dir():
         model = str(Path(model).resolve())  # an index is searched from anywhere
-    given = {name: getattr(options, name) for name in ("revision", "uri", "approximate", "keep_patches")}
-    settings = index_settings(index, record, model=model, **given)
+    given = vars(options) | {"location": os.fspath(source), "model": model}
+    settings = index_settings(index, record, given)
     settings["revision"] = commit_of(settings["model"], settings["revision"])
-    place = describe_source(
-        os.fspath(source),
-        options.split,
-        options.root,
-        record and record["source"],
-        options.moved_source,
-        options.hidden,
-    )
+    place = describe_source(given, record and record["source"])
     check_output(index, place, record is None)
     images = open_source(place, index if record is not None and place == record["source"] else None)
     make_output_folder(index)  # what keeps from writing shows now, not after the work
     network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
-    encoding = {**settings, "digest": digest}  # what a shard has to be made with
-    (index / PENDING).mkdir(parents=True, exist_ok=True)
+    for folder in (PENDING, PATCHES) if settings["keep_patches"] else (PENDING,):
+        (index / folder).mkdir(exist_ok=True)
+    new = {**settings, "digest": digest, "source": place}
     with only_writer(index) if state.is_main_process else nullcontext():
-        job, plan = None, None
+        update, plan = None, None
         if state.is_main_process:
-            job = _begin(index, record, {**encoding, "source": place}, network.config, images)
-            plan = job.plan(options.shard_size, record is None, options.check_content, options.progress)
-            if settings["keep_patches"]:
-                announce_states(index, network.config.vision_config, sum(len(paths) for _, paths, _ in plan))
+            update = _begin(index, record, new, network.config, images)
+            plan = update.plan(record is None, options)
         plan = broadcast_object_list([plan])[0]
         part = plan[state.process_index :: state.num_processes]
-        shown = options.progress and state.is_main_process
-        encode_shards(network, processor, images, part, index, encoding, options.batch_size, options.workers, shown)
+        encode_shards(network, processor, images, part, index, new, options, state.is_main_process)
         state.wait_for_everyone()
-        changes = job.commit([name for name, _, _ in plan]) if job is not None else None
+        changes = update and update.commit([name for name, _ in plan])
     return broadcast_object_list([changes])[0]
 
 
@@ -232,10 +152,10 @@ def _begin(index: Path, record: dict | None, new: dict, config: CADAConfig, imag
     if read_record(index) != record:
         raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
     # Of Milvus. The same for each run of this command, also where the first one is killed.
-    name = f"{platform.node()}{index.resolve()}{shard_kind(new)}"
-    collection = f"cada_{uuid5(NAMESPACE_URL, name).hex[:16]}"
-    old = record or {"format": FORMAT, "dimension": config.projection_dim, "collection": collection}
-    return Update(index, {**old, **new}, images)
+    name = uuid5(NAMESPACE_URL, f"{platform.node()}{index.resolve()}{new['digest']}{new['approximate']}")
+    first = {"format": FORMAT, "dimension": config.projection_dim, "collection": f"cada_{name.hex[:16]}"}
+    vision = config.vision_config if new["keep_patches"] else None
+    return Update(index, (record or first) | new, images, vision)
 
 
 def open_index(index: str | os.PathLike, model: str | None = None, device: str | None = None) -> "GalleryIndex":
@@ -248,27 +168,34 @@ def open_index(index: str | os.PathLike, model: str | None = None, device: str |
         device: of the model; the GPU where there is one.
 
     Raises:
-        CADAError: where the folder holds no index.
+        CADAError: where the folder holds no index, or a damaged one.
     """
     folder = Path(index)
-    record = read_record(folder)
-    if record is None:
-        again = f"cada index ... --out {shlex.quote(str(folder))}"
-        finished = len(shard_files(folder))
-        if finished:
-            raise CADAError(
-                f"{index} holds no index yet, but {counted(finished, 'finished shard')} of an interrupted run. Run "
-                f"the same command again to go on: {again}"
-            )
-        raise CADAError(f"{index} holds no index ({RECORD}). Make one: {again}")
-    try:
-        return GalleryIndex(folder, record, model or record["model"], device)
-    except CADAError:
-        new = read_record(folder)
-        if new is None or new == record:
-            raise
-        # It was brought up to date at this moment.
-        return GalleryIndex(folder, new, model or new["model"], device)
+    while record := read_record(folder):
+        try:
+            return GalleryIndex(folder, record, model or record["model"], device)
+        except CADAError:
+            if read_record(folder) == record:
+                raise
+            # Else it was brought up to date at this moment.
+    again = f"cada index ... --out {shlex.quote(str(folder))}"
+    if finished := len(shard_files(folder)):
+        raise CADAError(
+            f"{index} holds no index yet, but {counted(finished, 'finished shard')} of an interrupted run. Run the "
+            f"same command again to go on: {again}"
+        )
+    raise CADAError(f"{index} holds no index ({RECORD}). Make one: {again}")
+
+
+def _content(source: ImageFiles | ImageRows, row: dict) -> bytes:
+    content = source.read(row["path"])
+    if content_digest(content) != row["digest"]:
+        raise CADAError("has changed since it was indexed")
+    return content
+
+
+def _decoded(source: ImageFiles | ImageRows, row: dict, size: tuple[int, int] | None = None) -> Image.Image:
+    return open_image({"bytes": _content(source, row), "path": None}, size)
 
 
 class GalleryIndex:
@@ -277,7 +204,6 @@ class GalleryIndex:
 
     Attributes:
         columns: name and type of the metadata columns, which `where` can ask for.
-        model, processor: the checkpoint, loaded at first use. A `CADAError` where weights or settings are others.
         left_out: images that the last search left out, and why: gone, or changed since they were indexed.
         cut: sentences of the last search that are longer than what the model reads, and the words at which it stops.
     """
@@ -288,7 +214,11 @@ class GalleryIndex:
         self.left_out: dict[str, str] = {}
         self.cut: dict[str, str] = {}
         self.store = open_store(folder, record)
-        self.store.ready()
+        if len(self) < record["images"]:
+            right = " Is it the right Milvus?" if record["uri"] else ""
+            raise CADAError(
+                f"{self.store.place} holds {len(self):,} images, and {record['images']:,} were written.{right} {MEND}"
+            )
 
     def __len__(self) -> int:
         return len(self.store)
@@ -300,7 +230,7 @@ class GalleryIndex:
 
     @property
     def model(self) -> CADAForTextToImageRetrieval:
-        """The model whose features the index holds."""
+        """The checkpoint, loaded at first use. A `CADAError` where weights or settings are others than indexed."""
         return self._loaded[0]
 
     @property
@@ -309,21 +239,17 @@ class GalleryIndex:
         return self._loaded[1]
 
     @cached_property
-    def _source(self) -> ImageFiles | ImageRows:
+    def source(self) -> ImageFiles | ImageRows:
+        """Where the images are. A `CADAError` where they are no more."""
         return open_source(self.record["source"], self.folder)
 
     @property
     def _remedy(self) -> str:
-        """How to bring the index up to date."""
         out = shlex.quote(str(self.folder))
-        return f"cada index {source_arguments(self.record['source'])} --out {out}"
+        return f"Bring the index up to date: cada index {source_arguments(self.record['source'])} --out {out}"
 
     def search(
-        self,
-        sentences: str | Sequence[str],
-        top: int = 10,
-        rerank: int | None = None,
-        where: str | Sequence[str] = (),
+        self, sentences: str | Sequence[str], top: int = 10, rerank: int | None = None, where: str | Sequence[str] = ()
     ) -> list[list[Result]]:
         """
         The `top` images for every sentence, best first. A candidate of re-ranking whose image is gone or has changed
@@ -351,10 +277,7 @@ class GalleryIndex:
         if not sentences:
             return []
         queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
-        lengths = queries.attention_mask.sum(dim=1).tolist()
-        self.cut = {text: end for text, length in zip(sentences, lengths) if (end := self._end(text, length))}
-        for sentence, end in self.cut.items():
-            logger.warning(f"The sentence {sentence!r:.60} is too long: the model reads it up to {end!r}.")
+        self._note_cuts(sentences, queries)
         found = self.store.search(queries.embeds, max(top, rerank), conditions)
         local_scores = self._local_scores(queries, [[row for _, row in hits[:rerank]] for hits in found])
         if self.left_out:  # others take their places; an approximate index may name more images in another order
@@ -362,14 +285,11 @@ class GalleryIndex:
             for hits, others in zip(found, more):
                 near = {row["path"] for _, row in hits[:rerank]}
                 hits[rerank:] = [hit for hit in others if hit[1]["path"] not in near]
-        rankings = [self._ranked(hits, scores)[:top] for hits, scores in zip(found, local_scores)]
-        if self.left_out:
             path, problem = next(iter(self.left_out.items()))
-            logger.warning(
-                f"{counted(len(self.left_out), 'image')} left out: {printable(path)} ({problem})"
-                f"{' and others' if len(self.left_out) > 1 else ''}. Bring the index up to date: {self._remedy}"
-            )
-        return rankings
+            others = " and others" if len(self.left_out) > 1 else ""
+            many = counted(len(self.left_out), "image")
+            logger.warning(f"{many} left out: {printable(path)} ({problem}){others}. {self._remedy}")
+        return [self._ranked(hits, scores)[:top] for hits, scores in zip(found, local_scores)]
 
     def _candidates(self, top: int, rerank: int | None) -> int:
         """How many candidates the decoder reads."""
@@ -380,55 +300,51 @@ class GalleryIndex:
             raise CADAError("This model has no match head (`use_atp=False`): give --rerank 0.")
         return rerank if rerank is not None else config.rerank_k if config.use_atp else 0
 
+    def _note_cuts(self, sentences: list[str], queries: Queries) -> None:
+        """Find the sentences that the model does not read to their end, and the last words that it reads."""
+        options = {"truncation": True, "return_overflowing_tokens": True, "return_offsets_mapping": True}
+        for sentence, length in zip(sentences, queries.attention_mask.sum(dim=1).tolist()):
+            text = clean_caption(sentence)
+            parts = self.processor.tokenizer(text, max_length=length, **options)
+            if len(parts["input_ids"]) > 1:
+                end = parts["offset_mapping"][0][length - 2][1]  # before the token that ends a sentence
+                self.cut[sentence] = words = " ".join(text[:end].split()[-3:])
+                logger.warning(f"The sentence {sentence!r:.60} is too long: the model reads it up to {words!r}.")
+
+    def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
+        """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
+        self._candidates(top, 0)
+        conditions = parse_conditions(where, self.columns)
+        pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
+        with torch.inference_mode():
+            feature = F.normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1).cpu()
+        return self._ranked(self.store.search(feature, top, conditions)[0], [])
+
     def _ranked(self, hits: list[tuple[float, dict]], local_scores: list[float]) -> list[Result]:
         """Candidates by S_G + S_L, then all others by S_G, without those that are left out."""
         near = [(score + local, row, "local") for (score, row), local in zip(hits, local_scores)]
         near.sort(key=lambda hit: (-hit[0], hit[1]["path"]))
         far = [(*hit, "global") for hit in hits[len(local_scores) :]]
-        return [self._result(*hit) for hit in near + far if hit[1]["path"] not in self.left_out]
+        return [
+            Result(row["path"], score, stage, {name: row[name] for name in self.columns})
+            for score, row, stage in near + far
+            if row["path"] not in self.left_out
+        ]
 
-    def _end(self, sentence: str, length: int) -> str | None:
-        """The last words that the model reads of a sentence that has more than its `length` tokens."""
-        text = clean_caption(sentence)
-        options = {"truncation": True, "return_overflowing_tokens": True, "return_offsets_mapping": True}
-        parts = self.processor.tokenizer(text, max_length=length, **options)
-        if len(parts["input_ids"]) == 1:
-            return None
-        end = parts["offset_mapping"][0][length - 2][1]  # before the token that ends a sentence
-        return " ".join(text[:end].split()[-3:])
-
-    def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
-        """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
-        if top < 1:
-            raise CADAError(f"top is {top}. Give 1 or more.")
-        conditions = parse_conditions(where, self.columns)
-        pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
-        with torch.inference_mode():
-            feature = F.normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1).cpu()
-        return [self._result(*hit, "global") for hit in self.store.search(feature, top, conditions)[0]]
-
-    def _result(self, score: float, row: dict, stage: str) -> Result:
-        return Result(row["path"], score, stage, {name: row[name] for name in self.columns})
-
-    def _local_scores(self, queries, candidates: list[list[dict]]) -> list[list[float]]:
+    def _local_scores(self, queries: Queries, candidates: list[list[dict]]) -> list[list[float]]:
         """S_L of each query's candidates. The patch states of an image are needed once, whatever the queries."""
-        longest = max(len(rows) for rows in candidates)
-        if longest == 0:
+        rows = list({row["path"]: row for candidate in candidates for row in candidate}.values())
+        if not rows:
             return [[] for _ in candidates]
-        rows = {row["path"]: row for candidate in candidates for row in candidate}
-        number_of = {path: number for number, path in enumerate(rows)}
-        unique = list(rows.values())
-        table = [[number_of[row["path"]] for row in candidate] for candidate in candidates]
+        number_of = {row["path"]: number for number, row in enumerate(rows)}
+        table = [torch.tensor([number_of[row["path"]] for row in each], dtype=torch.long) for each in candidates]
         # An approximate index may find fewer candidates for one sentence than for another: 0 fills up.
-        padded = torch.zeros(len(table), longest, dtype=torch.long)
-        for line, numbers in enumerate(table):
-            padded[line, : len(numbers)] = torch.tensor(numbers)
-        config = self.model.config.vision_config
+        padded = torch.nn.utils.rnn.pad_sequence(table, batch_first=True)
+        config, size = self.model.config.vision_config, _IMAGES_AT_ONCE
         empty = torch.empty(0, config.sequence_length, config.hidden_size, dtype=self.model.dtype)
-        size = _IMAGES_AT_ONCE
 
         def encode(batches: list[int]) -> Iterator[torch.Tensor]:
-            return (self._states(unique[batch * size : (batch + 1) * size]) for batch in batches)
+            return (self._states(rows[batch * size : (batch + 1) * size]) for batch in batches)
 
         gallery = Gallery(torch.empty(0), empty, batch_size=size, encode=encode)
         scores = match_candidates(self.model, queries, gallery, padded, progress=padded.numel() > 1000)
@@ -436,18 +352,17 @@ class GalleryIndex:
 
     def _states(self, rows: list[dict]) -> torch.Tensor:
         """Patch states `(rows, 1 + patches, hidden)`: kept ones, or of the image files. Zeros for those `left_out`."""
-        read, good, found = self._kept_states if self.record["keep_patches"] else self._decode, [], []
-        if not self.record["keep_patches"]:
-            self._source  # noqa: B018  # where no image is there any more, that is an error of all, not of each
+        kept, config, size = self.record["keep_patches"], self.model.config.vision_config, self.processor.image_size
+        source = None if kept else self.source  # where no image is there, that is an error of all, not of each
+        good, found = [], []
         for number, row in enumerate(rows):
             try:
-                found.append(read(row))
+                found.append(self._kept_states(row) if kept else _decoded(source, row, size))
                 good.append(number)
-            except (OSError, KeyError, CADAError, SafetensorError) as error:
+            except (OSError, CADAError, SafetensorError) as error:
                 self.left_out[row["path"]] = problem_of(error)
-        config = self.model.config.vision_config
         states = torch.zeros(len(rows), config.sequence_length, config.hidden_size)
-        if found and self.record["keep_patches"]:
+        if found and kept:
             states[good] = torch.stack(found).float()
         elif found:
             pixel_values = self.processor(images=found, return_tensors="pt")["pixel_values"]
@@ -456,33 +371,19 @@ class GalleryIndex:
         return states
 
     def _kept_states(self, row: dict) -> torch.Tensor:
-        name, number = row["patches"].split("/")
-        with safe_open(self.folder / PATCHES / name, "pt") as file:
-            return file.get_slice("states")[int(number)]
-
-    def _decode(self, row: dict, full_size: bool = False) -> Image.Image:
-        content = self._source.read(row["path"])
-        if content_digest(content) != row["digest"]:
-            raise OSError("has changed since it was indexed")
-        return open_image({"bytes": content, "path": None}, None if full_size else self.processor.image_size)
+        name = states_file(self.record["digest"], row["path"], row["digest"])
+        return load_file(self.folder / PATCHES / name)["states"]
 
     def image(self, path: str) -> Image.Image:
-        """
-        The image of the gallery named `path`, upright.
-
-        Raises:
-            CADAError: for anything that is not in the index, is gone, or has changed since.
-        """
+        """The image named `path`, upright; a `CADAError` where it is not in the index, gone, or has changed since."""
         row = self.store.find(path)
         if row is None:
             raise CADAError(f"The index holds no image {path!r}.")
-        self._source  # noqa: B018  # as in `_states`
+        source = self.source
         try:
-            return self._decode(row, full_size=True)
-        except (OSError, KeyError, CADAError) as error:
-            raise CADAError(
-                f"The image {path} cannot be shown: {problem_of(error)}. Bring the index up to date: {self._remedy}"
-            ) from error
+            return _decoded(source, row)
+        except (OSError, CADAError) as error:
+            raise CADAError(f"The image {path} cannot be shown: {problem_of(error)}. {self._remedy}") from error
 
     def info(self) -> dict:
         """What the index holds and how: a flat dictionary, sizes in bytes."""
@@ -505,16 +406,16 @@ class GalleryIndex:
 
     def verify(self, progress: bool = True) -> list[tuple[str, str]]:
         """Compare every image with what was indexed. Returns `(path, problem)`; nothing where all is well."""
-        problems = []
+        problems, source = [], self.source
         with tqdm(total=len(self), desc="Verifying images", unit="image", disable=not progress, leave=False) as bar:
             for table in self.store.tables(["path", "digest"]):
-                for path, digest in zip(table["path"].to_pylist(), table["digest"].to_pylist()):
+                for row in table.to_pylist():
                     bar.update()
                     try:
-                        if content_digest(self._source.read(path)) != digest:
-                            problems.append((path, "has changed since it was indexed"))
-                    except (OSError, KeyError) as error:
-                        problems.append((path, f"cannot be read: {problem_of(error)}"))
+                        _content(source, row)
+                    except (OSError, CADAError) as error:
+                        problem = f"cannot be read: {problem_of(error)}" if isinstance(error, OSError) else str(error)
+                        problems.append((row["path"], problem))
         return problems
 
     def export(self, path: str | os.PathLike) -> int:

@@ -25,7 +25,7 @@ from cada.drawing import draw_explanation
 from cada.explain import attribute_predictions, word_attention
 from cada.files import CADAError, one_line
 from cada.gallery.index import GalleryIndex, Result, open_index
-from cada.gallery.store import RECORD
+from cada.gallery.store import read_record
 
 
 try:
@@ -38,7 +38,6 @@ except ImportError:
 
 
 ADDRESS = "127.0.0.1"
-MAX_SENTENCE = 500  # characters; of the conditions too
 MAX_UPLOAD = 10_000_000  # bytes
 MAX_IMAGES = 60
 THUMBNAIL = (240, 320)  # largest width and height in pixels
@@ -99,67 +98,16 @@ class _Guard:
         await app(scope, receive, send_with_headers)
 
 
-class LatestIndex:
-    """
-    An open index, opened again once `cada index` has brought its folder up to date.
-
-    Args:
-        gallery: the index as it was opened.
-    """
-
-    def __init__(self, gallery: GalleryIndex):
-        self.gallery, self.stamp = gallery, self._stamp(gallery)
-
-    @staticmethod
-    def _stamp(gallery: GalleryIndex) -> tuple | None:
-        """Changes with every new state, whose record takes the place of the old one."""
-        try:
-            status = os.stat(gallery.folder / RECORD)
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
-
-    def present(self) -> GalleryIndex:
-        """
-        The index in its present state.
-
-        Raises:
-            CADAError: where the folder no longer holds one.
-        """
-        stamp = self._stamp(self.gallery)
-        if stamp != self.stamp:
-            self.gallery = open_index(self.gallery.folder, self.gallery.model_name, self.gallery.device)
-            self.stamp = stamp
-        return self.gallery
-
-    def ask(self, question: Callable[[GalleryIndex], tuple]) -> tuple:
-        """What `question(index)` gives; asked once more where it fails because the index is replaced meanwhile."""
-        gallery = self.present()
-        try:
-            return question(gallery)
-        except Exception:  # files of the old state may be gone, and each library has its own error for that
-            if self.present() is gallery:
-                raise
-        return question(self.gallery)
-
-
-def _checked(text: str | None, name: str) -> str:
-    text = (text or "").strip()
-    if len(text) > MAX_SENTENCE:
-        raise ValueError(f"The {name} has {len(text)} characters. Use {MAX_SENTENCE} at most.")
-    return text
-
-
 def _conditions(where: str | None) -> list[str]:
     """Conditions between semicolons; one that holds a semicolon itself stands in quotes, as in a CSV file."""
-    line = ";".join(_checked(where, "field of conditions").splitlines())
+    line = ";".join((where or "").splitlines())
     parts = next(csv.reader([line], delimiter=";", skipinitialspace=True), [])
     return [part.strip() for part in parts if part.strip()]
 
 
 def _number(top) -> int:
     if top is None or not 1 <= top <= MAX_IMAGES:
-        raise ValueError(f"The number of images is {'missing' if top is None else top}. Give 1 to {MAX_IMAGES}.")
+        raise CADAError(f"The number of images is {'missing' if top is None else top}. Give 1 to {MAX_IMAGES}.")
     return int(top)
 
 
@@ -180,23 +128,38 @@ class _Answers:
     """What the page shows for what its fields hold: the outputs of its events, the message last."""
 
     def __init__(self, gallery: GalleryIndex):
-        self.config, self.latest = gallery.model.config, LatestIndex(gallery)
+        self.gallery, self.config = gallery, gallery.model.config
+
+    def _present(self) -> GalleryIndex:
+        """The index, opened again once `cada index` has brought its folder up to date."""
+        if read_record(self.gallery.folder) != self.gallery.record:
+            self.gallery = open_index(self.gallery.folder, self.gallery.model_name, self.gallery.device)
+        return self.gallery
+
+    def ask(self, question: Callable[[GalleryIndex], tuple]) -> tuple:
+        """What `question(index)` gives; asked once more where it fails because the index is replaced meanwhile."""
+        gallery = self._present()
+        try:
+            return question(gallery)
+        except Exception:  # files of the old state may be gone, and each library has its own error for that
+            if self._present() is gallery:
+                raise
+        return question(self.gallery)
 
     def _attempt(self, question: Callable[[GalleryIndex], tuple], otherwise: list) -> tuple:
         """What the index answers. What is wrong is said in a line, the last output; the others are `otherwise`."""
         try:
-            return self.latest.ask(question)
-        except (ValueError, LookupError, OSError) as error:  # also CADAError
+            return self.ask(question)
+        except CADAError as error:
             problem = one_line(error)
-        except Exception as error:  # of Milvus or the GPU, say
+        except Exception as error:  # of the disk or the GPU, say
             traceback.print_exc()
             problem = f"This failed: {one_line(error)} More stands where `cada page` was started."
         return *otherwise, _line(problem)
 
-    def _show(
-        self, gallery: GalleryIndex, results: list[Result], sentence: str | None, conditions: list[str]
-    ) -> tuple:
+    def _show(self, gallery: GalleryIndex, results: list[Result], sentence: str | None, conditions: list) -> tuple:
         """Small copies of the images, with what is said about them."""
+        gallery.source  # noqa: B018  # where no image is there any more, that is one error
         images, shown = [], []
         missing = dict(gallery.left_out) if sentence else {}  # gone, or changed since they were indexed
         for result in results:
@@ -223,7 +186,7 @@ class _Answers:
         """Images for a sentence: what stands in the fields of the page, also where it is wrong."""
 
         def question(gallery):
-            text, conditions = _checked(sentence, "sentence"), _conditions(where)
+            text, conditions = (sentence or "").strip(), _conditions(where)
             return self._show(gallery, gallery.search([text], _number(top), where=conditions)[0], text, conditions)
 
         return self._attempt(question, [gr.skip()] * 4)
@@ -233,7 +196,7 @@ class _Answers:
 
         def question(gallery):
             if upload is None:
-                raise ValueError("Choose an image first.")
+                raise CADAError("Choose an image first.")
             conditions = _conditions(where)
             results = gallery.search_image(open_file(upload), _number(top), conditions)
             return self._show(gallery, results, None, conditions)
@@ -246,7 +209,7 @@ class _Answers:
         def question(gallery):
             (sentence, found), rank = searched, event.index
             if not isinstance(rank, int) or not 0 <= rank < len(found):
-                raise ValueError("This image is no longer shown. Search again.")
+                raise CADAError("This image is no longer shown. Search again.")
             said = [f"{found[rank].path}  {_metadata(found[rank])}".strip()]
             if not self.config.use_atp:
                 return None, _line(said[0])
@@ -263,34 +226,17 @@ class _Answers:
 
 
 def build_page(gallery: GalleryIndex) -> "gr.Blocks":
-    """
-    The page for an open index.
-
-    Raises:
-        CADAError: where the model of the index cannot be loaded.
-    """
+    """The page for an open index; a `CADAError` where its model cannot be loaded."""
     answers = _Answers(gallery)
     # Calls come from this page alone, one at a time, as there is one model.
     event = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
-    line = {
-        "label": "Message",
-        "show_label": False,
-        "container": False,
-        "interactive": False,
-        "max_lines": 6,
-        "elem_classes": "line",
-    }
+    line = {"label": "Message", "show_label": False, "container": False, "interactive": False}
+    line |= {"max_lines": 6, "elem_classes": "line"}
     with gr.Blocks(title="Find a person", analytics_enabled=False, delete_cache=_CLEANING) as page:
         gr.Markdown("# Find a person\nA ranking is a list of candidates, no identification.")
         searched = gr.State((None, []))  # the sentence that was searched for, and the results that are shown
         with gr.Row():
-            sentence = gr.Textbox(
-                label="Sentence",
-                placeholder="a woman in a red coat",
-                max_length=MAX_SENTENCE,
-                autofocus=True,
-                scale=5,
-            )
+            sentence = gr.Textbox(label="Sentence", placeholder="a woman in a red coat", autofocus=True, scale=5)
             # A slider's field can be emptied too, and Gradio breaks on it.
             top = gr.Number(value=12, precision=0, label=f"Images (1 to {MAX_IMAGES})", min_width=120)
         columns = ", ".join(f"{name} ({kind})" for name, kind in gallery.columns.items())
@@ -298,7 +244,6 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             label='Only images where (=, !=, <, <=, >, >=; a semicolon between two; "place=a;b" in quotes)',
             placeholder=columns,
             max_lines=1,
-            max_length=MAX_SENTENCE,
             visible=bool(gallery.columns),
         )
         by_sentence = gr.Button("Search by the sentence", variant="primary")
@@ -306,14 +251,8 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
             upload = gr.File(label="Image of a person", file_types=["image"], height=140)
             by_image = gr.Button("Search by the image")
         message = gr.Textbox(f"{len(gallery):,} images.{f' Known of them: {columns}.' if columns else ''}", **line)
-        results = gr.Gallery(
-            show_label=False,
-            columns=6,
-            object_fit="contain",
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-        )
+        plain = {"show_label": False, "allow_preview": False, "interactive": False, "buttons": []}
+        results = gr.Gallery(columns=6, object_fit="contain", **plain)
         note = gr.Textbox(visible=False, **line)
         why = gr.Image(label="Where each word looks", interactive=False, buttons=[], visible=answers.config.use_atp)
         shown = [results, searched, why, note, message]
@@ -324,52 +263,38 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
 
 
 @contextmanager
-def _files_of_gradio_in(folder: str) -> Iterator[None]:
-    """Gradio keeps its copies of images in `folder`, for as long as the block runs."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = folder
+def _variable(name: str, value: str) -> Iterator[None]:
+    """A variable of the environment, for as long as the block runs."""
+    before, os.environ[name] = os.environ.get(name), value
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["GRADIO_TEMP_DIR"]
-        else:
-            os.environ["GRADIO_TEMP_DIR"] = before
+        del os.environ[name]
+        os.environ |= {} if before is None else {name: before}
 
 
 @contextmanager
 def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
     """
-    The page at work, on the loopback address; gives its address. Its copies of images are deleted at the end.
-
-    Raises:
-        CADAError: where the port is taken or none, or the model cannot be loaded.
+    The page at work, on the loopback address; gives its address. Its copies of images are deleted at the end. A
+    `CADAError` where the port is taken, or the model cannot be loaded.
     """
-    if not 1 <= port <= 65_535:
-        raise CADAError(f"--port is {port}. Choose one from 1 to 65535.")
-    with tempfile.TemporaryDirectory(prefix="cada_app_") as folder, _files_of_gradio_in(folder):
+    with tempfile.TemporaryDirectory(prefix="cada_app_") as folder, _variable("GRADIO_TEMP_DIR", folder):
         page = build_page(gallery)
-        guards = [
-            Middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"]),
-            Middleware(_Guard, folder=folder),
-        ]
+        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"])
+        off = ("share", "run_history", "enable_monitoring", "ssr_mode", "mcp_server", "pwa")
         try:
             _, address, _ = page.queue(max_size=20).launch(
                 server_name=ADDRESS,
                 server_port=port,
-                share=False,
                 quiet=True,
                 prevent_thread_lock=True,
                 max_file_size=MAX_UPLOAD,
                 state_session_capacity=100,
-                app_kwargs={"middleware": guards},
+                app_kwargs={"middleware": [hosts, Middleware(_Guard, folder=folder)]},
                 css=_CSS.format(high="5.2em" if gallery.columns else "2.6em"),
                 footer_links=[],
-                run_history=False,
-                enable_monitoring=False,
-                ssr_mode=False,
-                mcp_server=False,
-                pwa=False,
+                **dict.fromkeys(off, False),
             )
         except OSError as error:
             raise CADAError(f"Port {port} cannot be used: {error} Choose another --port.") from error
@@ -385,12 +310,7 @@ def _wait() -> None:
 
 
 def serve_until_interrupted(index: Path, model: str | None, device: str | None, port: int) -> None:
-    """
-    The page of an index, until Ctrl+C or SIGTERM.
-
-    Raises:
-        CADAError: where Gradio is missing, or as [`open_index`] and [`serve`].
-    """
+    """The page of an index, until Ctrl+C or SIGTERM; a `CADAError` where Gradio is missing, or as [`serve`]."""
     if gr is None:
         raise CADAError('The page needs Gradio. In a clone of this repository run: pip install -e ".[app]"')
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that also then the copies of images are deleted

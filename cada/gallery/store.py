@@ -4,18 +4,18 @@ The files of an index, and its features in a memory-mapped Arrow table, where se
 `index.json` is the record: source, model, store and what they were when the index was written. `pending/` holds
 finished shards, `patches/` patch states. Only files of our own names are ever deleted.
 
-A row is an image: `path`, `stamp` (tells a changed image), `digest` (SHA-256 of its bytes), `patches` (where its patch
-states are kept, if they are), the metadata columns, `feature` (normalised, in half precision: it halves memory and the
-time of a search, and moves a score by 0.0005 at most).
+A row is an image: `path`, `stamp` (tells a changed image), `digest` (SHA-256 of its bytes), the metadata columns,
+`feature` (normalised, in half precision: it halves memory and the time of a search, and moves a score by 0.0005 at
+most).
 """
 
 import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,27 +26,23 @@ import torch
 from datasets import Dataset
 
 from cada.files import LOCK, CADAError, one_line, read_json, written_whole
+from cada.gallery.images import content_digest
 
 
 RECORD, PENDING, PATCHES = "index.json", "pending", "patches"
-FORMAT = 4
-_RECORDED = ("dimension", "collection", "model", "revision", "uri", "approximate", "keep_patches", "source")
-_RECORDED += ("digest", "columns", "images", "updated")
+FORMAT = 5
 MEND = "To mend the index, run `index` again."
-_RUN = "[0-9a-f]{12}"
-OWN_SHARDS = re.compile(rf"(\.unfinished-)?{_RUN}-\d{{6,}}\.arrow")
-OWN_STATES = re.compile(rf"(\.unfinished-)?{_RUN}-\d{{6,}}\.safetensors")
-OWN_FILES = re.compile(rf"(\.unfinished-)?table-{_RUN}\.arrow|\.unfinished-index\.json")
+_RUN, _UNFINISHED = "[0-9a-f]{12}", r"(\.unfinished-)?"
+# The files that are ours, by their folder.
+OWN_FILES = {
+    "": re.compile(rf"{_UNFINISHED}table-{_RUN}\.arrow|\.unfinished-index\.json"),
+    PENDING: re.compile(rf"{_UNFINISHED}{_RUN}-\d{{6,}}\.arrow"),
+    PATCHES: re.compile(rf"{_UNFINISHED}[0-9a-f]{{64}}\.safetensors"),
+}
 TYPES = {"int64": int, "float64": float, "bool": lambda text: {"true": True, "false": False}[text.lower()]}
 _CONDITION = re.compile(r"(.+?)(==|!=|<=|>=|=<|=>|=|<|>)(.*)", re.DOTALL)
-_COMPARE = {
-    "=": pc.equal,
-    "!=": pc.not_equal,
-    "<": pc.less,
-    "<=": pc.less_equal,
-    ">": pc.greater,
-    ">=": pc.greater_equal,
-}
+_COMPARE = {"==": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal}
+_COMPARE |= {">": pc.greater, ">=": pc.greater_equal}
 _ROWS_AT_ONCE = 65_536
 _QUERIES_AT_ONCE, _ROWS_OF_A_PRODUCT = 256, 2048  # whose float32 copy stays in the cache
 # Of a product of unit vectors in half precision with sums in float32: 2^-11 for the query, 2^-11 for the result, and
@@ -55,35 +51,23 @@ _ERROR_OF_HALF, _ERROR_OF_SINGLE = 1.1e-3, 2e-5
 
 
 def read_record(index: Path) -> dict | None:
-    """
-    The record of an index; `None` where the folder has none.
-
-    Raises:
-        CADAError: where it is damaged, of another version, or no record.
-    """
-    path = index / RECORD
+    """The record of an index, `None` where there is none; a `CADAError` where it is damaged or of another version."""
+    path, again = index / RECORD, "Index again, into another folder."
     if not os.path.lexists(path):
         return None
-    again = "Index again, into another folder."
     try:
         record = read_json(path)
-        version, missing = record["format"], [name for name in _RECORDED if name not in record]
+        version = record["format"]
     except (CADAError, KeyError, TypeError) as error:
         raise CADAError(f"{path} is damaged, or no record of an index ({one_line(error)}). {again}") from error
     if version != FORMAT:
         raise CADAError(f"{index} was written by another version of this package. {again}")
-    if missing:
-        raise CADAError(f"{path} is damaged: it lacks {', '.join(missing)}. {again}")
     return record
 
 
-def index_settings(index: Path, record: dict | None, **given) -> dict:
-    """
-    Arguments of a new index with their defaults; for an old one those that it was made with.
-
-    Raises:
-        CADAError: for a wrong argument, or one that is not as it was.
-    """
+def index_settings(index: Path, record: dict | None, given: dict) -> dict:
+    """Arguments of a new index; for an old one those that it was made with, and a `CADAError` for others."""
+    fixed = ("uri", "keep_patches", "approximate")
     if given["uri"] is not None and "://" not in given["uri"]:
         raise CADAError(f"--uri is {given['uri']!r}. Give the address of Milvus, such as http://localhost:19530.")
     if record is None:
@@ -91,61 +75,65 @@ def index_settings(index: Path, record: dict | None, **given) -> dict:
             raise CADAError(f"{index} is a new index. Give the --model that encodes its images.")
         if given["approximate"] is not None and given["uri"] is None:
             raise CADAError("--approximate is for Milvus (--uri). The search in a table is exact. Leave it out.")
-        return {**given, "keep_patches": bool(given["keep_patches"])}
-    fixed = ("uri", "keep_patches", "approximate")
+        settings = {name: given[name] for name in (*fixed, "model", "revision")}
+        return settings | {"keep_patches": bool(given["keep_patches"])}
     for name in fixed:
         if given[name] is not None and given[name] != record[name]:
             raise CADAError(
                 f"{index} was made with --{name.replace('_', '-')} {record[name]}, not {given[name]}. Leave the "
                 "argument out, or make another index."
             )
-    kept = {name: record[name] for name in fixed}
-    kept["model"] = given["model"] or record["model"]
-    kept["revision"] = given["revision"] or (record["revision"] if kept["model"] == record["model"] else None)
-    return kept
+    model = given["model"] or record["model"]
+    revision = given["revision"] or (record["revision"] if model == record["model"] else None)
+    return {**{name: record[name] for name in fixed}, "model": model, "revision": revision}
 
 
 def check_output(index: Path, source: dict, new: bool) -> None:
     """
-    Whether `index` can be the folder of an index of `source`. A `new` one may hold nothing but what an interrupted
-    run has left.
-
-    Raises:
-        CADAError: where it holds the images, or other files.
+    A `CADAError` where `index` cannot be the folder of an index of `source`: it holds the images, or is `new` and
+    holds more than what an interrupted run has left.
     """
     for place in (source["location"], source["root"]):
         if place is not None and os.path.exists(place) and Path(place).is_relative_to(index.resolve()):
             raise CADAError(f"--out {index} is or holds {place}, where the images are. Choose another folder.")
     if index.exists() and not index.is_dir():
         raise CADAError(f"--out {index} is a file. Choose another folder.")
-    if not new or not index.exists():
-        return
-    for path in sorted(index.iterdir()):
-        own = path.name == LOCK or OWN_FILES.fullmatch(path.name)
-        for folder, names in ((PENDING, OWN_SHARDS), (PATCHES, OWN_STATES)):
-            if path.name == folder and path.is_dir():
-                own = all(names.fullmatch(file.name) for file in path.iterdir())
-        if not own:
-            raise CADAError(f"--out {index} is no index and holds {path.name}. Choose an empty or a new folder.")
+    if new and index.exists():
+        own = {*own_files(index), index / LOCK}
+        for path in sorted(index.iterdir()):
+            files = path.iterdir() if path.name in OWN_FILES and path.is_dir() else [path]
+            if not own.issuperset(files):
+                raise CADAError(f"--out {index} is no index and holds {path.name}. Choose an empty or a new folder.")
 
 
-def shard_schema(dimension: int) -> pa.Schema:
-    """The columns of a finished shard."""
-    names = ("path", "stamp", "digest", "patches")
-    return pa.schema([*((name, pa.string()) for name in names), ("feature", feature_type(dimension))])
+def own_files(index: Path, *folders: str) -> list[Path]:
+    """The files of an index, in some of its folders or in all, that are ours; without the record and the lock."""
+    there = [name for name in folders or OWN_FILES if (index / name).is_dir()]
+    return [path for name in there for path in (index / name).iterdir() if OWN_FILES[name].fullmatch(path.name)]
 
 
 def shard_files(index: Path) -> list[Path]:
     """The files of the finished shards that wait in `pending/`."""
-    files = sorted((index / PENDING).iterdir()) if (index / PENDING).is_dir() else []
-    return [path for path in files if OWN_SHARDS.fullmatch(path.name) and path.name[0] != "."]
+    return sorted(path for path in own_files(index, PENDING) if path.name[0] != ".")
 
 
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write a table of Arrow, whole or not at all."""
+def states_file(model: str, path: str, digest: str) -> str:
+    """Name in `patches/` of the patch states that the `model` (its digest) gives of an image with this `digest`."""
+    return f"{content_digest(f'{model} {digest} {path}'.encode())}.safetensors"
+
+
+def shard_schema(dimension: int) -> pa.Schema:
+    """The columns of a finished shard."""
+    names = ("path", "stamp", "digest")
+    return pa.schema([*((name, pa.string()) for name in names), ("feature", feature_type(dimension))])
+
+
+def write_tables(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write tables of Arrow into one file, whole or not at all."""
     with written_whole(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
+        with pa.ipc.new_stream(sink, schema) as writer:
+            for table in tables:
+                writer.write_table(table)
 
 
 def feature_type(dimension: int) -> pa.DataType:
@@ -170,11 +158,8 @@ class Condition:
 
 def parse_conditions(where: str | Sequence[str], columns: dict[str, str]) -> list[Condition]:
     """
-    `"camera=3"` and the like as conditions on `columns` (name: type).
-
-    Raises:
-        CADAError: for an unknown column, an unknown form, or a value that is not of the column's type. A text may
-            stand in quotes.
+    `"camera=3"` and the like as conditions on `columns` (name: type); a value may stand in quotes. A `CADAError` for
+    an unknown column, an unknown form, or a value that is not of the column's type.
     """
     conditions = []
     for text in [where] if isinstance(where, str) else where:
@@ -184,7 +169,7 @@ def parse_conditions(where: str | Sequence[str], columns: dict[str, str]) -> lis
         column, operator, value = (part.strip() for part in found.groups())
         if operator in ("=<", "=>"):
             raise CADAError(f"The condition {text!r} has the operator {operator}. Write {operator[::-1]}.")
-        operator = "=" if operator == "==" else operator
+        operator = "==" if operator == "=" else operator
         if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
             value = value[1:-1]
         if column not in columns:
@@ -203,43 +188,27 @@ def parse_conditions(where: str | Sequence[str], columns: dict[str, str]) -> lis
     return conditions
 
 
-class ArrowStore:
-    """
-    The rows as one memory-mapped Arrow table, in the order of the listing, which is that of the paths.
+Hits = list[list[tuple[float, dict]]]  # for each query the scores and rows of what is found
 
-    Args:
-        folder: of the index.
-        record: its `index.json`.
-    """
+
+class ArrowStore:
+    """The rows as one memory-mapped Arrow table in the folder of the index, in the order of their paths."""
 
     def __init__(self, folder: Path, record: dict):
         self.folder, self.record, self.dataset = folder, record, None
         if record.get("table"):
+            self.place = str(folder / record["table"])
             try:
-                self.dataset = Dataset.from_file(str(folder / record["table"]))
+                self.dataset = Dataset.from_file(self.place)
             except (OSError, pa.ArrowInvalid) as error:
-                raise CADAError(f"{folder / record['table']} is missing or damaged ({error}). {MEND}") from error
+                raise CADAError(f"{self.place} is missing or damaged ({error}). {MEND}") from error
 
     def __len__(self) -> int:
         return 0 if self.dataset is None else len(self.dataset)
 
-    def ready(self) -> None:
-        """A `CADAError` where the table holds other rows than were written."""
-        if len(self) != self.record["images"]:
-            raise CADAError(
-                f"{self.folder / self.record['table']} has {len(self):,} rows, and {self.record['images']:,} were "
-                f"written. {MEND}"
-            )
-
     @property
     def _table(self) -> pa.Table:
         return self.dataset.data.table
-
-    def known(self) -> dict[str, str]:
-        """Stamp of every indexed image by its path."""
-        if self.dataset is None:
-            return {}
-        return dict(zip(self._table["path"].to_pylist(), self._table["stamp"].to_pylist()))
 
     def find(self, path: str) -> dict | None:
         """The row of an image without its feature, or `None`."""
@@ -259,22 +228,12 @@ class ArrowStore:
     def _features(self) -> "_Features":
         return _Features(self._table["feature"])
 
-    def search(
-        self, queries: torch.Tensor, k: int, conditions: Sequence[Condition] = ()
-    ) -> list[list[tuple[float, dict]]]:
-        """
-        The best `k` rows and their scores for each of `queries` `(queries, d)`, best first; of equal scores in the
-        order of paths.
-        """
+    def search(self, queries: torch.Tensor, k: int, conditions: Sequence[Condition] = ()) -> Hits:
+        """The best `k` rows for each of `queries` `(queries, d)`; those of equal scores in the order of paths."""
         if len(self) == 0:
             return [[] for _ in queries]
-        rows = None
-        if conditions:
-            mask = np.ones(len(self), dtype=bool)
-            for condition in conditions:
-                holds = _COMPARE[condition.operator](self._table[condition.column], condition.value)
-                mask &= pc.fill_null(holds, False).to_numpy()
-            rows = np.flatnonzero(mask)
+        hold = [_COMPARE[asked.operator](self._table[asked.column], asked.value) for asked in conditions]
+        rows = np.flatnonzero(pc.fill_null(reduce(pc.and_, hold), False)) if hold else None
         results = []
         for part in queries.split(_QUERIES_AT_ONCE):
             for scores, found in self._features.nearest(part, k, rows):
@@ -286,55 +245,38 @@ class ArrowStore:
 
     def write(self, listing: pa.Table, encoded: pa.Table) -> dict:
         """
-        Write the next state of the table: the rows of `listing` (`path`, `stamp`, metadata), with features from the
-        present table or from `encoded`. Returns what changes in the record; until that is written nothing has changed.
+        Write the next state of the table: the rows of `listing` (`path`, `stamp`, metadata), with digests and features
+        from `encoded` or, where that lacks a path, from the present table. Returns what changes in the record; until
+        that is written nothing has changed.
         """
-        dimension, names = self.record["dimension"], ["path", "stamp", "digest", "patches", "feature"]
-        parts = [encoded.select(names)] if self.dataset is None else [self._table.select(names), encoded.select(names)]
-        merged, old = pa.concat_tables(parts), len(self)
-        row_of = {path: row for row, path in enumerate(merged["path"].slice(0, old).to_pylist())}
-        fresh = zip(merged["path"].slice(old).to_pylist(), merged["stamp"].slice(old).to_pylist())
-        fresh_row_of = {key: old + row for row, key in enumerate(fresh)}
-        keys = zip(listing["path"].to_pylist(), listing["stamp"].to_pylist())
-        rows = np.array([fresh_row_of.get(key, row_of.get(key[0])) for key in keys], dtype=np.int64)
+        names = ["path", "digest", "feature"]
+        tables = [encoded] if self.dataset is None else [self._table, encoded]
+        merged = pa.concat_tables([table.select(names) for table in tables])
+        row_of = {path: row for row, path in enumerate(merged["path"].to_pylist())}  # the last of a path
+        rows = np.array([row_of[path] for path in listing["path"].to_pylist()], dtype=np.int64)
+        listing = listing.add_column(2, "digest", merged["digest"].combine_chunks().take(rows))
         features = _Features(merged["feature"])
-        digests, patches = (merged[name].combine_chunks() for name in ("digest", "patches"))
-        metadata = listing.column_names[2:]
+        schema = listing.schema.append(pa.field("feature", feature_type(self.record["dimension"])))
         changes = {"table": f"table-{uuid4().hex[:12]}.arrow"}
-        schema = pa.schema(
-            [("path", pa.string()), ("stamp", pa.string()), ("digest", pa.string()), ("patches", pa.string())]
-            + [listing.schema.field(name) for name in metadata]
-            + [("feature", feature_type(dimension))]
-        )
-        with written_whole(self.folder / changes["table"]) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-            with pa.ipc.new_stream(sink, schema) as writer:
-                for start in range(0, len(rows), _ROWS_AT_ONCE):
-                    part, piece = rows[start : start + _ROWS_AT_ONCE], listing.slice(start, _ROWS_AT_ONCE)
-                    columns = [piece["path"], piece["stamp"], digests.take(part), patches.take(part)]
-                    columns += [piece[name] for name in metadata]
-                    columns.append(feature_column(features.take(part)))
-                    writer.write_table(pa.table(columns, schema=schema).combine_chunks())
+
+        def parts() -> Iterator[pa.Table]:
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                column = feature_column(features.take(rows[start : start + _ROWS_AT_ONCE]))
+                yield listing.slice(start, _ROWS_AT_ONCE).append_column("feature", column).combine_chunks()
+
+        write_tables(self.folder / changes["table"], schema, parts())
         return changes
-
-
-def feature_values(column: pa.Array) -> np.ndarray:
-    """Features `(rows, d)` of a column, where they lie."""
-    return column.flatten().to_numpy(zero_copy_only=True).reshape(-1, column.type.list_size)
 
 
 class _Features:
     """The column `feature` `(rows, d)`, where it lies in the file."""
 
     def __init__(self, column: pa.ChunkedArray):
-        arrays = [feature_values(chunk) for chunk in column.chunks if len(chunk)]
-        with warnings.catch_warnings(
-            action="ignore", category=UserWarning
-        ):  # these tensors are read only, and only read
-            self.blocks = [torch.from_numpy(array) for array in arrays]
-        self.size, self.ends = column.type.list_size, np.cumsum([len(block) for block in self.blocks])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if self.blocks else 0
+        values = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks if len(chunk)]
+        self.size = column.type.list_size
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # read-only tensors, which are only read
+            self.blocks = [torch.from_numpy(array).view(-1, self.size) for array in values]
+        self.ends = np.cumsum([len(block) for block in self.blocks])
 
     def take(self, rows: np.ndarray) -> torch.Tensor:
         """Features `(len(rows), d)` of rows in any order."""
@@ -401,3 +343,14 @@ def _products(queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
         narrow = block[piece]
         torch.mm(queries, wide[: len(narrow)].copy_(narrow).T, out=products[:, piece])
     return products
+
+
+def open_store(folder: Path, record: dict):
+    """The rows of an index: in its table, or where the record has an address, in Milvus."""
+    if record["uri"] is None:
+        return ArrowStore(folder, record)
+    try:
+        from cada.gallery.milvus import MilvusStore  # whose client is an extra
+    except ImportError as error:
+        raise CADAError('Milvus needs its client: pip install "pymilvus>=2.6"') from error
+    return MilvusStore(record)

@@ -2,39 +2,73 @@
 
 import datetime
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from cada.files import CADAError, counted, written_whole
-from cada.gallery.images import ImageFiles, ImageRows, ImageSamples, digest_of
-from cada.gallery.milvus import MilvusStore, open_store
+from cada.data.images import open_image
+from cada.files import CADAError, counted, problem_of, written_whole
+from cada.gallery.images import ImageFiles, ImageRows, content_digest
 from cada.gallery.store import (
-    OWN_FILES,
-    OWN_SHARDS,
-    OWN_STATES,
     PATCHES,
     PENDING,
     RECORD,
     feature_column,
+    open_store,
+    own_files,
     shard_files,
     shard_schema,
-    write_table,
+    states_file,
+    write_tables,
 )
 from configuration_cada import CADAVisionConfig
+from processing_cada import CADAProcessor
 
 
 logger = logging.get_logger(__name__)
+
+Shard = tuple[str, list[tuple[str, str]]]  # its name; path and stamp of its images
+
+
+@dataclass(frozen=True)
+class IndexOptions:
+    """How [`build_index`] makes an index. What an old index knows need not be said again."""
+
+    revision: str | None = None  # tag, branch or commit of the model on the Hub; the index keeps the commit
+    split: str | None = None  # of a data set
+    root: str | os.PathLike | None = None  # folder that the paths of a list are relative to; by default the list's own
+    hidden: bool | None = None  # take also hidden files, and those in folders of systems (thumbnails, waste bins)
+    uri: str | None = None  # address of Milvus, which keeps the features then; by default they are in the index
+    approximate: str | None = None  # an index type of Milvus: "FLAT" (exact, the default), "IVF_FLAT" or "HNSW"
+    keep_patches: bool | None = None  # keep patch states, so that re-ranking need not read image files
+    # Point an old index to another source, such as the moved folder. Images whose path and content are as before are
+    # not encoded again, all others of the old source are dropped.
+    moved_source: bool = False
+    check_content: bool = False  # read every file; by default one is unchanged if its size, times and inode are
+    batch_size: int = 64  # images that are encoded at once
+    workers: int = 0  # processes that decode images
+    shard_size: int = 1024  # images per shard: what an interruption costs at most
+    progress: bool = True  # show bars
+
+    def __post_init__(self):
+        if min(self.batch_size, self.shard_size) < 1 or self.workers < 0:
+            raise CADAError(
+                f"batch_size is {self.batch_size}, shard_size {self.shard_size}, workers {self.workers}. Give 1, 1 "
+                "and 0, or more."
+            )
 
 
 @dataclass
@@ -53,99 +87,102 @@ class Changes:
 
 
 class Update:
-    """What the main process does before and after encoding."""
+    """What the main process does before and after encoding. `vision` is given where patch states are kept."""
 
-    def __init__(self, index: Path, record: dict, images: ImageFiles | ImageRows):
-        self.index, self.record, self.images = index, record, images
-        self.kind = shard_kind(record)
+    def __init__(self, index: Path, record: dict, images: ImageFiles | ImageRows, vision: CADAVisionConfig | None):
+        self.index, self.record, self.images, self.vision = index, record, images, vision
 
-    def plan(
-        self, shard_size: int, new: bool, check_content: bool, progress: bool
-    ) -> list[tuple[str, list[str], list[str]]]:
-        """Shards to encode: name, paths, stamps. Images of finished shards and of the index are not among them."""
+    def plan(self, new: bool, options: IndexOptions) -> list[Shard]:
+        """Shards to encode. Images of finished shards and of the index are not among them."""
         self.listing, self.unreadable = self.images.listing()
         if not len(self.listing):
             problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
             if self.images.hidden:
                 problems += f" {counted(self.images.hidden, 'hidden image')}: --hidden takes them."
             raise CADAError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")
+        self.store = self._open_store()
+        images = list(_columns(self.listing, "path", "stamp"))
+        stamps, whole = dict(images), whole_states(self.index, self.vision) if self.vision else set()
+
+        def is_current(path: str, stamp: str, digest: str) -> bool:
+            """Whether a row is that of the image as it is now, and its patch states are there."""
+            if path not in stamps or self.vision and states_file(self.record["digest"], path, digest) not in whole:
+                return False
+            return stamp == stamps[path] and not options.check_content or self._digest(path) == digest
+
+        self.finished, self.known = [], {}  # rows of earlier runs; whether each image of the index is as it was
+        for _, table in read_shards(self.index, self.record):
+            current = [is_current(*row) for row in _columns(table, "path", "stamp", "digest")]
+            self.finished.append(table if all(current) else table.filter(pa.array(current)))
+        if self.record["uri"] and (not len(self.store) or new and not any(map(len, self.finished))):
+            self.store.create()  # what is wrong shows now; and the rows go of an index whose folder was deleted
+        hide = not options.progress
+        with tqdm(total=len(self.store), desc="Comparing", unit="image", disable=hide, leave=False, delay=5) as bar:
+            for table in self.store.tables(["path", "stamp", "digest"]):
+                for row in _columns(table, "path", "stamp", "digest"):
+                    self.known[row[0]] = is_current(*row)
+                    bar.update()
+        ready = self._ready()
+        todo = [image for image in images if image[0] not in ready]
+        if self.vision:
+            announce_states(self.index, self.vision, len(todo))
+        run, size = uuid4().hex[:12], options.shard_size
+        starts = enumerate(range(0, len(todo), size))
+        return [(f"{run}-{number:06}", todo[start : start + size]) for number, start in starts]
+
+    def _open_store(self):
         try:
-            self.store = open_store(self.index, self.record)
+            return open_store(self.index, self.record)
         except CADAError as error:
             if not self.record.get("table"):
                 raise
             logger.warning(f"{error} All images are encoded again.")
             self.record["table"] = None
-            self.store = open_store(self.index, self.record)
-        images = _images_of(self.listing)
-        stamps = dict(images)
+            return open_store(self.index, self.record)
 
-        def changed(path: str, stamp: str, digest: str) -> bool:
-            return stamps.get(path) == stamp and digest_of(self.images, path) != digest
+    def _digest(self, path: str) -> str | None:
+        try:
+            return content_digest(self.images.read(path))
+        except OSError:  # it is reported when it is to be encoded
+            return None
 
-        shards = self._finished(changed if check_content else None)
-        done = {image for _, table in shards for image in _images_of(table)}
-        if isinstance(self.store, MilvusStore):
-            if new and not done:
-                self.store.drop()  # of an index whose folder was deleted
-            self.store.create()  # what is wrong shows now, not after the work
-        self.known = stamps_of_now(self.store, self.index, images, self.images, check_content, progress)
-        done |= set(self.known.items())
-        todo = [image for image in images if image not in done]
-        run = uuid4().hex[:12]
-        parts = [todo[start : start + shard_size] for start in range(0, len(todo), shard_size)]
-        return [(f"{run}-{number:06}", *map(list, zip(*part))) for number, part in enumerate(parts)]
-
-    def _finished(self, changed: Callable[[str, str, str], bool] | None = None) -> Iterator[tuple[str, pa.Table]]:
-        return read_shards(self.index, self.kind, self.record["dimension"], changed)
+    def _ready(self) -> set[str]:
+        """Paths of the images whose features are there."""
+        encoded = (path for table in self.finished for path in table["path"].to_pylist())
+        return {*encoded, *(path for path, current in self.known.items() if current)}
 
     def commit(self, shards: list[str]) -> Changes:
         """Write the next state of the index."""
-        tables = [shard_schema(self.record["dimension"]).empty_table()]
-        for name, table in self._finished():
+        for name, table in read_shards(self.index, self.record):
             if name in shards:
                 self.unreadable += [tuple(row) for row in json.loads(table.schema.metadata[b"unreadable"])]
-            tables.append(table.replace_schema_metadata(None))
-        encoded = pa.concat_tables(tables)
-        ready = set(_images_of(encoded)) | set(self.known.items())
-        images = _images_of(self.listing)
-        kept = self.listing.take(pa.array([row for row, key in enumerate(images) if key in ready], pa.int64()))
-        paths = {path for path, _ in images} | {path for path, _ in self.unreadable}
-        removed = sum(path not in paths for path in self.known)
-        changes = Changes(removed=removed, hidden=self.images.hidden, unreadable=sorted(self.unreadable))
-        for path, stamp in _images_of(kept):
-            if path not in self.known:
-                changes.added += 1
-            elif self.known[path] != stamp:
-                changes.changed += 1
-            else:
-                changes.unchanged += 1
+                self.finished.append(table)
+        tables = [table.replace_schema_metadata(None) for table in self.finished]
+        encoded = pa.concat_tables([shard_schema(self.record["dimension"]).empty_table(), *tables])
+        kept = self.listing.filter(pc.is_in(self.listing["path"], pa.array(list(self._ready()), pa.string())))
+        names = {True: "unchanged", False: "changed", None: "added"}
+        numbers = Counter(names[self.known.get(path)] for path in kept["path"].to_pylist())
+        there = {*self.listing["path"].to_pylist(), *(path for path, _ in self.unreadable)}
+        removed = len(self.known.keys() - there)
+        changes = Changes(**numbers, removed=removed, hidden=self.images.hidden, unreadable=sorted(self.unreadable))
         if not len(kept):
             path, problem = changes.unreadable[0]
             raise CADAError(
                 f"None of the {len(changes.unreadable)} images can be read, so nothing was changed. {path}: {problem}."
             )
-        columns = {name: str(kept.schema.field(name).type) for name in kept.column_names[2:]}
-        columns = {name: {"double": "float64"}.get(kind, kind) for name, kind in columns.items()}
-        self.record["columns"] = columns
+        kinds = {name: str(kept.schema.field(name).type) for name in kept.column_names[2:]}
+        self.record["columns"] = {name: kind.replace("double", "float64") for name, kind in kinds.items()}
         self.record |= self.store.write(kept, encoded)
-        self.record |= {
-            "images": len(kept),
-            "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.record |= {"images": len(kept), "updated": now}
         with written_whole(self.index / RECORD) as temporary:
             temporary.write_text(json.dumps(self.record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        clean(self.index, open_store(self.index, self.record))
+        clean(self.index, self.record)
         return changes
 
 
-def _images_of(table: pa.Table) -> list[tuple[str, str]]:
-    return list(zip(table["path"].to_pylist(), table["stamp"].to_pylist()))
-
-
-def shard_kind(record: dict) -> str:
-    """What the rows of a shard are: they belong to an index of the same model, with patch states or without."""
-    return f"{record['digest']}{' with patches' if record['keep_patches'] else ''}"
+def _columns(table: pa.Table, *names: str) -> Iterator[tuple]:
+    return zip(*(table[name].to_pylist() for name in names))
 
 
 def announce_states(index: Path, config: CADAVisionConfig, count: int) -> None:
@@ -156,140 +193,101 @@ def announce_states(index: Path, config: CADAVisionConfig, count: int) -> None:
         raise CADAError(f"{index}: the disk is too small for --keep-patches. Leave it out, or choose another.")
 
 
-def read_shards(
-    index: Path, kind: str, dimension: int, changed: Callable[[str, str, str], bool] | None = None
-) -> Iterator[tuple[str, pa.Table]]:
-    """
-    Names and tables of the finished shards of a kind (the text in their metadata). Damaged ones, those of another kind
-    and those with a row (path, stamp, digest) that has `changed` are deleted.
-    """
+def whole_states(index: Path, config: CADAVisionConfig) -> set[str]:
+    """Names of the files in `patches/` that are whole."""
+    states = torch.empty(config.sequence_length, config.hidden_size, dtype=torch.float16)
+    size = len(save({"states": states}))
+    return {path.name for path in own_files(index, PATCHES) if path.stat().st_size == size}
+
+
+def read_shards(index: Path, record: dict) -> Iterator[tuple[str, pa.Table]]:
+    """Names and tables of the finished shards. Damaged ones and those of another model are deleted."""
     for path in shard_files(index):
         try:
             with pa.memory_map(str(path)) as file:
                 table = pa.ipc.open_stream(file).read_all()
-            about = table.schema.metadata
-            json.loads(about[b"unreadable"])
-            good = about[b"kind"].decode() == kind and table.schema.equals(shard_schema(dimension))
+            json.loads(table.schema.metadata[b"unreadable"])
+            good = table.schema.metadata[b"model"].decode() == record["digest"]
+            good = good and table.schema.equals(shard_schema(record["dimension"]))
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
             good = False
-        good = good and not lost_states(index, table["patches"].to_pylist())
-        if good and changed is not None:
-            rows = zip(*(table[name].to_pylist() for name in ("path", "stamp", "digest")))
-            good = not any(changed(*row) for row in rows)
         if good:
             yield path.stem, table
         else:
             path.unlink()
 
 
-def lost_states(index: Path, places: Iterable[str | None]) -> set[str]:
-    """Those of `places` (file and row in `patches/`) that cannot be read: the file is gone, damaged or too short."""
-    rows, lost = {}, set()
-    for place in places:
-        if place is None:
-            continue
-        name, row = place.split("/")
-        if name not in rows:
+def clean(index: Path, record: dict) -> None:
+    """Delete the files of an index that its present state does not refer to."""
+    used = {record.get("table")}
+    if record["keep_patches"]:
+        for table in open_store(index, record).tables(["path", "digest"]):
+            used |= {states_file(record["digest"], *row) for row in _columns(table, "path", "digest")}
+    for path in own_files(index):
+        if path.name not in used:
+            path.unlink()
+
+
+class _Batches(torch.utils.data.Dataset):
+    """For batches of paths: digests by path, pixel values, and problems by path; decoded by data loader workers."""
+
+    def __init__(self, images: ImageFiles | ImageRows, processor: CADAProcessor, batches: list[list[str]]):
+        self.images, self.processor, self.batches = images, processor, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[dict[str, str], torch.Tensor | None, dict[str, str]]:
+        digests, pixel_values, problems = {}, [], {}
+        for path in self.batches[number]:
             try:
-                with safe_open(index / PATCHES / name, "pt") as file:
-                    rows[name] = file.get_slice("states").get_shape()[0]
-            except (OSError, SafetensorError):
-                rows[name] = 0
-        if int(row) >= rows[name]:
-            lost.add(place)
-    return lost
-
-
-def stamps_of_now(
-    store,
-    index: Path,
-    listing: list[tuple[str, str]],
-    source: ImageFiles | ImageRows,
-    check_content: bool,
-    progress: bool,
-) -> dict[str, str]:
-    """
-    The stamp of each image in the store by its path: that of `listing` (path, stamp) where the content is as it was.
-    What has other content, or whose patch states are lost, gets no stamp.
-
-    Args:
-        check_content: read also the images whose stamp is as it was.
-    """
-    known = store.known()
-    stamps = {path: stamp for path, stamp in listing if path in known and (check_content or known[path] != stamp)}
-    if stamps:
-        with tqdm(total=len(stamps), desc="Comparing images", unit="image", disable=not progress, leave=False) as bar:
-            for table in store.tables(["path", "digest"]):
-                for path, indexed in zip(table["path"].to_pylist(), table["digest"].to_pylist()):
-                    if path in stamps:
-                        bar.update()
-                        known[path] = stamps[path] if digest_of(source, path) == indexed else ""
-    if store.record["keep_patches"]:
-        for table in store.tables(["path", "patches"]):
-            places = table["patches"].to_pylist()
-            lost = lost_states(index, places)
-            known |= {path: "" for path, place in zip(table["path"].to_pylist(), places) if place in lost}
-    return known
-
-
-def clean(index: Path, store) -> None:
-    """Delete files of an index that its present state, the record of `store`, does not refer to."""
-    table = store.record.get("table")
-    unused = [path for path in index.iterdir() if OWN_FILES.fullmatch(path.name) and path.name != table]
-    unused += [path for path in (index / PENDING).iterdir() if OWN_SHARDS.fullmatch(path.name)]
-    if store.record["keep_patches"] and (index / PATCHES).is_dir():
-        used = {place.split("/")[0] for table in store.tables(["patches"]) for place in table["patches"].to_pylist()}
-        files = (index / PATCHES).iterdir()
-        unused += [path for path in files if OWN_STATES.fullmatch(path.name) and path.name not in used]
-    for path in unused:
-        path.unlink()
+                content = self.images.read(path)
+                image = open_image({"bytes": content, "path": None}, self.processor.image_size)
+            except (OSError, CADAError) as error:
+                problems[path] = f"cannot be decoded: {problem_of(error)}"
+                continue
+            digests[path] = content_digest(content)
+            pixel_values.append(self.processor(images=image, return_tensors="pt")["pixel_values"])
+        return digests, torch.cat(pixel_values) if pixel_values else None, problems
 
 
 @torch.inference_mode()
 def encode_shards(
-    model, processor, images, shards, index: Path, record: dict, batch_size: int, workers: int, progress: bool
+    model, processor, images, shards: list[Shard], index: Path, record: dict, options: IndexOptions, is_main: bool
 ) -> None:
-    """Encode shards (name, paths, stamps), each into a file of `pending/`, with a file of `patches/` if asked."""
-    samples = ImageSamples(images, processor, [path for _, paths, _ in shards for path in paths])
-    batches, start = [], 0
-    for _, paths, _ in shards:  # no batch crosses shards, so that features do not depend on who encodes which shard
-        end = start + len(paths)
-        batches += [list(range(at, min(at + batch_size, end))) for at in range(start, end, batch_size)]
-        start = end
-    loader = torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=list)
-    bar = tqdm(total=len(samples), desc="Encoding images", unit="image", disable=not progress, leave=False)
-    stream = iter(loader)
-    for name, paths, stamps in shards:
-        rows, unreadable, states = [], [], []
-        for start in range(0, len(paths), batch_size):
-            batch = next(stream)
-            bar.update(len(batch))
-            numbers = [number for number, (_, pixels, _) in enumerate(batch) if pixels is not None]
-            unreadable += [(paths[start + number], problem) for number, (_, _, problem) in enumerate(batch) if problem]
-            if not numbers:
+    """Encode shards, each into a file of `pending/`; and patch states into `patches/`, if asked."""
+    size, hide = options.batch_size, not (options.progress and is_main)
+    batches = []  # none crosses shards, so that features do not depend on who encodes which shard
+    for _, part in shards:
+        batches += [[path for path, _ in part[start : start + size]] for start in range(0, len(part), size)]
+    samples = _Batches(images, processor, batches)
+    loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=options.workers, collate_fn=tuple)
+    total, stream = sum(map(len, batches)), iter(loader)
+    bar = tqdm(total=total, desc="Encoding images", unit="image", disable=hide, leave=False)
+    for name, part in shards:
+        stamps, rows, features, unreadable = dict(part), [], [], {}
+        for _ in range(0, len(part), size):
+            digests, pixel_values, problems = next(stream)
+            bar.update(len(digests) + len(problems))
+            unreadable |= problems
+            if pixel_values is None:
                 continue
-            outputs = model.get_image_features(torch.stack([batch[number][1] for number in numbers]).to(model.device))
-            features = F.normalize(outputs.pooler_output.float(), dim=-1).cpu()
-            finite = features.isfinite().all(dim=1).tolist()
-            for row, number in enumerate(numbers):
-                path = paths[start + number]
-                if not finite[row]:
-                    unreadable.append((path, "has no finite features; does the model give any?"))
+            outputs = model.get_image_features(pixel_values.to(model.device))
+            normalised = F.normalize(outputs.pooler_output.float(), dim=-1).cpu().numpy()
+            for number, (path, digest) in enumerate(digests.items()):
+                if not np.isfinite(normalised[number]).all():
+                    unreadable[path] = "has no finite features; does the model give any?"
                     continue
-                place = f"{name}.safetensors/{len(rows)}" if record["keep_patches"] else None
-                rows.append((path, stamps[start + number], batch[number][0], place, features[row]))
                 if record["keep_patches"]:
-                    states.append(outputs.last_hidden_state[row].half().cpu())
-        if states:
-            (index / PATCHES).mkdir(exist_ok=True)
-            with written_whole(index / PATCHES / f"{name}.safetensors") as temporary:
-                save_file({"states": torch.stack(states)}, temporary)
-        schema = shard_schema(model.config.projection_dim)
-        table = schema.empty_table()
-        if rows:
-            *columns, kept = zip(*rows)
-            columns = [pa.array(column, pa.string()) for column in columns]
-            table = pa.table([*columns, feature_column(torch.stack(kept))], schema=schema)
-        about = {"kind": shard_kind(record), "unreadable": json.dumps(unreadable)}
-        write_table(table.replace_schema_metadata(about), index / PENDING / f"{name}.arrow")
+                    states = outputs.last_hidden_state[number].half().cpu()
+                    with written_whole(index / PATCHES / states_file(record["digest"], path, digest)) as temporary:
+                        save_file({"states": states}, temporary)
+                rows.append((path, stamps[path], digest))
+                features.append(normalised[number])
+        column = feature_column(np.array(features).reshape(-1, model.config.projection_dim))
+        columns = [pa.array([row[place] for row in rows], pa.string()) for place in range(3)]
+        table = pa.table([*columns, column], schema=shard_schema(model.config.projection_dim))
+        about = {"model": record["digest"], "unreadable": json.dumps(list(unreadable.items()))}
+        table = table.replace_schema_metadata(about)
+        write_tables(index / PENDING / f"{name}.arrow", table.schema, [table])
     bar.close()

@@ -54,7 +54,7 @@ def test_what_is_no_readable_file_is_named(tmp_path):
     listing, problems = images.listing()
     assert listing["path"].to_pylist() == ["good.png", "inside.png"]
     found = dict(problems)
-    assert set(found) == {"out.png", "gone.png", "pipe.png", "\\xff.png"}
+    assert set(found) == {"out.png", "gone.png", "pipe.png", "\\udcff.png"}
     assert "leads out" in found["out.png"]
     assert "not a file" in found["pipe.png"]
     for path in ("out.png", "../secret.png", str(tmp_path / "secret.png")):
@@ -365,6 +365,13 @@ def test_what_a_folder_holds_besides_images_is_named_and_not_read(tmp_path, monk
         images.read("x.png")
 
 
+def test_a_list_may_name_what_no_system_can(tmp_path):
+    """Half a surrogate pair, which JSON can write."""
+    (tmp_path / "list.jsonl").write_text('{"path": "\\ud800.png"}\n')
+    listing, problems = source(tmp_path / "list.jsonl").listing()
+    assert (len(listing), problems) == (0, [("\\ud800.png", "has a name that is not UTF-8")])
+
+
 def saved(folder, features, **columns):
     Dataset.from_dict(columns, features=Features(features)).save_to_disk(folder)
     return folder
@@ -388,6 +395,9 @@ def test_odd_data_sets(tmp_path):
         )
     )
     assert images.listing()[0]["path"].to_pylist() == ["00000000", "00000001"]
+    large = pa.table({"image": rows[:1] * 2, "hash": pa.array([1, 2**63], pa.uint64())})
+    Dataset(large).cast_column("image", image).save_to_disk(tmp_path / "large")
+    assert source(tmp_path / "large").listing()[0]["hash"].to_pylist() == ["1", "9223372036854775808"]
     with pytest.raises(CADAError, match="no images.*cast_column"):
         source(saved(tmp_path / "text", {"image": Value("string")}, image=["x.png"]))
     with pytest.raises(CADAError, match="has no splits.*--split"):
@@ -398,22 +408,27 @@ def test_an_old_index_knows_its_source(tmp_path):
     picture(tmp_path / "images" / "x.png")
     (tmp_path / "other").mkdir()
     (tmp_path / "list.csv").write_text("path\nx.png\n")
-    given = [str(tmp_path / "list.csv"), None, tmp_path / "images"]
-    recorded = describe_source(*given, None, False)
-    assert recorded == {"location": given[0], "split": None, "root": str(tmp_path / "images"), "hidden": False}
-    assert describe_source(given[0], None, None, recorded, False) == recorded  # the root need not be said again
+
+    def described(location, recorded, moved=False, **given):
+        given = {"location": str(location), "split": None, "root": None, "hidden": None, **given}
+        return describe_source({**given, "moved_source": moved}, recorded)
+
+    table = tmp_path / "list.csv"
+    recorded = described(table, None, root=tmp_path / "images")
+    assert recorded == {"location": str(table), "split": None, "root": str(tmp_path / "images"), "hidden": False}
+    assert described(table, recorded) == recorded  # the root need not be said again
     assert source_arguments(recorded) == f"{tmp_path}/list.csv --root {tmp_path}/images"
-    hidden = describe_source(given[0], None, None, recorded, False, hidden=True)
+    hidden = described(table, recorded, hidden=True)
     assert hidden == {**recorded, "hidden": True} and source_arguments(hidden).endswith(" --hidden")
-    assert describe_source(given[0], None, None, hidden, False) == hidden
+    assert described(table, hidden) == hidden
     with pytest.raises(CADAError, match="other location and root.*--moved-source"):
-        describe_source(str(tmp_path / "other"), None, None, recorded, False)
-    moved = describe_source(str(tmp_path / "other"), None, None, recorded, True)
+        described(tmp_path / "other", recorded)
+    moved = described(tmp_path / "other", recorded, moved=True)
     assert moved == {"location": str(tmp_path / "other"), "split": None, "root": None, "hidden": False}
     # A data set on the Hub: the split of the record counts.
     hub = {"location": "org/set", "split": "test", "root": None, "hidden": False}
-    assert describe_source("org/set", None, None, hub, False) == hub
+    assert described("org/set", hub) == hub
     with pytest.raises(CADAError, match="other split"):
-        describe_source("org/set", "train", None, hub, False)
+        described("org/set", hub, split="train")
     with pytest.raises(CADAError, match="which is not there. Is its disk mounted.*--moved-source"):
         open_source({**recorded, "root": str(tmp_path / "gone")}, tmp_path / "index")

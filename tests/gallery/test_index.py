@@ -358,12 +358,13 @@ def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, cap
     assert left.left_out == {gone: "No such file or directory"}
     with pytest.raises(CADAError, match=f"{gone} cannot be shown: No such file.*cada index"):
         left.image(gone)
-    # An update drops shards of which no image is left.
+    # An update drops the states of images that are gone.
     for path in [*folder.glob("0*.png")]:
         path.unlink()
     before = set((tmp_path / "kept" / "patches").iterdir())
     build(folder, tmp_path / "kept")
-    assert set((tmp_path / "kept" / "patches").iterdir()) < before
+    left = set((tmp_path / "kept" / "patches").iterdir())
+    assert left < before and len(left) == len(open_index(tmp_path / "kept")) == len(list(folder.glob("sub/*")))
 
 
 def test_commands(checkpoint, folder, tmp_path, capsys):

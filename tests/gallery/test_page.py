@@ -164,7 +164,6 @@ def test_metadata_are_shown_and_choose(address):
     ):
         images, message = find(address, where=where)
         assert images == UNCHANGED and problem in message
-    assert "has 501 characters" in find(address, where="x" * 501)[1]
 
 
 def test_large_images_are_handed_out_small(address):
@@ -194,9 +193,9 @@ def test_a_sentence_that_is_too_long_is_searched_and_said_where_it_is_cut(addres
 
 @pytest.mark.parametrize(
     ("sentence", "message"),
-    [("red " * 126, "has 503 characters. Use 500 at most"), (" .!", "is empty"), (None, "is empty")],
+    [(" .!", "is empty"), (None, "is empty")],
 )
-def test_sentences_out_of_bounds(address, sentence, message):
+def test_empty_sentences(address, sentence, message):
     """The message is a line of its own; the results stay, and can be clicked."""
     find(address)
     answer = call(address, FIND, [sentence, "", 3])
@@ -269,7 +268,7 @@ def test_conditions_stand_between_semicolons():
 def test_a_question_is_asked_again_where_the_index_was_replaced_meanwhile(folder, tmp_path):
     shutil.copytree(folder / "images" / "more", tmp_path / "images")
     build_index(tmp_path / "images", tmp_path / "index", str(folder / "model"), progress=False)
-    latest, asked = cada.gallery.page.LatestIndex(open_index(tmp_path / "index", device="cpu")), []
+    latest, asked = cada.gallery.page._Answers(open_index(tmp_path / "index", device="cpu")), []
 
     def question(gallery):
         asked.append(len(gallery))
@@ -464,7 +463,7 @@ def test_ports_that_cannot_be_used_are_named(address, folder, gallery, capsys, m
     assert "GRADIO_TEMP_DIR" not in os.environ
     for number in ("0", "65536", "-1"):
         assert cli.main(["page", str(folder / "index"), "--port", number]) == 1
-        assert capsys.readouterr().err == f"error: --port is {number}. Choose one from 1 to 65535.\n"
+        assert "error: Invalid value for '--port': Input should be" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folder, tmp_path, capsys, monkeypatch):

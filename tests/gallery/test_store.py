@@ -1,4 +1,4 @@
-"""Storage of an index: search equals a plain computation, ."""
+"""Storage of an index: search equals a plain computation."""
 
 import operator
 import tempfile
@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 
 import cada.gallery.store
 from cada.files import CADAError
+from cada.gallery.index import GalleryIndex
 from cada.gallery.store import (
     ArrowStore,
     Condition,
     feature_column,
+    open_store,
     parse_conditions,
     read_record,
-    write_table,
+    write_tables,
 )
 from cada.gallery.update import clean, read_shards
 
@@ -50,22 +52,26 @@ def tables(paths: list[str], features: np.ndarray, **metadata: list) -> tuple[pa
             "path": paths,
             "stamp": stamps,
             "digest": [f"digest of {path}" for path in paths],
-            "patches": pa.array([None] * len(paths), pa.string()),
             "feature": feature_column(features),
         }
     )
     return listing, encoded
 
 
-def new_store(kind, folder: Path, columns: dict[str, str] | None = None, **changes):
-    record = {"dimension": DIMENSION, "columns": columns or {}, "collection": "test", "keep_patches": False}
-    return kind(folder, {**record, **changes})
+def new_store(folder: Path, columns: dict[str, str] | None = None, **changes):
+    record = {"dimension": DIMENSION, "columns": columns or {}, "digest": "of a model", "keep_patches": False}
+    record |= {"uri": None, "collection": "test", **changes}
+    return open_store(folder, record)
+
+
+def stamps(store) -> dict[str, str]:
+    rows = [row for table in store.tables(["path", "stamp"]) for row in table.to_pylist()]
+    return {row["path"]: row["stamp"] for row in rows}
 
 
 def written(store, listing: pa.Table, encoded: pa.Table):
     """The store after a write, opened again."""
-    changes = store.write(listing, encoded)
-    return type(store)(getattr(store, "folder", None), {**store.record, **changes})
+    return open_store(getattr(store, "folder", None), {**store.record, **store.write(listing, encoded)})
 
 
 @settings(max_examples=40)
@@ -81,7 +87,7 @@ def test_exact_search_is_a_sorted_matrix_product(count, queries, k, rows_at_once
     paths = [f"{number:03}.png" for number in range(count)]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(cada.gallery.store, "_ROWS_AT_ONCE", rows_at_once)
-        store = written(new_store(ArrowStore, Path(folder)), *tables(paths, features))
+        store = written(new_store(Path(folder)), *tables(paths, features))
         found = store.search(asked, k)
     expected = asked.numpy() @ features.T
     for hits, scores in zip(found, expected, strict=True):
@@ -96,7 +102,7 @@ def test_equal_scores_are_in_the_order_of_paths(tmp_path, monkeypatch):
     different = unit_vectors(5, 0)
     features = different[[0, 1, 2, 3, 4] * 8]
     paths = [f"{number:02}" for number in range(40)]
-    store = written(new_store(ArrowStore, tmp_path), *tables(paths, features))
+    store = written(new_store(tmp_path), *tables(paths, features))
     asked = torch.from_numpy(unit_vectors(6, 1))
     for k in (1, 3, 8, 11, 40):
         together = store.search(asked, k)
@@ -107,7 +113,7 @@ def test_equal_scores_are_in_the_order_of_paths(tmp_path, monkeypatch):
 
 
 def test_a_search_goes_in_parts_of_the_sentences(tmp_path, monkeypatch):
-    store = written(new_store(ArrowStore, tmp_path), *tables(list("abcdef"), unit_vectors(6, 0)))
+    store = written(new_store(tmp_path), *tables(list("abcdef"), unit_vectors(6, 0)))
     asked = torch.from_numpy(unit_vectors(5, 1))
     whole = store.search(asked, 3)
     monkeypatch.setattr(cada.gallery.store, "_QUERIES_AT_ONCE", 2)
@@ -126,7 +132,7 @@ def test_conditions_count_before_ranking(cameras, symbol, value, k):
     paths = [f"{number:03}.png" for number in range(len(cameras))]
     with tempfile.TemporaryDirectory() as folder:
         listing, encoded = tables(paths, features, camera=pa.array(cameras, pa.int64()))
-        store = written(new_store(ArrowStore, Path(folder), {"camera": "int64"}), listing, encoded)
+        store = written(new_store(Path(folder), {"camera": "int64"}), listing, encoded)
         hits = store.search(asked, k, parse_conditions([f"camera{symbol}{value}"], store.record["columns"]))[0]
     scores = (asked.numpy() @ features.T)[0]
     fits = [n for n, camera in enumerate(cameras) if camera is not None and PLAIN[symbol](camera, value)]
@@ -137,13 +143,13 @@ def test_conditions_are_typed():
     columns = {"camera": "int64", "height": "float64", "indoors": "bool", "day": "string"}
     assert parse_conditions("camera==3", columns) == parse_conditions(["camera='3'"], columns)
     assert parse_conditions(['day="=>"', "day='"], columns) == [
-        Condition("day", "=", "=>"),
-        Condition("day", "=", "'"),
+        Condition("day", "==", "=>"),
+        Condition("day", "==", "'"),
     ]
     assert parse_conditions(["camera=3", "height <= 1.8", "indoors=true", "day!=2024-05-01"], columns) == [
-        Condition("camera", "=", 3),
+        Condition("camera", "==", 3),
         Condition("height", "<=", 1.8),
-        Condition("indoors", "=", True),
+        Condition("indoors", "==", True),
         Condition("day", "!=", "2024-05-01"),
     ]
 
@@ -173,13 +179,12 @@ def test_a_store_keeps_what_is_left_and_takes_what_is_new(tmp_path):
     features = unit_vectors(4, 0)
     columns = {"camera": "int64", "day": "string"}
     first = tables(["a", "b", "c"], features[:3], camera=[1, 2, 3], day=["mon", "tue", None])
-    store = written(new_store(ArrowStore, tmp_path, columns), *first)
+    store = written(new_store(tmp_path, columns), *first)
     assert len(store) == 3
-    assert store.known() == {name: f"stamp of {name}" for name in "abc"}
+    assert stamps(store) == {name: f"stamp of {name}" for name in "abc"}
     assert store.find("b") == {
         "path": "b",
         "digest": "digest of b",
-        "patches": None,
         "camera": 2,
         "day": "tue",
     }
@@ -191,7 +196,7 @@ def test_a_store_keeps_what_is_left_and_takes_what_is_new(tmp_path):
         {"path": ["b", "c", "d"], "stamp": ["stamp of b", "new", "stamp of d"], "camera": [7, 3, 4], "day": ["x"] * 3}
     )
     store = written(store, listing, encoded)
-    assert store.known() == {"b": "stamp of b", "c": "new", "d": "stamp of d"}
+    assert stamps(store) == {"b": "stamp of b", "c": "new", "d": "stamp of d"}
     rows = [row for table in store.tables(["path", "digest", "camera", "feature"]) for row in table.to_pylist()]
     assert {row["path"]: (row["digest"], row["camera"]) for row in rows} == {
         "b": ("digest of b", 7),
@@ -210,17 +215,16 @@ def test_a_store_keeps_what_is_left_and_takes_what_is_new(tmp_path):
 
 
 def test_fewer_rows_than_were_written_are_reported(tmp_path):
-    store = written(new_store(ArrowStore, tmp_path, images=2), *tables(["a", "b"], unit_vectors(2, 0)))
-    store.ready()
-    store.record["images"] = 3
-    with pytest.raises(CADAError, match="2 rows, and 3 were written.*run `index` again"):
-        store.ready()
+    store = written(new_store(tmp_path, images=2), *tables(["a", "b"], unit_vectors(2, 0)))
+    GalleryIndex(tmp_path, store.record, "a model")
+    with pytest.raises(CADAError, match="table-.* holds 2 images, and 3 were written. .*run `index` again"):
+        GalleryIndex(tmp_path, {**store.record, "images": 3}, "a model")
 
 
 def test_only_own_files_are_deleted(tmp_path):
     """What one of our runs leaves goes; what only looks like it stays."""
     own = ["table-0123456789ab.arrow", ".unfinished-table-0123456789ab.arrow"]
-    own += [".unfinished-index.json", "pending/0123456789ab-000000.arrow", "patches/0123456789ab-000000.safetensors"]
+    own += [".unfinished-index.json", "pending/0123456789ab-000000.arrow", f"patches/{64 * 'a'}.safetensors"]
     foreign = [
         "table-of-guests.arrow",
         "features-0123456789ab.faiss",
@@ -232,8 +236,8 @@ def test_only_own_files_are_deleted(tmp_path):
     for name in own + foreign:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    store = written(new_store(ArrowStore, tmp_path, keep_patches=True), *tables([], unit_vectors(0, 0)))
-    clean(tmp_path, store)
+    store = written(new_store(tmp_path, keep_patches=True), *tables([], unit_vectors(0, 0)))
+    clean(tmp_path, store.record)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {*foreign, store.record["table"]}
 
@@ -244,18 +248,25 @@ def test_damaged_shards_are_dropped(tmp_path, damage):
     _, encoded = tables(["a"], unit_vectors(1, 0))
     names = [tmp_path / "pending" / f"0123456789ab-00000{number}.arrow" for number in (0, 1)]
     for name in names:
-        write_table(encoded.replace_schema_metadata({"kind": "x", "unreadable": "[]"}), name)
+        table = encoded.replace_schema_metadata({"model": "x", "unreadable": "[]"})
+        write_tables(name, table.schema, [table])
     content = names[1].read_bytes()
     if damage == "foreign":
-        write_table(pa.table({"a": [1]}), names[1])
+        write_tables(names[1], pa.schema([("a", pa.int64())]), [pa.table({"a": [1]})])
     else:
         names[1].write_bytes(content[: len(content) // 2] if damage == "cut" else damage.encode())
-    assert [name for name, _ in read_shards(tmp_path, "x", DIMENSION)] == [names[0].stem]
+    assert [name for name, _ in read_shards(tmp_path, {"digest": "x", "dimension": DIMENSION})] == [names[0].stem]
     assert not names[1].exists()
 
 
+def test_an_index_may_be_called_as_its_folders_are(tmp_path):
+    (tmp_path / "pending").mkdir()
+    store = written(new_store(tmp_path / "pending"), *tables(["a"], unit_vectors(1, 0)))
+    assert list(read_shards(tmp_path / "pending", store.record)) == [] and Path(store.place).is_file()
+
+
 def test_a_damaged_table_is_reported(tmp_path):
-    store = written(new_store(ArrowStore, tmp_path), *tables(["a"], unit_vectors(1, 0)))
+    store = written(new_store(tmp_path), *tables(["a"], unit_vectors(1, 0)))
     (tmp_path / store.record["table"]).write_bytes(b"no table")
     with pytest.raises(CADAError, match="table-.*damaged.*run `index` again"):
         ArrowStore(tmp_path, store.record)
