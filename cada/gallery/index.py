@@ -314,6 +314,7 @@ class GalleryIndex:
     def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
         """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
         self._candidates(top, 0)
+        self.left_out, self.cut = {}, {}
         conditions = parse_conditions(where, self.columns)
         pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
         with torch.inference_mode():

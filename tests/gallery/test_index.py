@@ -566,6 +566,7 @@ def test_changed_and_lost_images_are_left_out_with_a_warning(copied, capsys):
     assert gallery.left_out == {"a.png": "has changed since it was indexed"}
     assert "1 image left out: a.png (has changed since it was indexed). Bring the index up to date" in captured.out
     assert f"cada index {folder} --out {index}" in captured.out
+    assert len(gallery.search_image(Image.open(folder / "b.png"))) == 2 and gallery.left_out == {}  # no file is read
     with pytest.raises(CADAError, match="a.png cannot be shown: has changed"):
         gallery.image("a.png")
     grey = np.asarray(draw_results(gallery, {"x": gallery.search("a man", rerank=0)[0]}))
