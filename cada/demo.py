@@ -192,7 +192,7 @@ def run_demo(folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     print(
-        "The demo takes four to six minutes on two CPU cores; beside other work, longer: its bar tells."
+        "The demo takes three to six minutes on two CPU cores; beside other work, longer: its bar tells."
         "\nDrawing pedestrians",
         flush=True,
     )

@@ -45,6 +45,21 @@ settings.load_profile("tests")
 REFERENCE = Path(__file__).parent / "reference_tiny.safetensors"
 
 
+# What `save_pretrained` of model and processor writes.
+SAVED_FILES = [
+    "config.json",
+    "configuration_cada.py",
+    "losses_cada.py",
+    "model.safetensors",
+    "modeling_cada.py",
+    "pipeline_cada.py",
+    "processing_cada.py",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
+
+
 def tiny_config(**changes) -> CADAConfig:
     """A model of a few thousand parameters: images of 32×16, texts of at most 13 tokens, groups of 6."""
     fields = {
@@ -169,6 +184,15 @@ def load_reference(model: CADAForTextToImageRetrieval, reference: dict) -> None:
     missing, _ = model.load_state_dict(convert_state_dict(reference["weights"], "cada_original"), strict=False)
     assert missing == list(model.all_tied_weights_keys)
     model.tie_weights()
+
+
+def match_all_pairs(model: CADAForTextToImageRetrieval, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patch states of the six reference images, and the match logits `(6, 6, 2)` of every text with every image."""
+    text_index, image_index = torch.cartesian_prod(torch.arange(6), torch.arange(6)).unbind(1)
+    with torch.no_grad():
+        states = model.encode_images(inputs["pixel_values"])
+        logits = model.match(inputs["input_ids"], inputs["attention_mask"], states, text_index, image_index)
+    return states, logits.view(6, 6, 2)
 
 
 @pytest.fixture

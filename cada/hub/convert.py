@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 from cada.files import CADAError, checkpoint_written_whole, make_output_folder, one_line
-from cada.hub.loading import check_config, in_one_line, load_tokenizer, weight_files
+from cada.hub.loading import check_config, fitted_processor, in_one_line, load_tokenizer, weight_files
 from cada.hub.record import NO_LICENCE, write_run
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval, resize_positions
@@ -394,16 +394,12 @@ def describe_origin(source: str, checkpoint: str | os.PathLike) -> dict:
 def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -> CADAProcessor:
     """The processor of a converted model: CLIP's normalisation, as BLIP and the authors' code have it."""
     tokenizer = load_tokenizer(tokenizer_name)
-    tokenizer.model_max_length = model.config.max_text_length
-    height, width = model.config.vision_config.image_height_width
-    image_processor = CADAImageProcessor(size={"height": height, "width": width})
-    processor = CADAProcessor(image_processor, tokenizer, model.config.mask_unit, model.config.mask_rate)
-    if processor.enc_token_id != model.config.text_config.enc_token_id:
+    try:
+        return fitted_processor(CADAImageProcessor(), tokenizer, model.config)
+    except CADAError as error:
         raise CADAError(
-            f"The tokenizer {tokenizer_name!r} gives [ENC] the id {processor.enc_token_id}, the model expects "
-            f"{model.config.text_config.enc_token_id}. Use bert-base-uncased, which BLIP was trained with."
-        )
-    return processor
+            f"The tokenizer {tokenizer_name!r} is another than BLIP's: {error} Use bert-base-uncased."
+        ) from error
 
 
 def check_output(out: str | os.PathLike, checkpoint: str) -> None:

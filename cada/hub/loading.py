@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
+from transformers.image_utils import SizeDict
 from transformers.utils.hub import resolve_revision
 
 from cada.files import CADAError, one_line, read_json
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
-from processing_cada import CADAProcessor
+from processing_cada import CADAImageProcessor, CADAProcessor
 
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -202,6 +203,21 @@ def check_processor(processor: CADAProcessor, config: CADAConfig) -> None:
             raise CADAError(
                 f"The processor gives {name} {given}, the model reads {wanted}. Are both of the same checkpoint?"
             )
+
+
+def fitted_processor(image_processor: CADAImageProcessor, tokenizer, config: CADAConfig) -> CADAProcessor:
+    """
+    A processor in which image size, text length and masking follow the model.
+
+    Raises:
+        CADAError: where the tokenizer is of another model, see [`check_processor`].
+    """
+    height, width = config.vision_config.image_height_width
+    image_processor.size = SizeDict(height=height, width=width)
+    tokenizer.model_max_length = config.max_text_length
+    processor = CADAProcessor(image_processor, tokenizer, config.mask_unit, config.mask_rate)
+    check_processor(processor, config)
+    return processor
 
 
 def load_tokenizer(name: str | os.PathLike):

@@ -2,14 +2,13 @@
 
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
-from transformers.image_utils import SizeDict
 from transformers.utils import logging
 
 from cada.data.loading import hold_out_persons, load_pairs_dataset, shared_persons
 from cada.data.pairs import add_attribute_spans
 from cada.files import CADAError
 from cada.hub.convert import convert, convert_processor, default_image_size
-from cada.hub.loading import check_processor, load_config, load_model, load_processor, load_tokenizer
+from cada.hub.loading import fitted_processor, load_config, load_model, load_processor, load_tokenizer
 from cada.training.arguments import CADATrainingArguments, DataArguments, ModelArguments, made_of_arguments
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval, resize_positions
@@ -55,7 +54,7 @@ def make_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
         elif arguments.model_name_or_path is not None:
             model = load_start(arguments.model_name_or_path, arguments.config_overrides, arguments.model_revision)
             saved = load_processor(arguments.model_name_or_path, arguments.model_revision)
-            processor = _fitted(saved.image_processor, saved.tokenizer, model.config)
+            processor = fitted_processor(saved.image_processor, saved.tokenizer, model.config)
         else:
             model, processor = _random(arguments)
     except StrictDataclassError as error:
@@ -91,17 +90,7 @@ def _random(arguments: ModelArguments) -> tuple[CADAForTextToImageRetrieval, CAD
     }
     config = CADAConfig(**{**arguments.config_overrides, "text_config": text})
     logger.warning("The model has random weights: no --model_name_or_path was given.")
-    return CADAForTextToImageRetrieval(config), _fitted(image_processor, tokenizer, config)
-
-
-def _fitted(image_processor: CADAImageProcessor, tokenizer, config: CADAConfig) -> CADAProcessor:
-    """What processor and model have to agree on follows the model."""
-    height, width = config.vision_config.image_height_width
-    image_processor.size = SizeDict(height=height, width=width)
-    tokenizer.model_max_length = config.max_text_length
-    processor = CADAProcessor(image_processor, tokenizer, config.mask_unit, config.mask_rate)
-    check_processor(processor, config)
-    return processor
+    return CADAForTextToImageRetrieval(config), fitted_processor(image_processor, tokenizer, config)
 
 
 def count_long_captions(dataset: Dataset, processor: CADAProcessor) -> int:

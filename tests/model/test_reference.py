@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import load_reference, reference_config
+from conftest import load_reference, match_all_pairs, reference_config
 
 from cada.hub.convert import convert_state_dict
 from losses_cada import draw_negatives, group_states, positive_pairs
@@ -57,11 +57,8 @@ def test_decoder_states_and_groups(reference_model, reference):
 
 def test_match_logits_of_all_pairs(reference_model, reference):
     inputs, expected = reference["inputs"], reference["outputs"]
-    text_index, image_index = torch.cartesian_prod(torch.arange(6), torch.arange(6)).unbind(1)
-    with torch.no_grad():
-        states = reference_model.encode_images(inputs["pixel_values"])
-        logits = reference_model.match(inputs["input_ids"], inputs["attention_mask"], states, text_index, image_index)
-    assert_agrees(logits.view(6, 6, 2), expected["match_logits"])
+    _, logits = match_all_pairs(reference_model, inputs)
+    assert_agrees(logits, expected["match_logits"])
 
 
 def test_vocabulary_logits(reference_model, reference):
