@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
 from report import footer
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm.auto import tqdm
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
@@ -192,10 +192,14 @@ def make_batch(size: int, config: CADAConfig, device: str) -> dict:
     }
 
 
-# The attention of a CPU, which torch does not count by itself.
+# The attention of a CPU, which torch does not count by itself. Formulas are called with shapes.
 _COUNTED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, query, key, value, *_, **__: sdpa_backward_flop_count(gradient, query, key, value)
+    ),
 }
 
 
