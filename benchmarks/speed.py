@@ -278,7 +278,7 @@ def make_models(device: str) -> Models:
         return Models(make_model(), plain, copy.deepcopy(plain.cada.text_model), blip)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not `inference_mode`: weights that change their precision within it could not train any more
 def measure_inference(models: Models, dtype: torch.dtype, sizes: Sizes, bar) -> dict[str, dict[str, Case]]:
     """Cases by task, per pair, image and text; the weights are of `dtype`."""
     device = models.ours.device.type
