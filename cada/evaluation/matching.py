@@ -21,7 +21,7 @@ from modeling_cada import CADAImages
 # Tokens of a batch, and batches of a group of images. Large enough for fast matrix products; an accelerator needs more
 # for that, and groups so large that nearly all texts of a batch are of one length.
 _BATCHES = {"cpu": (1024, 4)}
-_BATCHES_ON_ACCELERATOR = (16_384, 32)
+_BATCHES_ON_ACCELERATOR = (65_536, 32)
 _SAFE_RANKS = (1, 5, 10)
 _SAMPLED_PAIRS = 256
 

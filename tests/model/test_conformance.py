@@ -21,6 +21,7 @@ import transformers
 from conftest import tiny_batch, tiny_config
 from transformers import BertTokenizer
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.testing_utils import torch_device
 
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval, CADAImages, CADAModel, CADATextModel, CADAVisionModel
@@ -112,7 +113,7 @@ class ModelTester:
         return config if self.part is None else getattr(config, self.part)
 
     def prepare_config_and_inputs_for_common(self):
-        return self.get_config(), inputs_of(*self.inputs)
+        return self.get_config(), {name: tensor.to(torch_device) for name, tensor in inputs_of(*self.inputs).items()}
 
 
 class CommonModelTest(ModelTesterMixin):
