@@ -122,7 +122,7 @@ def measure_test(model, processor, test: Dataset, k: int, precisions: list[str])
 def measure_steps(model, batch: dict, precision: str, compiled: bool, checkpointing: bool) -> tuple[float, float]:
     """Samples per second of forward and backward pass and AdamW, and the peak of memory in GB."""
     model.train()
-    model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
+    model.activation_checkpointing_enable() if checkpointing else model.activation_checkpointing_disable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     called = torch.compile(model) if compiled else model
 
@@ -151,7 +151,7 @@ def measure_training(model, processor, train: Dataset, with_compiled: bool) -> l
     for precision, compiled, checkpointing in [*cases, *[("bfloat16", True, False)] * with_compiled]:
         speed, memory = measure_steps(model, batch, precision, compiled, checkpointing)
         how = " + ".join(
-            [precision, *["`--torch_compile`"] * compiled, *["`--gradient_checkpointing`"] * checkpointing]
+            [precision, *["`--torch_compile`"] * compiled, *["`--activation_checkpointing`"] * checkpointing]
         )
         rows.append(f"| {how} | {speed:.0f} | {memory:.1f} |")
         print(rows[-1], flush=True)
