@@ -253,9 +253,9 @@ def make_search(model, images: int, texts: int, k: int) -> tuple[Queries, Galler
 
 
 def encode_texts(model, input_ids, attention_mask) -> None:
-    """As `encode_queries` does: in batches of similar length."""
+    """As `encode_queries` does: in batches of similar length. On a CPU smaller ones, as there are few texts."""
     lengths = attention_mask.sum(dim=1)
-    for rows in lengths.argsort().split(32):
+    for rows in lengths.argsort().split(256 if input_ids.is_cuda else 32):
         cut = slice(int(lengths[rows].max()))
         model.get_text_features(input_ids[rows, cut], attention_mask[rows, cut])
 
@@ -386,7 +386,7 @@ def table_of_tasks(results: dict[str, dict[str, dict[str, Case]]]) -> list[str]:
     for task in results["float32"]:
         for precision, tasks in results.items():
             ours, plain, blip = (tasks[task].get(name) for name in (OURS, PLAIN, BLIP))
-            cells = [f"{1e3 * case.seconds:.1f}" if case else "–" for case in (ours, plain, blip)]
+            cells = [f"{1e3 * case.seconds:.4g}" if case else "–" for case in (ours, plain, blip)]
             cells += [f"{case.seconds / ours.seconds:.2f}" if case else "–" for case in (plain, blip)]
             cells += [f"{ours.operations:.1f}", f"{plain.operations:.1f}", f"{plain.operations / ours.operations:.2f}"]
             lines.append(f"| {task} | {precision} | {' | '.join(cells)} |")
