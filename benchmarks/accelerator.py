@@ -31,7 +31,7 @@ from cada.demo import RECIPE
 from cada.evaluation.encoding import encode_gallery, encode_queries
 from cada.evaluation.matching import score_gallery
 from cada.evaluation.metrics import METRICS, retrieval_metrics
-from cada.hub.loading import load_model_and_processor
+from cada.hub.convert import load_model_and_processor
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor, clean_caption
@@ -168,7 +168,7 @@ def main() -> None:
     train, test = splits["train"], splits["test"]
     with tempfile.TemporaryDirectory() as folder:
         train_model(train, test, Path(folder), options.steps)
-        model, processor = load_model_and_processor(Path(folder) / "model")
+        model, processor, _ = load_model_and_processor(Path(folder) / "model")
     model = model.to("cuda").eval()
     lines = [
         "# On an accelerator",

@@ -27,8 +27,14 @@ from cada.explain import attribute_predictions, word_attention
 from cada.files import CADAError, counted, make_output_folder, printable, run_command, written_whole
 from cada.gallery.index import build_index, open_index
 from cada.gallery.store import parse_conditions, shard_files
-from cada.hub.convert import SOURCES, check_output, convert, default_image_size, save_converted
-from cada.hub.loading import load_model_and_processor
+from cada.hub.convert import (
+    SOURCES,
+    check_output,
+    convert,
+    default_image_size,
+    load_model_and_processor,
+    save_converted,
+)
 from cada.hub.publish import evaluations_of_others, publish, release_files, write_card
 
 
@@ -41,7 +47,7 @@ app = typer.Typer(
 )
 Source = StrEnum("Source", {name: name for name in SOURCES})
 Index = Annotated[Path, Argument(help="folder of the index")]
-Model = Annotated[str, Option(help="folder or Hub name of a CADA checkpoint")]
+Model = Annotated[str, Option(help="folder or Hub name of a CADA checkpoint, or of BLIP")]
 OtherModel = Annotated[str | None, Option(help="the checkpoint; by default the one that the index was made with")]
 Revision = Annotated[str | None, Option(help="tag, branch or commit of the checkpoint on the Hub")]
 Device = Annotated[str | None, Option(help="of the model, such as cpu or cuda:1")]
@@ -270,7 +276,7 @@ def explain(
         if path is not None:
             make_output_folder(path.parent)
     photo = open_file(image)
-    network, processor = load_model_and_processor(model, revision)
+    network, processor, _ = load_model_and_processor(model, revision)
     attention = word_attention(network, processor, photo, text, layer, head)
     predictions = attribute_predictions(network, processor, photo, text) if network.config.use_ara else []
     with written_whole(out) as path:

@@ -54,8 +54,9 @@ from cada.gallery.store import (
     states_file,
 )
 from cada.gallery.update import Changes, IndexOptions, Update, encode_shards
-from cada.hub.loading import commit_of, load_model_and_processor
-from cada.hub.record import search_digest
+from cada.hub.convert import load_model_and_processor
+from cada.hub.loading import commit_of
+from cada.hub.record import UNKNOWN_START, search_digest
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor, clean_caption
@@ -79,12 +80,13 @@ class Result:
 
 def _load(name: str, revision: str | None, device, record: dict | None) -> tuple:
     """
-    Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on. A
-    `CADAError` also where `record` has another digest, or the model is no longer where it was, or for the device.
+    Model (in evaluation mode, on `device`) and processor of a checkpoint, the origin of its weights, and the digest of
+    what scores depend on. A `CADAError` also where `record` has another digest, or the model is no longer where it
+    was, or for the device.
     """
     if record is not None and name == record["model"] and os.path.isabs(name) and not os.path.exists(name):
         raise CADAError(f"The model of this index was in {name}, which is not there. Say where it is: --model NAME.")
-    model, processor = load_model_and_processor(name, revision)
+    model, processor, origin = load_model_and_processor(name, revision)
     digest = search_digest(model, processor)
     if record is not None and digest != record["digest"]:
         raise CADAError(
@@ -93,7 +95,7 @@ def _load(name: str, revision: str | None, device, record: dict | None) -> tuple
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device), processor, digest
+        return model.to(device), processor, origin, digest
     except (AssertionError, RuntimeError) as error:  # PyTorch raises the first where it was built without CUDA
         raise CADAError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
 
@@ -110,7 +112,7 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
         source: a folder; a CSV or JSONL file with a column `path` (or `file_name`, `image`) and metadata; or a data
             set with a column `image`, saved by `save_to_disk` or on the Hub.
         index: folder of the index.
-        model: the checkpoint; an old index knows its own.
+        model: the checkpoint, of CADA or a `BlipForImageTextRetrieval`; an old index knows its own.
         options: fields of [`IndexOptions`].
 
     Raises:
@@ -130,10 +132,10 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
     check_output(index, place, record is None)
     images = open_source(place, index if record is not None and place == record["source"] else None)
     make_output_folder(index)  # what keeps from writing shows now, not after the work
-    network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
+    network, processor, origin, digest = _load(settings["model"], settings["revision"], state.device, record)
     for folder in (PENDING, PATCHES) if settings["keep_patches"] else (PENDING,):
         (index / folder).mkdir(exist_ok=True)
-    new = {**settings, "digest": digest, "source": place}
+    new = {**settings, "origin": origin, "digest": digest, "source": place}
     with only_writer(index) if state.is_main_process else nullcontext():
         update, plan = None, None
         if state.is_main_process:
@@ -389,12 +391,15 @@ class GalleryIndex:
     def info(self) -> dict:
         """What the index holds and how: a flat dictionary, sizes in bytes."""
         files = [path for path in self.folder.rglob("*") if path.is_file()]
+        origin = self.record["origin"] or UNKNOWN_START
         return {
             "images": len(self),
             "columns": self.columns,
             "source": self.record["source"]["location"],
             "model": self.record["model"],
             "revision": self.record["revision"] or "none",
+            "weights_from": origin["start"],
+            "licence": origin["licence"] or "none",
             "digest": self.record["digest"],
             "dimension": self.record["dimension"],
             "store": f"milvus at {self.record['uri']}" if self.record["uri"] else "arrow",

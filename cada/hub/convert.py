@@ -20,15 +20,33 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+)
+from transformers.utils import logging
 
 from cada.files import CADAError, checkpoint_written_whole, make_output_folder, one_line
-from cada.hub.loading import check_config, fitted_processor, in_one_line, load_tokenizer, weight_files
-from cada.hub.record import NO_LICENCE, write_run
+from cada.hub.loading import (
+    check_config,
+    check_processor,
+    fitted_processor,
+    in_one_line,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    weight_files,
+)
+from cada.hub.record import NO_LICENCE, Origin, after_training, read_start, write_run
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval, resize_positions
 from processing_cada import CADAImageProcessor, CADAProcessor
 
+
+logger = logging.get_logger(__name__)
 
 SOURCES = ("blip", "blip_original", "cada_original")
 VOCABULARY_SIZE = 30524  # bert-base-uncased with [DEC] and [ENC]
@@ -384,7 +402,7 @@ def default_image_size(source: str) -> int | None:
     return None if source == "cada_original" else 224
 
 
-def describe_origin(source: str, checkpoint: str | os.PathLike) -> dict:
+def describe_origin(source: str, checkpoint: str | os.PathLike) -> Origin:
     """What a model card says of where converted weights come from; folders of this machine are not named."""
     name = Path(checkpoint).name if Path(checkpoint).exists() else str(checkpoint)
     licence = NO_LICENCE if source == "cada_original" else "BSD-3-Clause (BLIP, Salesforce)"
@@ -418,3 +436,33 @@ def save_converted(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_run(folder, describe_origin(source, checkpoint), None, [])
+
+
+def load_model_and_processor(
+    name: str | os.PathLike, revision: str | None = None
+) -> tuple[CADAForTextToImageRetrieval, CADAProcessor, Origin | None]:
+    """
+    Model, in evaluation mode, and processor, which belong together, and where the weights come from: of a checkpoint
+    of CADA, or of a `BlipForImageTextRetrieval` of transformers, which is converted in memory and keeps its image
+    size. BLIP's cosine is S_G then, and its matching probability S_L.
+
+    Raises:
+        CADAError: as [`load_model`], [`load_processor`] and [`convert`].
+    """
+    with in_one_line(f"The configuration of {name} cannot be read", name, "Give the folder of a checkpoint."):
+        kind = PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type")
+    if kind != BlipConfig.model_type:
+        model, processor = load_model(name, revision), load_processor(name, revision)
+        check_processor(processor, model.config)
+        return model, processor, after_training(read_start(name, revision))
+    model, _ = convert("blip", name, config_overrides={"use_ara": False}, revision=revision)
+    # Only training reads the head of groups. Equal weights at each loading make an equal digest.
+    model.group_match_head.load_state_dict(model.match_head.state_dict())
+    with in_one_line(f"The image processor of {name} cannot be loaded", name, "Save it with the model."):
+        images = ImageProcessingMixin.get_image_processor_dict(name, revision=revision or "main")[0]
+    names = ("resample", "image_mean", "image_std")
+    image_processor = CADAImageProcessor(**{field: images[field] for field in names if field in images})
+    processor = fitted_processor(image_processor, load_tokenizer(name, revision), model.config)
+    size = "×".join(map(str, model.config.vision_config.image_height_width))
+    logger.warning(f"{name} is BLIP, not trained on persons: converted in memory, reads images of {size}.")
+    return model, processor, describe_origin("blip", name)

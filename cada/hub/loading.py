@@ -220,16 +220,7 @@ def fitted_processor(image_processor: CADAImageProcessor, tokenizer, config: CAD
     return processor
 
 
-def load_tokenizer(name: str | os.PathLike):
+def load_tokenizer(name: str | os.PathLike, revision: str | None = None):
     """A tokenizer by the name of a folder or on the Hub; a `CADAError` where it cannot be loaded or is code."""
     with in_one_line(f"The tokenizer {name} cannot be loaded", name, _WHERE):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-
-
-def load_model_and_processor(
-    name: str | os.PathLike, revision: str | None = None
-) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
-    """Model, in evaluation mode, and processor of a checkpoint, which belong together; errors as of each."""
-    model, processor = load_model(name, revision), load_processor(name, revision)
-    check_processor(processor, model.config)
-    return model, processor
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
