@@ -153,8 +153,8 @@ def projection(rows: list[tuple]) -> list[str]:
         "`HNSW`, over all nodes; twice that with a copy.",
         "- **A query there:** `IVF_FLAT` visits 64 of 1,024 lists in each of the segments that Milvus makes: 6 % of "
         "the rows. That is the line of a million images times six, shared by the nodes.",
-        "- **Encoding:** 117 ms per image on two cores at base size ([speed_cpu.md](speed_cpu.md)) would be 135 days. "
-        "At an assumed 1,000 images per second and GPU: 28 hours on one, 3.5 on eight.",
+        "- **Encoding:** at 0.18 s an image, two cores at base size ([speed_cpu.md](speed_cpu.md)), it would take 208 "
+        "days. At an assumed 1,000 images per second and GPU: 28 hours on one, 3.5 on eight.",
         "- **Commands:** ten indexes of 10 million images (by camera, by month), each with its collection in the "
         "same cluster: `cada index ... --uri http://... --approximate IVF_FLAT`. Local matching reads 32 images per "
         "query, whatever the size.",

@@ -166,7 +166,9 @@ def search(
     index: Index,
     sentences: Annotated[list[str] | None, Argument(help="one or several")] = None,
     file: Annotated[Path | None, Option(help="a text file with one sentence per line")] = None,
-    image: Annotated[Path | None, Option(help="search for the person on this image instead")] = None,
+    image: Annotated[Path | None, Option(help="a photo to search for, alone or with what a sentence changes")] = None,
+    like: Annotated[list[str] | None, Option(help="path of a result that is right, repeatable")] = None,
+    unlike: Annotated[list[str] | None, Option(help="path of a result that is wrong, repeatable")] = None,
     top: Annotated[int, Option(min=1, help="images per sentence")] = 10,
     rerank: Annotated[
         int | None, Option(min=0, help="candidates that the decoder reads; by default the model's, 0 for none")
@@ -184,14 +186,16 @@ def search(
         check_picture(picture)
     gallery = open_index(index, model, device)
     queries = [*(sentences or []), *(_read_sentences(file) if file is not None else [])]
-    if (image is not None) == bool(queries):
+    photo = None if image is None else open_file(image)
+    marked = {"where": where or (), "like": like or (), "unlike": unlike or ()}
+    if queries:
+        rankings = list(zip(queries, gallery.search(queries, top, rerank, image=photo, **marked)))
+    elif photo is None:
         raise CADAError("Give sentences, a --file with sentences, or an --image.")
-    if image is None:
-        rankings = list(zip(queries, gallery.search(queries, top, rerank, where or ())))
     elif rerank:
-        raise CADAError("--rerank reads a sentence; with --image there is none. Leave it out.")
+        raise CADAError("--rerank reads a sentence; with --image alone there is none. Leave it out.")
     else:
-        rankings = [(str(image), gallery.search_image(open_file(image), top, where or ()))]
+        rankings = [(str(image), gallery.search_image(photo, top, **marked))]
     if as_json:
         _print_json(rankings)
     else:

@@ -38,6 +38,7 @@ from cada.data.images import open_image
 from cada.evaluation.encoding import Gallery, Queries, encode_queries
 from cada.evaluation.matching import match_candidates
 from cada.files import CADAError, counted, make_output_folder, only_writer, printable, problem_of, written_whole
+from cada.gallery.feedback import refine
 from cada.gallery.images import ImageFiles, ImageRows, content_digest, describe_source, open_source, source_arguments
 from cada.gallery.store import (
     FORMAT,
@@ -45,6 +46,7 @@ from cada.gallery.store import (
     PATCHES,
     PENDING,
     RECORD,
+    Hits,
     check_output,
     index_settings,
     open_store,
@@ -251,7 +253,14 @@ class GalleryIndex:
         return f"Bring the index up to date: cada index {source_arguments(self.record['source'])} --out {out}"
 
     def search(
-        self, sentences: str | Sequence[str], top: int = 10, rerank: int | None = None, where: str | Sequence[str] = ()
+        self,
+        sentences: str | Sequence[str],
+        top: int = 10,
+        rerank: int | None = None,
+        where: str | Sequence[str] = (),
+        image: Image.Image | None = None,
+        like: Sequence[str] = (),
+        unlike: Sequence[str] = (),
     ) -> list[list[Result]]:
         """
         The `top` images for every sentence, best first. A candidate of re-ranking whose image is gone or has changed
@@ -265,9 +274,12 @@ class GalleryIndex:
                 none.
             where: conditions on metadata, such as `"camera=3"`; operators `=`, `!=`, `<`, `<=`, `>`, `>=`. All have to
                 hold. They count before ranking. Dates and times of a list are compared as text.
+            image: a photo that every sentence says something about: "but in blue trousers". [`refine`] adds it.
+            like, unlike: paths of images of an earlier search that show the person, or another one. They are ranked
+                as all others.
 
         Raises:
-            CADAError: for an empty sentence, an unknown column, or where the folder of the images is gone.
+            CADAError: for an empty sentence, an unknown column or path, or where the folder of the images is gone.
         """
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         self.left_out, self.cut = {}, {}
@@ -280,10 +292,11 @@ class GalleryIndex:
             return []
         queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
         self._note_cuts(sentences, queries)
-        found = self.store.search(queries.embeds, max(top, rerank), conditions)
+        asked = self._refined(queries.embeds, image, like, unlike)
+        found = self._nearest(asked, max(top, rerank), conditions)
         local_scores = self._local_scores(queries, [[row for _, row in hits[:rerank]] for hits in found])
         if self.left_out:  # others take their places; an approximate index may name more images in another order
-            more = self.store.search(queries.embeds, max(top, rerank) + len(self.left_out), conditions)
+            more = self._nearest(asked, max(top, rerank) + len(self.left_out), conditions)
             for hits, others in zip(found, more):
                 near = {row["path"] for _, row in hits[:rerank]}
                 hits[rerank:] = [hit for hit in others if hit[1]["path"] not in near]
@@ -313,15 +326,43 @@ class GalleryIndex:
                 self.cut[sentence] = words = " ".join(text[:end].split()[-3:])
                 logger.warning(f"The sentence {sentence!r:.60} is too long: the model reads it up to {words!r}.")
 
-    def search_image(self, image: Image.Image, top: int = 10, where: str | Sequence[str] = ()) -> list[Result]:
+    def search_image(
+        self,
+        image: Image.Image,
+        top: int = 10,
+        where: str | Sequence[str] = (),
+        like: Sequence[str] = (),
+        unlike: Sequence[str] = (),
+    ) -> list[Result]:
         """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
         self._candidates(top, 0)
         self.left_out, self.cut = {}, {}
         conditions = parse_conditions(where, self.columns)
+        asked = self._refined(self._feature_of(image), None, like, unlike)
+        return self._ranked(self._nearest(asked, top, conditions)[0], [])
+
+    def _feature_of(self, image: Image.Image) -> torch.Tensor:
         pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
         with torch.inference_mode():
-            feature = F.normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1).cpu()
-        return self._ranked(self.store.search(feature, top, conditions)[0], [])
+            return F.normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1).cpu()
+
+    def _refined(
+        self, queries: torch.Tensor, image: Image.Image | None, like: Sequence[str], unlike: Sequence[str]
+    ) -> torch.Tensor:
+        """[`refine`] with the photo and the marked images."""
+        try:
+            right, wrong = self.store.features(list(like)), self.store.features(list(unlike))
+        except KeyError as error:
+            raise CADAError(
+                f"The index holds no image {error.args[0]!r}. Give a path as a search shows it."
+            ) from error
+        return refine(queries, right if image is None else torch.cat([right, self._feature_of(image)]), wrong)
+
+    def _nearest(self, queries: torch.Tensor, k: int, conditions: list) -> Hits:
+        """The best `k` rows for each of `queries`, which need no length of 1 here."""
+        lengths = queries.norm(dim=1, keepdim=True)
+        found = self.store.search(queries / lengths, k, conditions)
+        return [[(length * score, row) for score, row in hits] for length, hits in zip(lengths[:, 0].tolist(), found)]
 
     def _ranked(self, hits: list[tuple[float, dict]], local_scores: list[float]) -> list[Result]:
         """Candidates by S_G + S_L, then all others by S_G, without those that are left out."""

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 
 import pyarrow as pa
@@ -31,7 +30,7 @@ class _Client:
         self._client = self.call(MilvusClient, uri=uri, token=os.environ.get("MILVUS_TOKEN", ""))
 
     def __getattr__(self, name: str):
-        return partial(self.call, getattr(self._client, name))
+        return lambda *args, **options: self.call(getattr(self._client, name), *args, **options)
 
     def call(self, function, *args, **options):
         try:
@@ -50,22 +49,20 @@ class MilvusStore:
     """
 
     def __init__(self, record: dict):
-        self.record, self.name = record, record["collection"]
+        self.record, self.name, self.client = record, record["collection"], _Client(record["uri"])
         self.place = f"The collection {self.name} of Milvus at {record['uri']}"
-        self.client = _Client(record["uri"])
         if self.client.has_collection(self.name):
             self.client.load_collection(self.name)
 
     def create(self) -> None:
         """Make the collection, without rows."""
-        kind = self.record["approximate"] or "FLAT"
-        if kind not in INDEXES:
+        if (kind := self.record["approximate"] or "FLAT") not in INDEXES:
             raise CADAError(f"--approximate is {kind!r}. Choose one of {', '.join(INDEXES)}.")
         self.client.drop_collection(self.name)
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
         # The SHA-256 of the path, as a path may hold what no filter text of Milvus can.
         schema.add_field("key", DataType.VARCHAR, is_primary=True, max_length=64)
-        for name, size in (("path", 16_384), ("stamp", 256), ("digest", 64)):
+        for name, size in {"path": 16_384, "stamp": 256, "digest": 64}.items():
             schema.add_field(name, DataType.VARCHAR, max_length=size)
         schema.add_field("metadata", DataType.JSON)
         schema.add_field("feature", DataType.FLOAT_VECTOR, dim=self.record["dimension"])
@@ -79,13 +76,19 @@ class MilvusStore:
     def _count(self, condition: str) -> int:
         return self.client.query(self.name, filter=condition, output_fields=["count(*)"])[0]["count(*)"]
 
+    def _get(self, paths: Sequence[str], fields: list[str]) -> list[dict]:
+        return self.client.get(self.name, ids=[content_digest(path.encode()) for path in paths], output_fields=fields)
+
     def find(self, path: str) -> dict | None:
-        rows = self.client.get(self.name, ids=[content_digest(path.encode())], output_fields=_FIELDS)
-        return self._row(rows[0]) if rows else None
+        return next(map(self._row, self._get([path], _FIELDS)), None)
+
+    def features(self, paths: Sequence[str]) -> torch.Tensor:
+        known = {row["path"]: row["feature"] for row in self._get(paths, ["path", "feature"])} if paths else {}
+        return torch.tensor([known[path] for path in paths]).view(-1, self.record["dimension"])
 
     def _row(self, entity: dict) -> dict:
-        metadata = {name: entity["metadata"].get(name) for name in self.record["columns"]}
-        return {"path": entity["path"], "digest": entity["digest"], **metadata}
+        own = {name: entity["metadata"].get(name) for name in self.record["columns"]}
+        return {"path": entity["path"], "digest": entity["digest"], **own}
 
     def _rows(self, fields: list[str]) -> Iterator[dict]:
         iterator = self.client.query_iterator(self.name, batch_size=_ROWS, filter="", output_fields=fields)
@@ -95,10 +98,8 @@ class MilvusStore:
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         kinds = {"feature": feature_type(self.record["dimension"]), **self.record.get("columns", {})}
         schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
-        own = [name for name in columns if name in RESERVED]
-        for rows in _parts(self._rows([*own, "metadata"])):
-            data = [row["metadata"] | {name: row[name] for name in own} for row in rows]
-            yield pa.Table.from_pylist(data, schema=schema)
+        for rows in _parts(self._rows([*(name for name in RESERVED if name in columns), "metadata"])):
+            yield pa.Table.from_pylist([row["metadata"] | row for row in rows], schema=schema)
 
     def search(self, queries: torch.Tensor, k: int, conditions: Sequence[Condition] = ()) -> Hits:
         if k > 16_384:
@@ -107,8 +108,7 @@ class MilvusStore:
         # The lists and candidates that are visited may hold fewer images than are asked for; then all are.
         for visited in ({"nprobe": 64, "ef": max(64, 2 * k)}, {"nprobe": 1024, "ef": 32_768}):
             hits = self.client.search(self.name, queries.tolist(), search_params={"params": visited}, **options)
-            fewest = min(map(len, hits))
-            if fewest == k or fewest >= self._count(options["filter"]):
+            if (fewest := min(map(len, hits))) == k or fewest >= self._count(options["filter"]):
                 break
         rows = [[(hit["distance"], self._row(hit["entity"])) for hit in row] for row in hits]
         return [sorted(row, key=lambda pair: (-pair[0], pair[1]["path"])) for row in rows]
@@ -117,8 +117,8 @@ class MilvusStore:
         wanted = {}
         for row in listing.to_pylist():  # without missing values: these fulfil no condition
             metadata = {name: value for name, value in row.items() if name not in RESERVED and value is not None}
-            new = {"key": content_digest(row["path"].encode()), "stamp": row["stamp"], "metadata": metadata}
-            wanted[row["path"]] = new
+            key = content_digest(row["path"].encode())
+            wanted[row["path"]] = {"key": key, "stamp": row["stamp"], "metadata": metadata}
         for batch in encoded.to_batches(max_chunksize=_ROWS):
             self._upsert(batch.to_pylist(), wanted)
         outdated, gone = [], []
@@ -135,8 +135,8 @@ class MilvusStore:
         return {}
 
     def _upsert(self, rows: list[dict], wanted: dict[str, dict]) -> None:
-        data = [row | wanted[row["path"]] | {"feature": list(map(float, row["feature"]))} for row in rows]
-        self.client.upsert(self.name, data=data)
+        rows = [row | wanted[row["path"]] | {"feature": list(map(float, row["feature"]))} for row in rows]
+        self.client.upsert(self.name, data=rows)
 
 
 def _parts(values: Iterable) -> Iterator[list]:

@@ -215,6 +215,13 @@ class ArrowStore:
         row = -1 if self.dataset is None else pc.index(self._table["path"], path).as_py()
         return None if row < 0 else self._rows[row]
 
+    def features(self, paths: Sequence[str]) -> torch.Tensor:
+        """Features `(len(paths), d)` of images; a `KeyError` for a path that no row has."""
+        rows = pc.index_in(pa.array(paths, pa.string()), self._table["path"].combine_chunks())
+        if rows.null_count:
+            raise KeyError(paths[rows.is_null().index(True).as_py()])
+        return self._features.take(rows.to_numpy()).float()
+
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
         """The rows of some columns, piece by piece."""
         for start in range(0, len(self), _ROWS_AT_ONCE):

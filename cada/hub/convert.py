@@ -449,7 +449,7 @@ def load_model_and_processor(
     Raises:
         CADAError: as [`load_model`], [`load_processor`] and [`convert`].
     """
-    with in_one_line(f"The configuration of {name} cannot be read", name, "Give the folder of a checkpoint."):
+    with in_one_line(f"The configuration of {name} cannot be used", name, "Give the folder of a checkpoint."):
         kind = PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type")
     if kind != BlipConfig.model_type:
         model, processor = load_model(name, revision), load_processor(name, revision)

@@ -114,6 +114,33 @@ def test_search_ranks_as_evaluation_does(checkpoint, folder, tmp_path):
         assert [result.path for result in results] == [files[n] for n in plain.argsort(descending=True).tolist()]
 
 
+def test_a_photo_and_marked_results_move_the_question(checkpoint, folder, tmp_path):
+    """S_G + mean cosine with the photo and the right images - 0.3 cosine with the wrong one, then + S_L."""
+    build(folder, tmp_path / "index", checkpoint)
+    gallery = open_index(tmp_path / "index")
+    rows = contents(tmp_path / "index")
+    features = {path: np.array(values[-1], dtype=np.float64) for path, values in rows.items()}
+    photo, right, wrong = Image.open(folder / "03.png"), "05.png", "sub/a.jpg"
+    plain = {result.path: result.score for result in gallery.search(SENTENCES[0], top=12, rerank=0)[0]}
+    expected = {
+        path: score + (features["03.png"] @ feature + features[right] @ feature) / 2 - 0.3 * features[wrong] @ feature
+        for (path, feature), score in zip(sorted(features.items()), [plain[path] for path in sorted(plain)])
+    }
+    options = {"image": photo, "like": [right], "unlike": [wrong], "top": 12}
+    found = {result.path: result.score for result in gallery.search(SENTENCES[0], rerank=0, **options)[0]}
+    assert found == pytest.approx(expected, abs=2e-3)
+    assert list(found) == sorted(found, key=lambda path: -found[path])
+    # Candidates are those of the moved question, and S_L is that of the sentence.
+    again = gallery.search(SENTENCES[0], rerank=3, **options)[0]
+    assert {result.path for result in again[:3]} == set(list(found)[:3])
+    local = {result.path: result.score for result in gallery.search(SENTENCES[0], top=12, rerank=12)[0]}
+    for result in again[:3]:
+        assert result.score - found[result.path] == pytest.approx(local[result.path] - plain[result.path], abs=1e-3)
+    alone = gallery.search_image(photo, top=12, like=[right])
+    scores = {path: (features["03.png"] + features[right]) @ feature for path, feature in features.items()}
+    assert {result.path: result.score for result in alone} == pytest.approx(scores, abs=2e-3)
+
+
 def test_an_index_is_brought_up_to_date_and_nothing_is_encoded_twice(checkpoint, folder, tmp_path, encoded):
     index = tmp_path / "index"
     build(folder, index, checkpoint, shard_size=5)
@@ -457,7 +484,8 @@ def test_one_run_at_a_time(checkpoint, folder, tmp_path):
         (["index", "IMAGES", "--out", "INDEX", "--keep-patches"], "was made with --keep-patches False"),
         (["search", "NEW", "a man"], "holds no index"),
         (["search", "INDEX"], "Give sentences"),
-        (["search", "INDEX", "a man", "--image", "x.png"], "Give sentences"),
+        (["search", "INDEX", "a man", "--image", "x.png"], "x.png cannot be read"),
+        (["search", "INDEX", "a man", "--like", "x.png"], "The index holds no image 'x.png'"),
         (["search", "INDEX", " . "], "is empty. Describe a person"),
         (["search", "INDEX", "a man", "--where", "lens=1"], "no column 'lens'"),
         (["search", "INDEX", "--image", "missing.png"], "missing.png cannot be read"),
