@@ -17,6 +17,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -119,6 +121,18 @@ def _caption(rank: int, result: Result) -> str:
     return f"{rank}.  {result.score:.3f}  {result.path}\n{_metadata(result)}".strip()
 
 
+@dataclass(frozen=True)
+class _Searched:
+    """What was searched for, what is shown for it, and what was said of that."""
+
+    sentence: str | None = None
+    upload: str | None = None  # a photo in place of a sentence
+    results: tuple[Result, ...] = ()
+    chosen: str | None = None  # the image that was clicked last
+    like: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
+
+
 def _line(text: str | None) -> dict:
     """A line of text on the page; none where there is nothing to say."""
     return gr.update(value=text, visible=bool(text))
@@ -157,11 +171,17 @@ class _Answers:
             problem = f"This failed: {one_line(error)} More stands where `cada page` was started."
         return *otherwise, _line(problem)
 
-    def _show(self, gallery: GalleryIndex, results: list[Result], sentence: str | None, conditions: list) -> tuple:
-        """Small copies of the images, with what is said about them."""
+    def _show(self, gallery: GalleryIndex, asked: _Searched, where: str | None, top: int | None) -> tuple:
+        """Search, and give small copies of the images, with what is said about them."""
+        sentence, conditions = asked.sentence, _conditions(where)
+        options = {"where": conditions, "like": asked.like, "unlike": asked.unlike}
+        if sentence is None:
+            results = gallery.search_image(open_file(asked.upload), _number(top), **options)
+        else:
+            results = gallery.search([sentence], _number(top), **options)[0]
         gallery.source  # noqa: B018  # where no image is there any more, that is one error
         images, shown = [], []
-        missing = dict(gallery.left_out) if sentence else {}  # gone, or changed since they were indexed
+        missing = dict(gallery.left_out)  # gone, or changed since they were indexed
         for result in results:
             try:
                 image = gallery.image(result.path)
@@ -173,23 +193,22 @@ class _Answers:
             images.append((image, _caption(len(shown), result)))
         said = f"The best {len(images)} of {len(gallery):,} images" if images else "No image"
         said += f" where {' and '.join(conditions)}." if conditions else "."
-        if images and sentence and self.config.use_atp:
-            said += " Click one to see why."
+        if images:
+            said += " Click one to see why." if sentence and self.config.use_atp else " Click one to mark it."
+        for what, paths in (("Like", asked.like), ("Not like", asked.unlike)):
+            said += f" {what} {', '.join(paths)}." if paths else ""
         if sentence in gallery.cut:
             said += f" The sentence is too long: it was read up to “{gallery.cut[sentence]}”."
         if missing:
             path, problem = next(iter(missing.items()))
             said += f" Left out: {len(missing)}, such as {path} ({problem}). Bring the index up to date."
-        return images, (sentence, shown), None, _line(None), _line(said)
+        asked = replace(asked, results=tuple(shown), chosen=None)
+        return images, asked, None, _line(None), gr.update(visible=False), _line(said)
 
     def find(self, sentence: str | None, where: str | None, top: int | None) -> tuple:
         """Images for a sentence: what stands in the fields of the page, also where it is wrong."""
-
-        def question(gallery):
-            text, conditions = (sentence or "").strip(), _conditions(where)
-            return self._show(gallery, gallery.search([text], _number(top), where=conditions)[0], text, conditions)
-
-        return self._attempt(question, [gr.skip()] * 4)
+        asked = _Searched(sentence=(sentence or "").strip())
+        return self._attempt(lambda gallery: self._show(gallery, asked, where, top), [gr.skip()] * 5)
 
     def find_similar(self, upload: str | None, where: str | None, top: int | None) -> tuple:
         """Images like an uploaded one."""
@@ -197,32 +216,42 @@ class _Answers:
         def question(gallery):
             if upload is None:
                 raise CADAError("Choose an image first.")
-            conditions = _conditions(where)
-            results = gallery.search_image(open_file(upload), _number(top), conditions)
-            return self._show(gallery, results, None, conditions)
+            return self._show(gallery, _Searched(upload=upload), where, top)
 
-        return self._attempt(question, [gr.skip()] * 4)
+        return self._attempt(question, [gr.skip()] * 5)
 
-    def explain(self, searched: tuple[str | None, list[Result]], event: "gr.SelectData") -> tuple:
+    def mark(self, right: bool, searched: _Searched, where: str | None, top: int | None) -> tuple:
+        """The same search once more: the image that was clicked last is `right`, or it is wrong."""
+
+        def question(gallery):
+            path = searched.chosen
+            like, unlike = (
+                [other for other in marked if other != path] for marked in (searched.like, searched.unlike)
+            )
+            (like if right else unlike).append(path)
+            return self._show(gallery, replace(searched, like=tuple(like), unlike=tuple(unlike)), where, top)
+
+        return self._attempt(question, [gr.skip()] * 5)
+
+    def explain(self, searched: _Searched, event: "gr.SelectData") -> tuple:
         """Why the image that is clicked was found."""
 
         def question(gallery):
-            (sentence, found), rank = searched, event.index
-            if not isinstance(rank, int) or not 0 <= rank < len(found):
+            if not isinstance(event.index, int) or not 0 <= event.index < len(searched.results):
                 raise CADAError("This image is no longer shown. Search again.")
-            said = [f"{found[rank].path}  {_metadata(found[rank])}".strip()]
-            if not self.config.use_atp:
-                return None, _line(said[0])
-            if sentence is None:
+            found, sentence = searched.results[event.index], searched.sentence
+            said, picture = [f"{found.path}  {_metadata(found)}".strip()], None
+            if self.config.use_atp and sentence is None:
                 said.append("It was found by an image. Search by a sentence to see where its words look.")
-                return None, _line("\n".join(said))
-            inputs = gallery.model, gallery.processor, gallery.image(found[rank].path), sentence
-            attention, predictions = word_attention(*inputs), []
-            if self.config.use_ara:
-                predictions = attribute_predictions(*inputs)
-            return draw_explanation(inputs[2], sentence, attention, predictions), _line("\n".join(said))
+            elif self.config.use_atp:
+                inputs = gallery.model, gallery.processor, gallery.image(found.path), sentence
+                attention, predictions = word_attention(*inputs), []
+                if self.config.use_ara:
+                    predictions = attribute_predictions(*inputs)
+                picture = draw_explanation(inputs[2], sentence, attention, predictions)
+            return replace(searched, chosen=found.path), picture, gr.update(visible=True), _line("\n".join(said))
 
-        return self._attempt(question, [None])
+        return self._attempt(question, [gr.skip(), None, gr.update(visible=False)])
 
 
 def build_page(gallery: GalleryIndex) -> "gr.Blocks":
@@ -234,7 +263,7 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
     line |= {"max_lines": 6, "elem_classes": "line"}
     with gr.Blocks(title="Find a person", analytics_enabled=False, delete_cache=_CLEANING) as page:
         gr.Markdown("# Find a person\nA ranking is a list of candidates, no identification.")
-        searched = gr.State((None, []))  # the sentence that was searched for, and the results that are shown
+        searched = gr.State(_Searched())
         with gr.Row():
             sentence = gr.Textbox(label="Sentence", placeholder="a woman in a red coat", autofocus=True, scale=5)
             # A slider's field can be emptied too, and Gradio breaks on it.
@@ -254,11 +283,15 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         plain = {"show_label": False, "allow_preview": False, "interactive": False, "buttons": []}
         results = gr.Gallery(columns=6, object_fit="contain", **plain)
         note = gr.Textbox(visible=False, **line)
+        with gr.Row(visible=False) as marks:
+            more, less = gr.Button("More like this"), gr.Button("Not this")
         why = gr.Image(label="Where each word looks", interactive=False, buttons=[], visible=answers.config.use_atp)
-        shown = [results, searched, why, note, message]
+        shown = [results, searched, why, note, marks, message]
         gr.on([sentence.submit, where.submit, by_sentence.click], answers.find, [sentence, where, top], shown, **event)
         by_image.click(answers.find_similar, [upload, where, top], shown, **event)
-        results.select(answers.explain, [searched], [why, note], **event)
+        results.select(answers.explain, [searched], [searched, why, marks, note], **event)
+        more.click(partial(answers.mark, True), [searched, where, top], shown, **event)
+        less.click(partial(answers.mark, False), [searched, where, top], shown, **event)
     return page
 
 

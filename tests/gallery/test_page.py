@@ -4,6 +4,7 @@ import csv
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -105,7 +106,7 @@ def call(address, number, data, session="tests", **event):
     return done["output"]["data"] if done["success"] else done["output"]["error"]
 
 
-FIND, FIND_SIMILAR, EXPLAIN = 0, 1, 2
+FIND, FIND_SIMILAR, EXPLAIN, MORE, LESS = range(5)
 RED = "a man in a red coat"
 UNCHANGED = {"__type__": "update"}
 
@@ -117,22 +118,22 @@ def line(text):
 
 def find(address, sentence=RED, where="", top=6, **session):
     """Images and message."""
-    images, _, _, _, message = call(address, FIND, [sentence, where, top], **session)
+    images, *_, message = call(address, FIND, [sentence, where, top], **session)
     return images, message["value"]
 
 
 def click(address, index=0, state=None, **session):
     """Picture and message. The ranking is kept by the server: `state` is what a client claims."""
-    why, note = call(address, EXPLAIN, [state], event_data={"index": index, "value": None}, **session)
+    _, why, _, note = call(address, EXPLAIN, [state], event_data={"index": index, "value": None}, **session)
     return why, note["value"]
 
 
 def test_sentence_ranks_images_and_a_click_explains(address, gallery):
-    images, _, why, note, message = call(address, FIND, [RED, "", 4])
+    images, _, why, note, marks, message = call(address, FIND, [RED, "", 4])
     (expected,) = gallery.search([RED], 4)
     captions = [image["caption"].splitlines()[0] for image in images]
     assert captions == [f"{rank}.  {each.score:.3f}  {each.path}" for rank, each in enumerate(expected, start=1)]
-    assert why is None and note == line(None)
+    assert why is None and note == line(None) and marks == {"__type__": "update", "visible": False}
     assert message == line("The best 4 of 6 images. Click one to see why.")
     status, headers, body = ask(address, quote(images[0]["image"]["url"].removeprefix(address), safe="/=:"))
     assert status == 200 and headers["content-type"] == "image/webp"
@@ -145,6 +146,27 @@ def test_sentence_ranks_images_and_a_click_explains(address, gallery):
     assert shown.size == picture.size
     assert note == cada.gallery.page._caption(2, expected[1]).split("  ", 2)[2].replace("\n", "  ")
     assert np.abs(np.asarray(shown, dtype=float) - np.asarray(picture, dtype=float)).mean() < 3  # WebP is lossy
+
+
+def test_more_like_this_and_not_this(address, gallery):
+    """A click, then a button: the same search with the image marked, until the next sentence."""
+    call(address, FIND, [RED, "", 6])
+    paths = [result.path for result in gallery.search(RED, 6)[0]]
+    click(address, 2)
+    images, *_, message = call(address, MORE, [None, "", 6])
+    expected = gallery.search(RED, 6, like=[paths[2]])[0]
+    assert [image["caption"].splitlines()[0] for image in images] == [
+        f"{rank}.  {result.score:.3f}  {result.path}" for rank, result in enumerate(expected, 1)
+    ]
+    assert message["value"].endswith(f"Click one to see why. Like {paths[2]}.")
+    wrong = expected[0].path
+    click(address, 0)
+    images, *_, message = call(address, LESS, [None, "", 6])
+    like = [] if wrong == paths[2] else [paths[2]]  # a second mark of an image replaces the first
+    expected = gallery.search(RED, 6, like=like, unlike=[wrong])[0]
+    assert [image["caption"].split("  ")[1] for image in images] == [f"{result.score:.3f}" for result in expected]
+    assert message["value"].endswith(f"Not like {wrong}.")
+    assert find(address)[1] == "The best 6 of 6 images. Click one to see why."
 
 
 def test_metadata_are_shown_and_choose(address):
@@ -199,8 +221,8 @@ def test_empty_sentences(address, sentence, message):
     """The message is a line of its own; the results stay, and can be clicked."""
     find(address)
     answer = call(address, FIND, [sentence, "", 3])
-    assert answer[:1] + answer[2:4] == [UNCHANGED] * 3
-    assert message in answer[4]["value"]
+    assert answer[:1] + answer[2:5] == [UNCHANGED] * 4
+    assert message in answer[-1]["value"]
     why, _ = click(address, 5)
     assert why is not None
 
@@ -299,8 +321,8 @@ def test_an_uploaded_image_finds_the_same(address, folder):
     assert status == 200
     images, *_, message = call(address, FIND_SIMILAR, [file_data(json.loads(reply)[0]), "camera!=9", 3])
     assert images[0]["caption"] == "1.  1.000  more/2.png\ncamera=2, place=hall"
-    assert message == line("The best 3 of 6 images where camera!=9.")
-    assert call(address, FIND_SIMILAR, [None, "", 3])[4] == line("Choose an image first.")
+    assert message == line("The best 3 of 6 images where camera!=9. Click one to mark it.")
+    assert call(address, FIND_SIMILAR, [None, "", 3])[-1] == line("Choose an image first.")
 
 
 def test_uploads_are_limited(address, tmp_path):
@@ -311,7 +333,7 @@ def test_uploads_are_limited(address, tmp_path):
     status, _, reply = upload(address, (tmp_path / "huge.png").read_bytes())
     status, _, damaged = upload(address, b"no image")
     for sent, problem in ((damaged, "cannot be read"), (reply, "10000×9001 pixels, more than 90,000,000")):
-        assert problem in call(address, FIND_SIMILAR, [file_data(json.loads(sent)[0]), "", 3])[4]["value"]
+        assert problem in call(address, FIND_SIMILAR, [file_data(json.loads(sent)[0]), "", 3])[-1]["value"]
 
 
 def forms_of(path) -> list[str]:
@@ -508,6 +530,9 @@ def test_in_a_browser(address, gallery, tmp_path):
         pictures = page.locator("img[src*='gradio_api/file']")
         playwright.expect(pictures).to_have_count(6 + 1)  # with the explanation
         page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth)")
+        page.get_by_role("button", name="More like this").click()
+        playwright.expect(message).to_have_value(re.compile(f"Like {re.escape(expected[1].path)}"))
+        playwright.expect(page.get_by_role("button", name="Not this")).not_to_be_visible()
         sentence.fill(RED)
         page.get_by_label("Only images where").fill("camera<2")
         page.get_by_label("Only images where").press("Enter")
