@@ -80,7 +80,7 @@ def main() -> None:
     lines = [
         "# A second round",
         "",
-        "One right image of the first ranking is marked (`--like`), then the best wrong one, too (`--unlike`). mAP, in "
+        "One right image of the first ranking is marked (`--like`), then the best wrong one (`--unlike`). mAP, in "
         f"percent, of the other images of the person; drawn set, split {options.split}.",
         "",
         f"| | stage | {' | '.join(ROUNDS)} |",
