@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import math
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -233,6 +234,10 @@ class CADAConfig(PreTrainedConfig):
             decoder. The paper's decoder reads the whole text.
         rerank_k (`int`, *optional*, defaults to 32):
             Number K of candidates of global matching that local matching ranks again.
+        calibration (`dict`, *optional*):
+            `weights` of S_G, of the logit of S_L and of 1, which give the probability that an image shows the person,
+            see [`CADAConfig.match_probability`]; and what they were fitted on. `cada calibrate` and a
+            training with a validation set write it.
 
     ```python
     >>> from configuration_cada import CADAConfig
@@ -263,6 +268,7 @@ class CADAConfig(PreTrainedConfig):
     ara_weight: float | int = 0.1
     ara_causal: bool = False
     rerank_k: int = 32
+    calibration: dict | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
@@ -295,6 +301,21 @@ class CADAConfig(PreTrainedConfig):
         """Number of groups of token states in equation (4)."""
         return (self.max_text_length - 1 - self.group_size) // self.group_stride + 1
 
+    def local_logits(self, local_scores):
+        """The logits, in float64, of local scores S_L (a tensor), which `match_score` gives another form."""
+        is_probability = self.match_score == "probability"
+        return local_scores.double().logit(eps=1e-7) if is_probability else local_scores.double()
+
+    def match_probability(self, global_scores, local_scores):
+        """
+        The probability that an image shows the person described, from S_G and S_L (tensors of one shape), by logistic
+        regression (Platt, 1999) with the weights in `calibration`; `None` without these.
+        """
+        if self.calibration is None:
+            return None
+        of_global, of_local, bias = self.calibration["weights"]
+        return (of_global * global_scores.double() + of_local * self.local_logits(local_scores) + bias).sigmoid()
+
     def validate_architecture(self):
         """Part of `@strict`-powered validation."""
         choices = {
@@ -309,6 +330,11 @@ class CADAConfig(PreTrainedConfig):
         _require(self, ("projection_dim", "temperature", "group_size", "group_stride", "rerank_k"), ("mask_rate",))
         if not self.ara_weight >= 0:
             raise ValueError(f"CADAConfig: `ara_weight` is {self.ara_weight}. Give 0 or more.")
+        weights = [0.0, 0.0, 0.0] if self.calibration is None else self.calibration.get("weights")
+        if not isinstance(weights, list) or len(weights) != 3 or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"CADAConfig: `calibration` is {self.calibration!r}. Give what `cada calibrate` writes, or `None`."
+            )
         states = self.max_text_length - 1
         if self.group_size > states or (states - self.group_size) % self.group_stride:
             raise ValueError(

@@ -5,6 +5,7 @@ It reads model and processor through their public methods alone and imports noth
 and imports it, so every saved checkpoint brings it along.
 """
 
+import itertools
 import os
 
 import torch
@@ -78,6 +79,8 @@ class CADAPipeline(Pipeline):
             - **score** (`float`): S_G + S_L of a candidate of local matching, S_G of the others, which rank behind.
             - **global_score** (`float`): S_G, the cosine of sentence and image, -1 to 1.
             - **local_score** (`float` or `None`): S_L; `None` where local matching did not look.
+            - **probability** (`float` or `None`): that the image shows the person described; `None` where local
+              matching did not look, or the model is not calibrated.
 
             For a list of sentences a list of these lists.
 
@@ -175,18 +178,31 @@ class CADAPipeline(Pipeline):
                 image_index=image_index,
             )
             local_scores[chosen] = self.model.local_score(logits).float().cpu()
-        best = (global_scores.gather(1, candidates) + local_scores).argsort(dim=1, descending=True, stable=True)
-        order = torch.cat([candidates.gather(1, best), order[:, rerank:]], dim=1)
-        return {"order": order, "global_scores": global_scores, "local_scores": local_scores.gather(1, best)}
+        known = global_scores.gather(1, candidates)
+        best = (known + local_scores).argsort(dim=1, descending=True, stable=True)
+        outputs = {
+            "order": torch.cat([candidates.gather(1, best), order[:, rerank:]], dim=1),
+            "global_scores": global_scores,
+            "local_scores": local_scores.gather(1, best),
+        }
+        probabilities = self.model.config.match_probability(known, local_scores) if rerank else None
+        return outputs if probabilities is None else {**outputs, "probabilities": probabilities.gather(1, best)}
 
     def postprocess(self, model_outputs, top_k: int = 10) -> list[dict]:
         """The ranking of one sentence."""
         names = ("order", "global_scores", "local_scores")
         order, global_scores, local_scores = (model_outputs[name][0].tolist() for name in names)
-        local_scores += [None] * len(order)  # local matching did not look
+        probabilities = model_outputs["probabilities"][0].tolist() if "probabilities" in model_outputs else []
+        rows = itertools.zip_longest(order, local_scores, probabilities)  # `None` where local matching did not look
         return [
-            {"index": i, "score": global_scores[i] + (s_l or 0), "global_score": global_scores[i], "local_score": s_l}
-            for i, s_l in zip(order[:top_k], local_scores)
+            {
+                "index": index,
+                "score": global_scores[index] + (local_score or 0),
+                "global_score": global_scores[index],
+                "local_score": local_score,
+                "probability": probability,
+            }
+            for index, local_score, probability in itertools.islice(rows, top_k)
         ]
 
 

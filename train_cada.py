@@ -58,8 +58,11 @@ def choose_by_what_is_there(args: CADATrainingArguments, model: CADAForTextToIma
         args.metric_for_best_model = "global_R1"  # the default, as far as it goes
 
 
-def train(trainer: CADATrainer, describe: partial, record: Run) -> None:
-    """Train, from the checkpoint where there is one to go on from, and save the model with the record of the run."""
+def train(trainer: CADATrainer, describe: partial, record: Run, name: str) -> None:
+    """
+    Train, from the checkpoint where there is one to go on from, calibrate on the validation of a set of this `name`,
+    and save the model with the record of the run.
+    """
     args = trainer.args
     trainer.write_record = lambda folder: write_run(
         folder, record["origin"], describe(trainer.state, checkpoint=folder), []
@@ -68,6 +71,8 @@ def train(trainer: CADATrainer, describe: partial, record: Run) -> None:
     # Of a resumed run nobody knows the whole.
     minutes = None if trainer.resumed_from else result.metrics["train_runtime"] / 60
     record["training"] = describe(trainer.state, minutes)
+    if trainer.eval_dataset is not None and trainer.model.config.use_atp:
+        trainer.calibrate(trainer.eval_dataset, f"{name}, val")
     if trainer.is_world_process_zero():
         with checkpoint_written_whole(args.output_dir) as folder:
             trainer.save_model(str(folder), _internal_call=True)
@@ -83,6 +88,8 @@ def evaluate(trainer: CADATrainer, data: DataArguments, splits: DatasetDict, rec
     for wanted, split, prefix in ((trainer.args.do_eval, "val", "eval"), (trainer.args.do_predict, "test", "test")):
         if wanted:
             scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
+            if split == "test" and model.config.calibration is not None:
+                scores |= trainer.evaluate_open_set(splits[split], metric_key_prefix=prefix)
             trainer.log_metrics(prefix, scores)
             trainer.save_metrics(prefix, scores)
             metrics.update(scores)
@@ -105,6 +112,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     with only_writer(args.output_dir) if args.process_index == 0 else nullcontext():
         set_seed(args.seed)
         model, processor = make_model_and_processor(model_arguments)
+        if args.do_train:
+            model.config.calibration = None  # that of the weights before
         splits, held_out = load_splits(data, args, processor, find_attributes=model.config.use_ara)
         record = describe_start(model_arguments, args, model)
         if held_out:
@@ -124,7 +133,8 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
                 processing_class=processor,
             )
         if args.do_train:
-            train(trainer, partial(describe_training, model_arguments, data, args, splits, held_out), record)
+            describe = partial(describe_training, model_arguments, data, args, splits, held_out)
+            train(trainer, describe, record, name_of_set(data, splits["train"]))
         metrics = evaluate(trainer, data, splits, record)
         if args.do_train:
             trainer.save_state()  # after the last line of the log

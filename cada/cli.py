@@ -21,10 +21,12 @@ from typer import Argument, Option
 
 from cada.data.check import check_dataset
 from cada.data.images import open_file
+from cada.data.loading import load_pairs_dataset
 from cada.data.pedes import PEDES_SETS
 from cada.drawing import check_picture, draw_explanation, draw_results, save_picture
+from cada.evaluation.calibration import calibrate
 from cada.explain import attribute_predictions, word_attention
-from cada.files import CADAError, counted, make_output_folder, printable, run_command, written_whole
+from cada.files import CADAError, counted, make_output_folder, printable, read_json, run_command, written_whole
 from cada.gallery.index import build_index, open_index
 from cada.gallery.store import parse_conditions, shard_files
 from cada.hub.convert import (
@@ -35,6 +37,7 @@ from cada.hub.convert import (
     load_model_and_processor,
     save_converted,
 )
+from cada.hub.loading import check_config
 from cada.hub.publish import evaluations_of_others, publish, release_files, write_card
 
 
@@ -97,6 +100,25 @@ def convert_checkpoint(
     )
     save_converted(model, tokenizer_name, str(source), checkpoint, out)
     print(f"{report}\nSaved to {out}.")
+
+
+@app.command("calibrate")
+def calibrate_checkpoint(
+    model: Annotated[Path, Argument(help="folder of a CADA checkpoint; its configuration is changed")],
+    dataset: Annotated[str, Option(help=f"{', '.join(PEDES_SETS)}, a folder written by `save_to_disk`, or a name")],
+    data_dir: Annotated[str | None, Option(help="folder with the authors' annotations and imgs/")] = None,
+    split: Annotated[str, Option(help="persons that the model was not trained on")] = "val",
+) -> None:
+    """Find out from a validation set how probable a match is, given its scores. A training does it by itself."""
+    check_config(model)
+    network, processor, _ = load_model_and_processor(model)
+    rows = load_pairs_dataset(dataset, data_dir, splits=[split])[split]
+    name = f"{Path(dataset).name if Path(dataset).exists() else dataset}, {split}"
+    fitted = calibrate(network, processor, rows, name)
+    with written_whole(model / "config.json") as path:
+        path.write_text(json.dumps(read_json(model / "config.json") | {"calibration": fitted}, indent=2) + "\n")
+    error = fitted["expected_calibration_error"]
+    print(f"{name}: {fitted['pairs']:,} pairs, expected calibration error {error:.4f}. Wrote {model / 'config.json'}.")
 
 
 @app.command()
@@ -176,6 +198,9 @@ def search(
     where: Annotated[
         list[str] | None, Option(help="condition on metadata such as camera=3 (=, !=, <, <=, >, >=), repeatable")
     ] = None,
+    min_probability: Annotated[
+        float | None, Option(min=0, max=1, help="show only images that show the person with this probability")
+    ] = None,
     picture: Annotated[Path | None, Option(help="draw the results into this file")] = None,
     as_json: Annotated[bool, Option("--json", help="print JSON: one object per sentence")] = False,
     model: OtherModel = None,
@@ -196,6 +221,8 @@ def search(
         raise CADAError("--rerank reads a sentence; with --image alone there is none. Leave it out.")
     else:
         rankings = [(str(image), gallery.search_image(photo, top, **marked))]
+    if min_probability is not None:
+        rankings = _above(rankings, min_probability, gallery.model_name)
     if as_json:
         _print_json(rankings)
     else:
@@ -215,6 +242,22 @@ def _read_sentences(file: Path) -> list[str]:
         raise CADAError(f"{file} cannot be read ({error}). Give a text file in UTF-8.") from error
 
 
+def _above(rankings: list, least: float, model: str) -> list:
+    """What is at least so probable. Where nothing is, a line says that nobody fits, and the best stay below it."""
+    if all(result.probability is None for _, results in rankings for result in results):
+        raise CADAError(
+            f"{model} gives no probabilities here. They are of a sentence alone, read by local matching, and of a "
+            "model that was calibrated: cada calibrate MODEL. Leave --min-probability out."
+        )
+    shown = []
+    for query, results in rankings:
+        kept = [result for result in results if (result.probability or 0) >= least]
+        if not kept:
+            print(f"Nobody fits {printable(query)!r} with a probability of {least:g}. The best:", file=sys.stderr)
+        shown.append((query, kept or results))
+    return shown
+
+
 def _print_json(rankings: list) -> None:
     lists = [
         {"query": query, "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(results, 1)]}
@@ -229,9 +272,12 @@ def _print_rankings(rankings: list, columns: dict, nothing: str) -> None:
         if not results:
             print(nothing)
             continue
-        print("rank   score  stage   path")
+        calibrated = any(result.probability is not None for result in results)
+        print(f"rank   score  {'probability  ' * calibrated}stage   path")
         for rank, result in enumerate(results, start=1):
-            line = f"{rank:4}  {result.score:6.3f}  {result.stage:6}  {result.path}"
+            chance = "" if result.probability is None else f"{result.probability:.2f}"
+            chance = f"{chance:>11}  " * calibrated
+            line = f"{rank:4}  {result.score:6.3f}  {chance}{result.stage:6}  {result.path}"
             print(printable("  ".join([line, *(f"{name}={result.metadata[name]}" for name in columns)])))
 
 

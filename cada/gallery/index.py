@@ -78,6 +78,7 @@ class Result:
     score: float  # what it is ranked by: S_G + S_L where `stage` is "local", S_G where it is "global"
     stage: str  # "local" for candidates that the decoder has read with the sentence; they rank before all others
     metadata: dict  # the other columns of the list or data set, by name
+    probability: float | None = None  # that it shows the person described, of candidates, by a calibrated model
 
 
 def _load(name: str, revision: str | None, device, record: dict | None) -> tuple:
@@ -304,7 +305,9 @@ class GalleryIndex:
             others = " and others" if len(self.left_out) > 1 else ""
             many = counted(len(self.left_out), "image")
             logger.warning(f"{many} left out: {printable(path)} ({problem}){others}. {self._remedy}")
-        return [self._ranked(hits, scores)[:top] for hits, scores in zip(found, local_scores)]
+        # The probability is of a sentence alone.
+        calibrated = image is None and not like and not unlike
+        return [self._ranked(hits, scores, calibrated)[:top] for hits, scores in zip(found, local_scores)]
 
     def _candidates(self, top: int, rerank: int | None) -> int:
         """How many candidates the decoder reads."""
@@ -364,14 +367,21 @@ class GalleryIndex:
         found = self.store.search(queries / lengths, k, conditions)
         return [[(length * score, row) for score, row in hits] for length, hits in zip(lengths[:, 0].tolist(), found)]
 
-    def _ranked(self, hits: list[tuple[float, dict]], local_scores: list[float]) -> list[Result]:
+    def _ranked(
+        self, hits: list[tuple[float, dict]], local_scores: list[float], calibrated: bool = False
+    ) -> list[Result]:
         """Candidates by S_G + S_L, then all others by S_G, without those that are left out."""
-        near = [(score + local, row, "local") for (score, row), local in zip(hits, local_scores)]
+        known = torch.tensor([score for score, _ in hits[: len(local_scores)]])
+        chances = self.model.config.match_probability(known, torch.tensor(local_scores)) if calibrated else None
+        chances = [None] * len(known) if chances is None else chances.tolist()
+        near = [
+            (score + local, row, "local", chance) for (score, row), local, chance in zip(hits, local_scores, chances)
+        ]
         near.sort(key=lambda hit: (-hit[0], hit[1]["path"]))
-        far = [(*hit, "global") for hit in hits[len(local_scores) :]]
+        far = [(*hit, "global", None) for hit in hits[len(local_scores) :]]
         return [
-            Result(row["path"], score, stage, {name: row[name] for name in self.columns})
-            for score, row, stage in near + far
+            Result(row["path"], score, stage, {name: row[name] for name in self.columns}, chance)
+            for score, row, stage, chance in near + far
             if row["path"] not in self.left_out
         ]
 

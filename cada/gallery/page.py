@@ -118,7 +118,8 @@ def _metadata(result: Result) -> str:
 
 
 def _caption(rank: int, result: Result) -> str:
-    return f"{rank}.  {result.score:.3f}  {result.path}\n{_metadata(result)}".strip()
+    chance = "" if result.probability is None else f" ({result.probability:.0%})"
+    return f"{rank}.  {result.score:.3f}{chance}  {result.path}\n{_metadata(result)}".strip()
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ def model_card(
         ),
         places=dict.fromkeys(f"{row['hardware']}, {row['date']}" for row in evaluations),
         has_local=config.use_atp,
+        open_sets=[row for row in evaluations if "calibrated_on" in row],
         max_text_length=config.max_text_length,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n")

@@ -102,6 +102,7 @@ class Evaluation(_Measured):
     weights: str
     precision: str
     unreadable_images_skipped: bool
+    calibrated_on: NotRequired[str]  # where there are scores with half of the persons absent
 
 
 class Run(TypedDict):

@@ -151,14 +151,16 @@ def describe_evaluation(
     scores: dict[str, float],
 ) -> Evaluation:
     """The `scores` of a split, with names as of [`evaluate_retrieval`], and what is needed to compare them."""
-    names = ("queries", "gallery", "rerank_k")
+    names, fitted = ("queries", "gallery", "rerank_k"), model.config.calibration
+    calibrated_on = {} if "open_ECE" not in scores else {"calibrated_on": fitted["set"]}
     return {
         "dataset": name_of_set(data, rows),
         "split": split,
         "captions_per_image": data.captions_per_image,
         "unreadable_images_skipped": data.skip_unreadable,
         "precision": HALF_PRECISION.get(args.mixed_precision, str(model.dtype).removeprefix("torch.")),
-        "metrics": {k: v for k, v in scores.items() if k in names or k.startswith(("global_", "local_"))},
+        "metrics": {k: v for k, v in scores.items() if k in names or k.startswith(("global_", "local_", "open_"))},
         "weights": model_digest(model),
+        **calibrated_on,
         **environment(args.world_size),
     }

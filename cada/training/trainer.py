@@ -16,6 +16,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput, sort_check
 from transformers.utils import logging
 
 from cada.data.pairs import GlobalBatches, outlive_sigterm
+from cada.evaluation.calibration import calibrate, evaluate_open_set
 from cada.evaluation.matching import evaluate_retrieval
 from cada.files import CADAError, checkpoint_written_whole, one_line
 from cada.hub.loading import check_processor
@@ -334,12 +335,22 @@ class CADATrainer(Trainer):
             for name, one in dataset.items():
                 metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
+        metrics = self._measured(evaluate_retrieval, dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        metrics.update(speed_metrics(metric_key_prefix, started, num_samples=metrics[f"{metric_key_prefix}_queries"]))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measured(self, measure: Callable, dataset, *names: str):
+        """What `measure` makes of model, processor and a data set, in the precision of the training."""
         try:
             with self.accelerator.autocast():
-                metrics = evaluate_retrieval(
+                return measure(
                     self.accelerator.unwrap_model(self.model),
                     self.processing_class,
                     dataset,
+                    *names,
                     batch_size=self.args.eval_batch_size,
                     num_workers=self.args.dataloader_num_workers,
                     progress=not self.args.disable_tqdm and self.is_world_process_zero(),
@@ -352,11 +363,20 @@ class CADATrainer(Trainer):
                 f"The evaluation after step {self.state.global_step} failed: {one_line(error)} Has the training "
                 "diverged?"
             ) from error
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        metrics.update(speed_metrics(metric_key_prefix, started, num_samples=metrics[f"{metric_key_prefix}_queries"]))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+
+    def calibrate(self, dataset, name: str) -> None:
+        """Fit `calibration` of the configuration on a validation set, see `cada.evaluation.calibration`."""
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        model.config.calibration = self._measured(calibrate, dataset, name)
+        model.train(was_training)
+
+    def evaluate_open_set(self, dataset, metric_key_prefix: str = "test") -> dict[str, float]:
+        """Scores where half of the persons are absent, with the prefix, such as `test_open_AUROC`."""
+        self.accelerator.unwrap_model(self.model).eval()
+        metrics = self._measured(evaluate_open_set, dataset)
+        return {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
         """The `metrics` of [`evaluate`]; the scores of all pairs are too many to keep."""

@@ -1,6 +1,7 @@
 """The pipeline: its ranking against scores computed pair by pair, what it accepts and refuses, and its journeys."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -149,6 +150,18 @@ def test_arguments_of_the_pipeline_are_defaults_of_the_call(folder, images):
     assert len(ranking) == 2 and ranking[0]["local_score"] is None
     ranking = search("a child", images=images, top_k=3, rerank=1)
     assert [found["local_score"] is None for found in ranking] == [False, True, True]
+
+
+def test_a_calibrated_model_says_how_probable_a_match_is(search, images, monkeypatch):
+    assert {found["probability"] for found in search(SENTENCES[0], images)} == {None}
+    calibration = {"weights": [2.0, 0.5, -1.0]}
+    monkeypatch.setattr(search.model.config, "calibration", calibration)
+    for found in search(SENTENCES[0], images, rerank=3)[:3]:
+        odds = found["local_score"] / (1 - found["local_score"])
+        expected = 1 / (1 + math.exp(1 - 2 * found["global_score"]) / odds**0.5)
+        assert found["probability"] == pytest.approx(expected, abs=1e-4)
+    assert search(SENTENCES[0], images, rerank=3)[3]["probability"] is None
+    assert search(SENTENCES[0], images, rerank=0)[0]["probability"] is None
 
 
 def test_paths_addresses_and_images_are_the_same(search, images, tmp_path):

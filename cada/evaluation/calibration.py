@@ -1,0 +1,150 @@
+"""
+The probability that an image shows the person described, and whether the person is there at all.
+
+It is fitted on validation, by logistic regression (Platt, 1999) on what a search sees: S_G and S_L of the candidates
+of every caption, where half of the persons have no image in the gallery.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from cada.data.pairs import captions_and_persons
+from cada.evaluation.encoding import RERANK_MEMORY, encode_gallery, encode_queries
+from cada.evaluation.matching import score_candidates
+from cada.evaluation.metrics import top_candidates
+from cada.files import CADAError
+
+
+FALSE_ALARMS = (0.01, 0.1)  # shares of the searches for somebody who is not there
+_BINS = 10
+
+
+@dataclass
+class Candidates:
+    """
+    What searches have found: S_G, S_L, and whether the image shows the person, `(queries, K)`; for each query
+    `(queries,)` whether the person is in the gallery at all.
+    """
+
+    global_scores: torch.Tensor
+    local_scores: torch.Tensor
+    right: torch.Tensor
+    present: torch.Tensor
+
+
+@torch.inference_mode()
+def open_set_candidates(
+    model,
+    processor,
+    dataset,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: bool = True,
+    memory: float = RERANK_MEMORY,
+) -> Candidates:
+    """
+    The candidates of every caption of `dataset` (rows with `image`, `captions`, `person_id`) among the images of every
+    second person. Arguments are those of [`evaluate_retrieval`].
+
+    Raises:
+        CADAError: for a model without match head, or fewer than two persons.
+    """
+    if not model.config.use_atp:
+        raise CADAError("This model has no match head (`use_atp=False`), so there is nothing to calibrate.")
+    captions, person_ids = captions_and_persons(dataset.select_columns(["captions", "person_id"]))
+    persons = sorted(set(person_ids))
+    if len(persons) < 2:
+        raise CADAError("To calibrate takes two persons at least: one is there, one is not. Take a larger set.")
+    gallery_ids = torch.tensor(person_ids)
+    query_ids = gallery_ids.repeat_interleave(torch.tensor([len(row) for row in captions]))
+    there = torch.tensor(persons[::2])
+    gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, progress, memory)
+    queries = encode_queries(model, processor, [caption for row in captions for caption in row], progress=progress)
+    in_gallery = torch.isin(gallery_ids, there)
+    with torch.autocast(queries.embeds.device.type, enabled=False):
+        similarity = (queries.embeds @ gallery.embeds.t()).masked_fill(~in_gallery, -torch.inf)
+    candidates = top_candidates(similarity, min(model.config.rerank_k, int(in_gallery.sum())))
+    known = similarity.gather(1, candidates)
+    local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
+    return Candidates(known, local_scores, query_ids[:, None] == gallery_ids[candidates], torch.isin(query_ids, there))
+
+
+def fit_calibration(found: Candidates, config, name: str) -> dict:
+    """
+    The field `calibration` of [`CADAConfig`]: `weights` of S_G, of the logit of S_L, and of 1; the set's `name`, the
+    number of `pairs` and on these the `expected_calibration_error`.
+    """
+    scores = found.global_scores.double(), config.local_logits(found.local_scores)
+    evidence = torch.stack([*scores, torch.ones_like(scores[0])], dim=-1).flatten(0, 1)
+    right = found.right.flatten()
+    # Platt's targets are a little inside of 0 and 1: weights stay finite where one score separates all pairs.
+    hits = int(right.sum())
+    targets = torch.where(right, (hits + 1) / (hits + 2), 1 / (len(right) - hits + 2)).double()
+    weights = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(evidence @ weights, targets)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    error = expected_calibration_error((evidence @ weights).sigmoid().detach(), right)
+    return {
+        "weights": weights.tolist(),
+        "set": name,
+        "pairs": len(right),
+        "expected_calibration_error": error,
+    }
+
+
+def expected_calibration_error(probabilities: torch.Tensor, right: torch.Tensor) -> float:
+    """
+    How far probabilities `(pairs,)` are from the shares of `right` ones: the mean difference over ten bins of equal
+    width, weighted by their pairs (Guo et al., ICML 2017). 0 to 1.
+    """
+    bins = (probabilities * _BINS).long().clamp(max=_BINS - 1)
+    difference = torch.zeros(_BINS, dtype=torch.float64).index_add_(0, bins, probabilities.double() - right.double())
+    return float(difference.abs().sum() / len(probabilities))
+
+
+def open_set_metrics(found: Candidates, probabilities: torch.Tensor) -> dict[str, float]:
+    """
+    How good the probabilities `(queries, K)` are where half of the persons are absent.
+
+    Returns:
+        `ECE`, see [`expected_calibration_error`], and `AUROC` of the highest probability of a search for whether the
+        person is there, both 0 to 1. `DIR1`, `DIR10`: detection and identification rate in percent (open set, as in
+        NIST's FRVT 1:N): searches for somebody who is there whose first image by S_G + S_L shows the person, above a
+        threshold that 1 or 10 % of the searches for others reach.
+    """
+    highest = probabilities.max(dim=1).values
+    there, absent = highest[found.present], highest[~found.present].sort(descending=True).values
+    ascending = absent.flip(0)
+    below = (torch.searchsorted(ascending, there) + torch.searchsorted(ascending, there, right=True)) / 2
+    first = (found.global_scores + found.local_scores).argmax(dim=1, keepdim=True)
+    first_right, first_probability = (values.gather(1, first)[:, 0] for values in (found.right, probabilities))
+    metrics = {
+        "ECE": expected_calibration_error(probabilities.flatten(), found.right.flatten()),
+        "AUROC": float((below / len(absent)).mean()),
+    }
+    for share in FALSE_ALARMS:
+        threshold = absent[int(share * len(absent))]  # so many are above it
+        identified = first_right & (first_probability > threshold)
+        metrics[f"DIR{round(100 * share)}"] = 100 * float(identified[found.present].double().mean())
+    return metrics
+
+
+def calibrate(model, processor, dataset, name: str, **options) -> dict:
+    """[`fit_calibration`] on a data set; `options` are those of [`open_set_candidates`]."""
+    return fit_calibration(open_set_candidates(model, processor, dataset, **options), model.config, name)
+
+
+def evaluate_open_set(model, processor, dataset, **options) -> dict[str, float]:
+    """[`open_set_metrics`] of a calibrated model as `open_ECE`, ...; `options` are of [`open_set_candidates`]."""
+    found = open_set_candidates(model, processor, dataset, **options)
+    probabilities = model.config.match_probability(found.global_scores, found.local_scores)
+    return {f"open_{metric}": value for metric, value in open_set_metrics(found, probabilities).items()}
