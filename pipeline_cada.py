@@ -78,9 +78,8 @@ class CADAPipeline(Pipeline):
             - **index** (`int`): place of the image in `images`.
             - **score** (`float`): S_G + S_L of a candidate of local matching, S_G of the others, which rank behind.
             - **global_score** (`float`): S_G, the cosine of sentence and image, -1 to 1.
-            - **local_score** (`float` or `None`): S_L; `None` where local matching did not look.
-            - **probability** (`float` or `None`): that the image shows the person described; `None` where local
-              matching did not look, or the model is not calibrated.
+            - **local_score**, **probability** (`float` or `None`): S_L, and that the image shows the person described;
+              `None` where local matching did not look, the latter also where the model is not calibrated.
 
             For a list of sentences a list of these lists.
 

@@ -89,7 +89,7 @@ def test_record_says_what_was_run_and_measured(trained):
     assert rows["test"] == {
         name.removeprefix("test_"): value
         for name, value in measured.items()
-        if re.search("global_|local_|queries|gallery|rerank_k", name)
+        if re.search("global_|local_|open_|queries|gallery|rerank_k", name)
     }
 
 
