@@ -57,9 +57,8 @@ class CADAPipeline(Pipeline):
             text (`str` or `list[str]`):
                 What is looked for.
             images (list):
-                Paths, addresses (`http://`, `https://`), contents of files (bytes), PIL images, mixed as you like;
-                also a column of `datasets`. Where local matching is used, all their patch states stay in memory:
-                0.6 MB per image for ViT-B/16.
+                Paths, addresses (`http://`, `https://`), contents of files (bytes), PIL images, or a column of
+                `datasets`. With local matching their patch states stay in memory: 0.6 MB each for ViT-B/16.
             top_k (`int`, *optional*, defaults to 10):
                 Number of images returned for a sentence.
             rerank (`int`, *optional*):
