@@ -449,6 +449,8 @@ def load_model_and_processor(
     Raises:
         CADAError: as [`load_model`], [`load_processor`] and [`convert`].
     """
+    if os.path.isfile(name):
+        check_config(name)  # which says so
     with in_one_line(f"The configuration of {name} cannot be used", name, "Give the folder of a checkpoint."):
         kind = PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type")
     if kind != BlipConfig.model_type:

@@ -59,12 +59,16 @@ class ModelArguments:
         help="BLIP or another foreign checkpoint to start from, converted as by `cada convert`: a folder or "
         "Hub name for --init_source blip, a file for the others.",
     )
-    init_source: str = HfArg(default="blip", help="Kind of --init_from.", metadata={"choices": list(SOURCES)})
+    init_source: str | None = HfArg(
+        default=None, help="Kind of --init_from; blip by default.", metadata={"choices": list(SOURCES)}
+    )
     vocabulary_head: str | None = HfArg(
         default=None, help="With --init_source blip: the captioning BLIP whose vocabulary head ARA starts from."
     )
-    tokenizer_name: str = HfArg(
-        default="bert-base-uncased", help="Tokenizer of a model with random or converted weights: folder or Hub name."
+    tokenizer_name: str | None = HfArg(
+        default=None,
+        help="Tokenizer of a model with random or converted weights, folder or Hub name; by default "
+        "bert-base-uncased.",
     )
     attn_implementation: str | None = HfArg(
         default=None, help="eager, sdpa (the default), flash_attention_2 (with pool_padding=False) or flex_attention."
@@ -80,6 +84,15 @@ class ModelArguments:
 
     def __post_init__(self):
         self.config_overrides = read_overrides(self.config_overrides)  # once: a file may be another one later
+        if self.model_name_or_path is not None and self.init_from is not None:
+            raise CADAError("Choose one start: --model_name_or_path or --init_from.")
+        for name in ("init_source", "vocabulary_head"):
+            if getattr(self, name) is not None and self.init_from is None:
+                raise CADAError(f"--{name} goes with --init_from, which is not given.")
+        if self.tokenizer_name is not None and self.model_name_or_path is not None:
+            raise CADAError("--model_name_or_path brings a tokenizer of its own: leave --tokenizer_name out.")
+        self.tokenizer_name = self.tokenizer_name or "bert-base-uncased"
+        self.init_source = self.init_source or "blip"
 
 
 @dataclass

@@ -27,7 +27,11 @@ from modeling_cada import CADAForTextToImageRetrieval
 logger = logging.get_logger(__name__)
 
 RECIPE_FILE = "cada_recipe.json"
-THREADS = "threads"  # of a process, in the recipe; another number goes on, with a warning
+# In the recipe; with another number the training goes on, with a warning: what is not as it was, and the remedy.
+_WARNED = {
+    "threads": "Sums round differently then: weights are not equal to the bit. Set OMP_NUM_THREADS as it was.",
+    "processes": "Dropout goes on with other random numbers then.",
+}
 # Arguments on which the weights depend, and which of them are kept; with other ones it is another training.
 _RECIPE = (
     *("seed", "data_seed", "num_train_epochs", "max_steps", "gradient_accumulation_steps", "dataloader_drop_last"),
@@ -44,7 +48,6 @@ _RECIPE = (
     *("negative_sampling", "negative_temperature_start", "negative_temperature_end"),
     *("metric_for_best_model", "load_best_model_at_end"),
 )
-_UNLIKE = ("architectures", "auto_map", "custom_pipelines", "transformers_version", "_name_or_path")  # no settings
 _ANEW = "start a new training from its weights: --model_name_or_path {}, with another --output_dir."
 _OTHER = f"Take another checkpoint, or {_ANEW}"
 
@@ -56,12 +59,15 @@ def recipe_of(args: TrainingArguments, model: CADAForTextToImageRetrieval, split
     """
     recipe = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in _RECIPE}
     recipe["batch"] = args.train_batch_size * args.world_size
-    recipe[THREADS] = torch.get_num_threads()
-    for name, value in model.config.to_dict().items():
-        if isinstance(value, dict) and name not in _UNLIKE:
-            recipe |= {f"{name}.{field}": own for field, own in value.items() if field not in _UNLIKE}
-        elif name not in _UNLIKE:
-            recipe[name] = value
+    recipe |= {"threads": torch.get_num_threads(), "processes": args.world_size}
+    config = model.config  # of its fields our own: those of another version of transformers may be others
+    for prefix, part in {
+        "": config,
+        "vision_config.": config.vision_config,
+        "text_config.": config.text_config,
+    }.items():
+        fields = set(type(part).__annotations__) - {"vision_config", "text_config"}
+        recipe |= {f"{prefix}{name}": getattr(part, name) for name in sorted(fields)}
     recipe["weights at the start"] = model_digest(model)[:16]
     for split, rows in splits.items():
         if rows is not None:
@@ -134,12 +140,12 @@ def _check_recipe(folder: Path, recipe: dict) -> None:
             raise CADAError(f"{folder / RECIPE_FILE} holds something else.")
     except CADAError as error:
         raise CADAError(f"{folder} is not whole. {error} {_OTHER.format(folder)}") from error
-    if saved.get(THREADS) not in (None, recipe[THREADS]):
+    changed = [name for name in {**saved, **recipe} if saved.get(name) != recipe.get(name)]
+    for name in _WARNED.keys() & changed:
         logger.warning(
-            f"{folder} was trained with {saved[THREADS]} threads a process, this run has {recipe[THREADS]}. Sums "
-            "round differently then, and weights are not equal to the bit. For that set OMP_NUM_THREADS as it was."
+            f"{folder} was trained with {saved.get(name)} {name}, this run has {recipe[name]}. {_WARNED[name]}"
         )
-    changed = [name for name in {**saved, **recipe} if saved.get(name) != recipe.get(name) and name != THREADS]
+        changed.remove(name)
     if changed:
         changed = [f"{name} ({saved.get(name, '-')}, now {recipe.get(name, '-')})" for name in changed]
         raise CADAError(
@@ -162,8 +168,7 @@ def _check_whole(folder: Path, args: TrainingArguments) -> None:
         raise CADAError(f"{error} Or {_ANEW.format('another checkpoint')}") from error
     own = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
     names = ["optimizer.pt", "scheduler.pt", own]
-    if not (folder / own).is_file() and list(folder.glob("rng_state*.pth")):
-        logger.warning(f"{folder} is of another number of processes: dropout goes on with other random numbers.")
+    if not (folder / own).is_file() and list(folder.glob("rng_state*.pth")):  # of another number of processes
         names.remove(own)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -44,10 +44,6 @@ def make_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
     Raises:
         CADAError: where the start cannot be used, or its configuration with the overrides does not hold together.
     """
-    if arguments.model_name_or_path is not None and arguments.init_from is not None:
-        raise CADAError("Choose one start: --model_name_or_path or --init_from.")
-    if arguments.vocabulary_head is not None and arguments.init_from is None:
-        raise CADAError("--vocabulary_head goes with --init_from, which is not given.")
     try:
         if arguments.init_from is not None:
             model, processor = _converted(arguments)

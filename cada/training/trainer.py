@@ -173,10 +173,11 @@ class CADATrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Equation (8). `num_items_in_batch` counts tokens of language models, and is not used."""
+        self._temperature = self.negative_temperature()
         outputs = model(
             **{name: values for name, values in inputs.items() if name != "pair"},
             return_loss=True,
-            negative_temperature=self.negative_temperature(),
+            negative_temperature=self._temperature,
         )
         if not torch.isfinite(outputs.loss):
             raise CADAError(self._describe_divergence(outputs, inputs))
@@ -301,7 +302,7 @@ class CADATrainer(Trainer):
                 if isinstance(value, torch.Tensor):
                     logs[name] = self.accelerator.reduce(value / self._part_count, reduction="mean").item()
             if "loss_atp" in logs and self.args.negative_sampling == "annealed":
-                logs["negative_temperature"] = self.negative_temperature()
+                logs["negative_temperature"] = self._temperature
             self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
             self._part_count = 0
         super().log(logs, start_time)

@@ -88,7 +88,7 @@ def test_another_number_of_threads_goes_on_with_a_warning(folder, stopped, caplo
     recipe.write_text(json.dumps({**saved, "threads": 64}), encoding="utf-8")
     train_cada.main(arguments(folder, stopped.name, "epoch"))
     warnings = [record.getMessage() for record in caplog.records if "threads" in record.getMessage()]
-    assert len(warnings) == 1 and "was trained with 64 threads a process, this run has 1. Sums round" in warnings[0]
+    assert len(warnings) == 1 and "was trained with 64 threads, this run has 1. Sums round" in warnings[0]
     assert json.loads((stopped / "checkpoint-9" / "cada_recipe.json").read_text(encoding="utf-8"))["threads"] == 1
 
 

@@ -396,3 +396,17 @@ def test_commands_of_the_documentation_are_understood(page, monkeypatch):
         train_cada.main([*words, "--use_cpu"])  # the recipes use bfloat16, which the Trainer checks
     assert {data.dataset for _, data, _ in runs} >= {"cuhk_pedes", "icfg_pedes", "rstp_reid"}
     assert all(args.do_predict for _, _, args in runs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokenizer_name": "bert", "model_name_or_path": "start"}, "brings a tokenizer of its own"),
+        ({"init_source": "blip"}, "--init_source goes with --init_from"),
+        ({"vocabulary_head": "captioner"}, "--vocabulary_head goes with --init_from"),
+        ({"model_name_or_path": "start", "init_from": "blip"}, "Choose one start"),
+    ],
+)
+def test_arguments_that_would_be_ignored_are_errors(arguments, message):
+    with pytest.raises(CADAError, match=message):
+        ModelArguments(**arguments)
