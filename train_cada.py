@@ -1,5 +1,6 @@
 """
-Train and evaluate CADA on a PEDES set, on the drawn set, or on any data set with the same columns.
+Train and evaluate CADA on a PEDES set, on the drawn set, or on any data set with the same columns; pre-train it on any
+images with captions (--streaming).
 
     python train_cada.py --dataset cuhk_pedes --data_dir /data/CUHK-PEDES --model_name_or_path my-start \\
         --output_dir runs/cuhk --do_train --do_predict
@@ -24,6 +25,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from cada.data.pairs import PairCollator, PairDataset
+from cada.data.streams import StreamCollator
 from cada.files import CADAError, checkpoint_written_whole, make_output_folder, only_writer, run_command
 from cada.hardware import cpu_has_bfloat16
 from cada.hub.publish import check_licence, open_repository
@@ -36,7 +38,7 @@ from cada.training.arguments import (
     parse_arguments,
 )
 from cada.training.describe import check_hold_out, describe_evaluation, describe_start, describe_training, name_of_set
-from cada.training.start import load_splits, make_model_and_processor
+from cada.training.start import load_splits, load_stream, make_model_and_processor
 from cada.training.trainer import CADATrainer, check_processes
 from modeling_cada import CADAForTextToImageRetrieval
 
@@ -105,7 +107,11 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
     with only_writer(args.output_dir) if args.process_index == 0 else nullcontext():
         set_seed(args.seed)
         model, processor = make_model_and_processor(model_arguments)
-        splits, held_out = load_splits(data, args, processor, find_attributes=model.config.use_ara)
+        if data.streaming:
+            pairs, splits, held_out = load_stream(data, args, processor, model.config.use_ara), DatasetDict(), 0
+        else:
+            splits, held_out = load_splits(data, args, processor, find_attributes=model.config.use_ara)
+            pairs = PairDataset(splits["train"], processor.image_size) if args.do_train else None
         record = describe_start(model_arguments, args, model)
         if held_out:
             check_hold_out(record, name_of_set(data, splits["val"]), held_out)
@@ -118,8 +124,10 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             trainer = CADATrainer(
                 model=model,
                 args=args,
-                data_collator=PairCollator(processor, mask=model.config.use_ara),
-                train_dataset=PairDataset(splits["train"], processor.image_size) if args.do_train else None,
+                data_collator=(StreamCollator if data.streaming else PairCollator)(
+                    processor, mask=model.config.use_ara
+                ),
+                train_dataset=pairs,
                 eval_dataset=splits.get("val"),
                 processing_class=processor,
             )

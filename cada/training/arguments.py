@@ -90,7 +90,9 @@ class DataArguments:
         help="cuhk_pedes, icfg_pedes, rstp_reid, demo or demo_night (drawn), a folder written by "
         "`save_to_disk`, or a name for `datasets.load_dataset`, with the columns image, captions, person_id."
     )
-    data_dir: str | None = HfArg(default=None, help="Folder with the authors' annotations and imgs/.")
+    data_dir: str | None = HfArg(
+        default=None, help="Folder with the authors' annotations and imgs/; with --streaming, of the image files."
+    )
     captions_per_image: int | None = HfArg(
         default=None, help="Use the first n captions of each image. The paper uses 2 on CUHK-PEDES; default: all."
     )
@@ -103,6 +105,20 @@ class DataArguments:
         default=False, help="Decode every image first, leave out what cannot be read, count it and list it."
     )
     dataset_revision: str | None = HfArg(default=None, help="Tag, branch or commit of --dataset on the Hub.")
+    streaming: bool = HfArg(
+        default=False,
+        help="Pre-train on the split `train` of any data set of images and captions, read file by file: a folder or "
+        "name for `datasets.load_dataset`, or files (*.parquet, *.tar, *.jsonl).",
+    )
+    image_column: str = HfArg(default="image", help="With --streaming: images, or names of files in --data_dir.")
+    caption_column: list[str] = HfArg(
+        default_factory=lambda: ["caption"],
+        help="With --streaming: texts or lists of texts, of which one is drawn each time. `json.caption` is a field.",
+    )
+    person_column: str | None = HfArg(
+        default=None, help="With --streaming: persons. Without it every image is a person of its own."
+    )
+    shuffle_buffer: int = HfArg(default=10_000, help="With --streaming: rows that are shuffled at a time.")
 
 
 @dataclass
