@@ -4,8 +4,8 @@ Pairs for pre-training, streamed from any data set of `datasets`: images with ca
 The order of the pairs follows from the seed, the files and the batch of all processes, never from the number of
 processes or workers. The files are dealt into *lanes*, as many as divide both their number and that batch. A lane
 reads its files in an order of its own, a *window* of rows at a time, and shuffles each window. A batch takes equally
-many pairs of every lane, and a process reads the lanes that its part of the batch comes from. A checkpoint keeps where the
-present window of each lane begins: from there training goes on with the same pair.
+many pairs of every lane, and a process reads the lanes that its part of the batch comes from. A checkpoint keeps where
+the present window of each lane begins: from there training goes on with the same pair.
 
 Rows are read in the main process; its workers decode the images and find the attribute phrases.
 """
@@ -189,8 +189,8 @@ class StreamPairs(torch.utils.data.Dataset):
                 problems.append(f"{self._file_name(row)}: {error}")
         raise CADAError(
             f"{self.name}: none of the first {counted(len(rows), 'image')} in the column `{self.columns.image}` can "
-            f"be read. {problems[0]}. Name the column by --image_column, the folder of image files by --data_dir; it has "
-            f"{there}."
+            f"be read. {problems[0]}. Name the column by --image_column, the folder of image files by --data_dir; it "
+            f"has {there}."
         )
 
     def _image(self, row: dict) -> dict:

@@ -120,6 +120,13 @@ class DataArguments:
     )
     shuffle_buffer: int = HfArg(default=10_000, help="With --streaming: rows that are shuffled at a time.")
 
+    def __post_init__(self):
+        of_streams = ("image_column", "caption_column", "person_column", "shuffle_buffer")
+        for name in ("captions_per_image", "skip_unreadable") if self.streaming else of_streams:
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != (["caption"] if name == "caption_column" else default):
+                raise ValueError(f"`{name}` {'has no place in a stream' if self.streaming else 'is for --streaming'}.")
+
 
 @dataclass
 class CADATrainingArguments(TrainingArguments):
