@@ -4,8 +4,8 @@ share has captions that name wrong attributes, then the demo set of the day; aga
 
     python benchmarks/pretrain.py --pairs 20000 --steps 750 --seeds 0 1 2
 
-For every seed: `steps` of pre-training, streamed; its model on the demo's test set as it is (zero-shot); then `steps` of
-fine-tuning. Against it as many steps in all on the demo set alone, and half of them. The report goes to
+For every seed: `steps` of pre-training, streamed; its model on the demo's test set as it is (zero-shot); then `steps`
+of fine-tuning. Against it as many steps in all on the demo set alone, and half of them. The report goes to
 `benchmarks/pretrain.md`. What is there already in `--output_dir` is not trained again.
 """
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = 8
 # Attributes of which a wrong caption names other values; those of bag and hat depend on each other.
 WRONG = ("sex", "hair_colour", "upper_type", "upper_colour", "lower_type", "lower_colour", "shoes_colour")
-ROWS = {  # run: title, and where its steps go
+ROWS = {  # run: title
     "zero_shot": "pre-trained, zero-shot",
     "tuned": "pre-trained, then the demo set",
     "alone_half": "the demo set alone, half the steps",
@@ -107,12 +107,7 @@ def scores(folder: Path, seeds: list[int], run: str, name: str) -> list[float]:
 
 def report(folder: Path, seeds: list[int], pairs: int, steps: int, noise: float) -> str:
     """The table, and what pre-training adds seed by seed."""
-    spend = {
-        "zero_shot": f"{steps} + 0",
-        "tuned": f"{steps} + {steps}",
-        "alone_half": f"{steps}",
-        "alone": f"{2 * steps}",
-    }
+    spend = dict(zip(ROWS, (f"{steps} + 0", f"{steps} + {steps}", f"{steps}", f"{2 * steps}")))
     lines = [
         "# Pre-training on noisy pairs of another domain",
         "",
