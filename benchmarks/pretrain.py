@@ -111,7 +111,7 @@ def report(folder: Path, seeds: list[int], pairs: int, steps: int, noise: float)
     lines = [
         "# Pre-training on noisy pairs of another domain",
         "",
-        f"{pairs:,} drawn pairs of the night without persons, {noise:.0%} of the captions with three wrong attributes; "
+        f"{pairs:,} drawn pairs of the night without persons, {noise:.0%} of captions with three wrong attributes, "
         f"then the demo set of the day. Scores on the demo's test set, in percent, mean ± standard deviation over the "
         f"seeds {', '.join(map(str, seeds))}; batches of 64.",
         "",
