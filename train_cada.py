@@ -17,6 +17,7 @@ import cada  # noqa: F401  # before torch: it makes waiting threads sleep
 import sys
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import transformers
@@ -78,25 +79,32 @@ def train(trainer: CADATrainer, describe: partial, record: Run) -> None:
     trainer.save_metrics("train", result.metrics)
 
 
-def evaluate(trainer: CADATrainer, data: DataArguments, splits: DatasetDict, record: Run) -> dict[str, float]:
+def evaluate(trainer: CADATrainer, sets: list[tuple[DataArguments, DatasetDict]], record: Run) -> dict[str, float]:
     """Evaluate on validation and on test, as asked; the scores go into the record."""
     metrics: dict[str, float] = {}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    for wanted, split, prefix in ((trainer.args.do_eval, "val", "eval"), (trainer.args.do_predict, "test", "test")):
-        if wanted:
-            scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
-            trainer.log_metrics(prefix, scores)
-            trainer.save_metrics(prefix, scores)
-            metrics.update(scores)
-            plain = {name.removeprefix(f"{prefix}_"): value for name, value in scores.items()}
-            record["evaluations"].append(describe_evaluation(model, data, trainer.args, split, splits[split], plain))
+    asked = {"val": trainer.args.do_eval, "test": trainer.args.do_predict}
+    for split, (data, splits) in product((split for split in asked if asked[split]), sets):
+        prefix = {"val": "eval", "test": "test"}[split] + (f"_{Path(data.dataset).name}" if len(sets) > 1 else "")
+        scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
+        trainer.log_metrics(prefix, scores)
+        trainer.save_metrics(prefix, scores)
+        metrics.update(scores)
+        plain = {name.removeprefix(f"{prefix}_"): value for name, value in scores.items()}
+        record["evaluations"].append(describe_evaluation(model, data, trainer.args, split, splits[split], plain))
     return metrics
 
 
-def run(model_arguments: ModelArguments, data: DataArguments, args: CADATrainingArguments) -> dict[str, float]:
-    """Train, evaluate on validation, test: what `args` asks for. Returns all metrics."""
+def run(model_arguments: ModelArguments, sets: list[DataArguments], args: CADATrainingArguments) -> dict[str, float]:
+    """
+    Train, evaluate on validation, test: what `args` asks for, or test on several sets. Returns all metrics; of several
+    sets they are named such as `test_rstp_reid_global_R1`.
+    """
+    data, *others = sets  # the others are tested on
     if not (args.do_train or args.do_eval or args.do_predict):
         raise CADAError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
+    if others and (args.do_train or args.do_eval):
+        raise CADAError("--dataset names several sets, which goes with --do_predict alone.")
     check_processes(args)
     if args.mixed_precision == "bf16" and args.device.type == "cpu" and not cpu_has_bfloat16():
         logger.warning(
@@ -109,9 +117,12 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         model, processor = make_model_and_processor(model_arguments)
         if data.streaming:
             pairs, splits, held_out = load_stream(data, args, processor, model.config.use_ara), DatasetDict(), 0
+            collator = StreamCollator(processor, mask=model.config.use_ara)
         else:
             splits, held_out = load_splits(data, args, processor, find_attributes=model.config.use_ara)
             pairs = PairDataset(splits["train"], processor.image_size) if args.do_train else None
+            collator = PairCollator(processor, mask=model.config.use_ara)
+        tested = [(data, splits), *((other, load_splits(other, args, processor, False)[0]) for other in others)]
         record = describe_start(model_arguments, args, model)
         if held_out:
             check_hold_out(record, name_of_set(data, splits["val"]), held_out)
@@ -124,16 +135,14 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             trainer = CADATrainer(
                 model=model,
                 args=args,
-                data_collator=(StreamCollator if data.streaming else PairCollator)(
-                    processor, mask=model.config.use_ara
-                ),
+                data_collator=collator,
                 train_dataset=pairs,
                 eval_dataset=splits.get("val"),
                 processing_class=processor,
             )
         if args.do_train:
             train(trainer, partial(describe_training, model_arguments, data, args, splits, held_out), record)
-        metrics = evaluate(trainer, data, splits, record)
+        metrics = evaluate(trainer, tested, record)
         if args.do_train:
             trainer.save_state()  # after the last line of the log
         if trainer.is_world_process_zero():

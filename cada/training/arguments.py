@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
@@ -84,15 +85,10 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The data set."""
+    """A data set; `dataset` and `data_dir` as in [`SeveralDataArguments`]."""
 
-    dataset: str = HfArg(
-        help="cuhk_pedes, icfg_pedes, rstp_reid, demo or demo_night (drawn), a folder written by "
-        "`save_to_disk`, or a name for `datasets.load_dataset`, with the columns image, captions, person_id."
-    )
-    data_dir: str | None = HfArg(
-        default=None, help="Folder with the authors' annotations and imgs/; with --streaming, of the image files."
-    )
+    dataset: str
+    data_dir: str | None = None
     captions_per_image: int | None = HfArg(
         default=None, help="Use the first n captions of each image. The paper uses 2 on CUHK-PEDES; default: all."
     )
@@ -126,6 +122,40 @@ class DataArguments:
             default = self.__dataclass_fields__[name].default
             if getattr(self, name) != (["caption"] if name == "caption_column" else default):
                 raise ValueError(f"`{name}` {'has no place in a stream' if self.streaming else 'is for --streaming'}.")
+
+
+@dataclass
+class SeveralDataArguments(DataArguments):
+    """The data set; for an evaluation, also several."""
+
+    dataset: list[str] = HfArg(
+        help="cuhk_pedes, icfg_pedes, rstp_reid, demo or demo_night (drawn), a folder written by "
+        "`save_to_disk`, or a name for `datasets.load_dataset`, with the columns image, captions, person_id. "
+        "With --do_predict alone, also several."
+    )
+    data_dir: list[str] | None = HfArg(
+        default=None,
+        help="Folder with the authors' annotations and imgs/, one for each --dataset ('' where it needs none); with "
+        "--streaming, of the image files.",
+    )
+
+    def one_by_one(self) -> list[DataArguments]:
+        """
+        The arguments of each set.
+
+        Raises:
+            ValueError: where the folders are not as many, or two sets have the same name.
+        """
+        folders = self.data_dir or [""] * len(self.dataset)
+        if len(folders) != len(self.dataset):
+            raise ValueError(
+                f"--data_dir names {len(folders)} folders for {len(self.dataset)} sets. Give '' for none."
+            )
+        names = [Path(name).name for name in self.dataset]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--dataset: of {', '.join(names)} two have the same name. Evaluate them one by one.")
+        others = {name: value for name, value in vars(self).items() if name not in ("dataset", "data_dir")}
+        return [DataArguments(name, folder or None, **others) for name, folder in zip(self.dataset, folders)]
 
 
 @dataclass
@@ -280,16 +310,17 @@ class _Parser(HfArgumentParser):
 
 def parse_arguments(
     arguments: list[str] | None, description: str | None = None
-) -> tuple[ModelArguments, DataArguments, CADATrainingArguments]:
+) -> tuple[ModelArguments, list[DataArguments], CADATrainingArguments]:
     """The words of a command line, by default of this process; the first may be a recipe, a JSON file of arguments."""
-    parser = _Parser((ModelArguments, DataArguments, CADATrainingArguments), description=description)
+    parser = _Parser((ModelArguments, SeveralDataArguments, CADATrainingArguments), description=description)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].endswith(".json"):
         arguments = [*read_recipe(arguments[0], arguments[1:]), *arguments[1:]]  # the last of two equal ones counts
     try:
         if not parser.parse_known_args(arguments)[0].do_train:  # nothing is chosen, and `do_eval` stays as asked
             arguments += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
-        return parser.parse_args_into_dataclasses(arguments)
+        model, data, args = parser.parse_args_into_dataclasses(arguments)
+        return model, data.one_by_one(), args
     except CADAError:
         raise
     except (ImportError, OSError, TypeError, ValueError) as error:  # unknown arguments, wrong values
