@@ -125,7 +125,7 @@ def describe_training(
     best = state.best_model_checkpoint if args.load_best_model_at_end else None
     chosen = best is not None and (checkpoint is None or checkpoint.name == Path(best).name)
     recipe = {
-        "epochs": round(state.epoch, 2),
+        **({} if data.streaming else {"epochs": round(state.epoch, 2)}),
         "steps": state.global_step,
         "batch_size": args.train_batch_size * args.world_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -139,7 +139,7 @@ def describe_training(
         "negative_sampling": args.negative_sampling,
         "unreadable_images_skipped": data.skip_unreadable,
         "persons_held_out_of_train": held_out,
-        **({} if rows is None else {f"persons_of_train_also_in_{k}": n for k, n in shared_persons(splits).items()}),
+        **{f"persons_of_train_also_in_{split}": count for split, count in shared_persons(splits).items()},
         **_describe_columns(data),
     }
     if args.negative_sampling == "annealed":

@@ -113,6 +113,7 @@ def test_pre_train_then_fine_tune(folder):
     )
     run = read_run(folder / "whole")
     assert run["training"]["data"] == {"persons": None, "images": None, "pairs": 72}
+    assert "epochs" not in run["training"]["recipe"]
     assert run["training"]["recipe"]["columns"] == "image; caption; every image is a person of its own"
     card = str(model_card(folder / "whole", "me/whole", "main"))
     assert "| data | pairs (own data): 72 pairs, streamed |" in card and "| shuffle buffer | 12 |" in card
