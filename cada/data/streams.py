@@ -125,7 +125,8 @@ def _number_of(text: str) -> int:
 class StreamPairs(torch.utils.data.Dataset):
     """
     Reads lists of [`StreamedRow`], in the workers of a data loader. In the place of a pair that cannot be read stands
-    the next one of the list once more; the key `unreadable` of the first sample tells which they are.
+    the next one of the list once more; the key `unreadable` of the first sample tells which they are, and it is the
+    only one where no pair can be read.
 
     Args:
         rows: of [`open_rows`].
@@ -157,18 +158,16 @@ class StreamPairs(torch.utils.data.Dataset):
         except Exception as error:  # the library raises many kinds
             raise CADAError(f"The first rows of {name} cannot be read: {one_line(error)}. Is it complete?") from error
         self._check(first)
-        captions = json.dumps([self._captions(row) for row in first], default=str)
-        self.identity = (
-            f"{name}, {counted(rows.num_shards, 'file')}, {columns}, buffer {buffer}, "
-            f"{hashlib.sha256(captions.encode()).hexdigest()[:16]}"
-        )
+        begin = hashlib.sha256(json.dumps([self._captions(row) for row in first], default=str).encode())
+        # Another stream is another training.
+        self.identity = f"{counted(rows.num_shards, 'file')}, {begin.hexdigest()[:16]}, {columns}, buffer {buffer}"
 
     def _check(self, rows: list[dict]) -> None:
         if not rows:
             raise CADAError(f"{self.name} has no rows in its split `train`.")
         there, wanted = ", ".join(rows[0]), [self.columns.image, *self.columns.captions, self.columns.person]
         for column in filter(None, wanted):
-            if all(_value(row, column) is None for row in rows):
+            if not any(_texts(row, column) for row in rows):
                 raise CADAError(
                     f"{self.name}: the column `{column}` is missing, or empty in the first {counted(len(rows), 'row')}"
                     f". Name others by --image_column, --caption_column, --person_column; it has {there}."
@@ -232,7 +231,7 @@ class StreamPairs(torch.utils.data.Dataset):
                 samples.append(None)
                 unreadable.append(f"{name}: {error}")
         if not any(samples):
-            raise CADAError(f"No pair of a batch can be read: {unreadable[0]}")
+            return [{"unreadable": unreadable}]
         instead = next(filter(None, samples))  # for the last ones, after which none can be read
         for place in reversed(range(len(samples))):
             instead = samples[place] = samples[place] or instead
@@ -260,10 +259,13 @@ class StreamCollator(PairCollator):
     """
 
     def __call__(self, samples: list[dict]) -> dict:
+        unreadable = samples[0]["unreadable"]
+        if "caption" not in samples[0]:
+            return {"pair": torch.empty(len(unreadable)), "unreadable": unreadable}
         caption_ids = [_number_of(clean_caption(sample["caption"])) for sample in samples]
         names = [sample["name"] for sample in samples]
         inputs = {**super().__call__(samples), "caption_ids": torch.tensor(caption_ids)}
-        return {**inputs, "names": names, "unreadable": samples[0]["unreadable"]}
+        return {**inputs, "names": names, "unreadable": unreadable}
 
 
 @dataclass
@@ -278,12 +280,14 @@ class Unreadable:
         Of a batch of `pairs`.
 
         Raises:
-            CADAError: where more than 1 % of the pairs so far, and more than 10, cannot be read.
+            CADAError: where more than 1 % of the pairs so far, and more than 10, cannot be read; and where all cannot.
         """
         self.pairs += pairs
         self.messages += messages
         for message in messages:
             logger.warning(f"Left out, {counted(len(self.messages), 'pair')} of {self.pairs:,} so far: {message}")
+        if len(messages) == pairs:
+            raise CADAError(f"No pair of a batch can be read: {messages[0]}. Is the data set complete?")
         if len(self.messages) > max(FIRST_UNREADABLE, MAX_UNREADABLE * self.pairs):
             raise CADAError(
                 f"{len(self.messages):,} of {self.pairs:,} pairs cannot be read, more than 1 %; the last one: "

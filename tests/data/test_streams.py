@@ -174,15 +174,17 @@ def test_samples_of_a_batch(tmp_path, processor):
     assert inputs["unreadable"] == [] and inputs["names"][0].endswith("(pair 0 of the stream)")
 
 
-def test_an_unreadable_pair_is_named_and_its_neighbour_stands_twice(tmp_path):
+def test_an_unreadable_pair_is_named_and_its_neighbour_stands_twice(tmp_path, processor):
     pairs = stream(save_parquet(tmp_path / "data", files=1, rows=6, damaged=(1, 5)))
     (batch,) = islice(StreamBatches(pairs, 6), 1)
     order = sorted(batch, key=lambda one: one.row["caption"][-1])
     samples = pairs.__getitems__(order)
     assert [sample["image"].getpixel((0, 0))[0] for sample in samples] == [0, 2, 2, 3, 4, 0]
     assert [message.split(":")[0] for message in samples[0]["unreadable"]] == ["1.png", "5.png"]
+    inputs = StreamCollator(processor)(pairs.__getitems__([order[1], order[5]]))
+    assert set(inputs) == {"pair", "unreadable"}
     with pytest.raises(CADAError, match="No pair of a batch can be read: 1.png"):
-        pairs.__getitems__([order[1], order[5]])
+        Unreadable().add(len(inputs["pair"]), inputs["unreadable"])
 
 
 def test_more_than_one_in_a_hundred_ends_the_training(caplog):

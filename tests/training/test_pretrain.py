@@ -127,6 +127,11 @@ def test_unreadable_images_are_named_and_end_the_training(folder, caplog, capsys
     more = ("--dataloader_num_workers", "1", "--max_steps", "5")
     train_cada.main(arguments(folder, "few", *more, pairs="two_damaged"))
     assert "Left out, 2 pairs of" in caplog.text and "7.png" in caplog.text and "21.png" in caplog.text
+    damaged = tuple(range(1, 10))  # whatever the order, a batch of one comes upon them
+    words = arguments(folder, "all", "--dataloader_num_workers", "1", pairs="one_file", batch=1)
+    save_parquet(folder / "one_file", files=1, damaged=damaged)
+    assert run_command(lambda: train_cada.main(words)) == 1
+    assert "error: No pair of a batch can be read: " in capsys.readouterr().err
     save_parquet(folder / "many_damaged", damaged=tuple(range(1, 23, 2)))
     words = arguments(folder, "many", *more, pairs="many_damaged")
     capsys.readouterr()
