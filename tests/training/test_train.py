@@ -395,8 +395,8 @@ def test_commands_of_the_documentation_are_understood(page, monkeypatch):
     assert len(commands) >= 4
     for words in commands:
         train_cada.main([*words, "--use_cpu"])  # the recipes use bfloat16, which the Trainer checks
-    assert {data.dataset for _, data, _ in runs} >= {"cuhk_pedes", "icfg_pedes", "rstp_reid"}
-    assert all(args.do_predict for _, _, args in runs)
+    assert {data.dataset for _, sets, _ in runs for data in sets} >= {"cuhk_pedes", "icfg_pedes", "rstp_reid"}
+    assert all(args.do_predict != sets[0].streaming for _, sets, args in runs)
 
 
 def test_one_checkpoint_on_several_sets(start, tmp_path):
