@@ -6,7 +6,7 @@ share has captions that name wrong attributes, then the demo set of the day; aga
 
 For every seed: `steps` of pre-training, streamed; its model on the demo's test set as it is (zero-shot); then `steps`
 of fine-tuning. Against it as many steps in all on the demo set alone, and half of them. The report goes to
-`benchmarks/pretrain.md`. What is there already in `--output_dir` is not trained again.
+`benchmarks/`. What is there already in `--output_dir` is not trained again.
 """
 
 import cada  # noqa: F401  # before torch: it makes waiting threads sleep
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=750, help="of pre-training, and of fine-tuning")
     parser.add_argument("--noise", type=float, default=0.3, help="share of the captions with wrong attributes")
     parser.add_argument("--persons", type=int, default=4000, help="of the demo set, to fine-tune on")
+    parser.add_argument("--name", default="pretrain", help="of the report in benchmarks/")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/pretrain"), help="folder of the runs")
     options = parser.parse_args()
     disable_progress_bars()
@@ -158,7 +159,7 @@ def main() -> None:
         run_seed(folder, seed, options.pairs, options.steps, options.noise, options.persons)
     given = (options.pairs, options.steps, options.noise, options.persons)
     text = report(options.output_dir, options.seeds, *given)
-    (ROOT / "benchmarks" / "pretrain.md").write_text(text, encoding="utf-8")
+    (ROOT / "benchmarks" / f"{options.name}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
