@@ -43,8 +43,8 @@ def name_of_set(data: DataArguments, rows: Dataset | None) -> str:
         return data.dataset
     if rows is not None and "named_attributes" in rows.column_names:  # only the drawn set has them
         return "drawn_night" if data.dataset == "demo_night" else "drawn"
-    is_own = Path(data.dataset).exists() or has_magic(data.dataset)
-    return f"{Path(data.dataset).name} (own data)" if is_own else data.dataset
+    path = Path(data.dataset).parent if has_magic(data.dataset) else Path(data.dataset)
+    return f"{path.name} (own data)" if path.exists() else data.dataset
 
 
 def describe_start(arguments: ModelArguments, args: CADATrainingArguments, model: CADAForTextToImageRetrieval) -> Run:
