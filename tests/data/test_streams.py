@@ -2,6 +2,9 @@
 
 import io
 import json
+import re
+import subprocess
+import sys
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -15,6 +18,7 @@ from cada.data.streams import Columns, StreamBatches, StreamCollator, StreamPair
 from cada.files import CADAError
 
 
+ROOT = Path(__file__).parents[2]
 COLUMNS = Columns()
 COLOURS = ("red", "green", "blue", "black", "white", "yellow", "brown")
 
@@ -301,7 +305,23 @@ def lay_out_mals(folder: Path) -> tuple[Path, Columns]:
     return folder / "gene_attrs/*.json", Columns("image", ("caption",))
 
 
-@pytest.mark.parametrize("lay_out", [lay_out_webperson, lay_out_synth_pedes, lay_out_mals])
+def lay_out_luperson(folder: Path) -> tuple[Path, Columns]:
+    """Objects of image and caption, which the lines in docs/train.md bring into one file; images in one folder."""
+    (folder / "caption").mkdir()
+    first = {f"part1/{number}.png": caption_of(number) for number in range(6)}
+    second = {f"part1/{number}.png": f"somebody in {COLOURS[number]}" for number in range(6)}
+    for name, captions in (("Ts-qwen", first), ("Td-shikra", second)):
+        (folder / f"caption/{name}.json").write_text(json.dumps(captions), encoding="utf-8")
+    for number in range(6):
+        (folder / f"{number}.png").write_bytes(content_of(number))
+    code = re.search(
+        r"```python\n(import json.*?)```", (ROOT / "docs/train.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    subprocess.run([sys.executable, "-c", code[1]], cwd=folder, check=True)
+    return folder / "luperson.jsonl", Columns(captions=("captions",))
+
+
+@pytest.mark.parametrize("lay_out", [lay_out_webperson, lay_out_synth_pedes, lay_out_mals, lay_out_luperson])
 def test_layouts_of_known_sets(tmp_path, lay_out):
     """Every image with a caption of its own; in SYNTH-PEDES two images of each person."""
     dataset, columns = lay_out(tmp_path)
