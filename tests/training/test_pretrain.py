@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_colour_set, save_tiny_start
+from pair_files import save_parquet
 from safetensors.torch import load_file
 from test_distributed import EXACT, run_in_processes
 from test_interruption import Stop, stop_at
@@ -18,10 +18,6 @@ import train_cada
 from cada.files import CADAError, run_command
 from cada.hub.card import model_card
 from cada.hub.record import read_run
-
-
-sys.path.append(str(Path(__file__).parent.parent / "data"))
-from test_streams import save_parquet  # noqa: E402
 
 
 @pytest.fixture(scope="module")
