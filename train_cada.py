@@ -104,7 +104,7 @@ def run(model_arguments: ModelArguments, sets: list[DataArguments], args: CADATr
     if not (args.do_train or args.do_eval or args.do_predict):
         raise CADAError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
     if others and (args.do_train or args.do_eval):
-        raise CADAError("--dataset names several sets, which goes with --do_predict alone.")
+        raise CADAError("--dataset names several sets: with --do_predict alone. A pattern of files goes in quotes.")
     check_processes(args)
     if args.mixed_precision == "bf16" and args.device.type == "cpu" and not cpu_has_bfloat16():
         logger.warning(
