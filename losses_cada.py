@@ -157,7 +157,12 @@ def draw_negatives(similarity: Tensor, positives: Tensor, temperature: float | N
 
 
 def match_pairs(
-    image_features: Tensor, text_features: Tensor, person_ids: Tensor, rows: int, temperature: float | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    person_ids: Tensor,
+    rows: int,
+    temperature: float | None = None,
+    caption_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
     The pairs of equation (5) for this process: first its own pairs, then every image with its negative text, then
@@ -167,12 +172,15 @@ def match_pairs(
         image_features, text_features, person_ids: `(batch, d)` and `(batch,)`, of all processes.
         rows: of this process, as many as of every other one.
         temperature: as in [`draw_negatives`].
+        caption_ids: `(batch,)`, equal for equal captions, which are no negatives of each other's images.
 
     Returns:
         Text and image of each pair, as rows of the batch, and 1 for a match, 0 for none: three times `(pairs,)`.
     """
     own = torch.arange(rows, device=person_ids.device) + rows * rank_and_size()[0]
     positives = positive_pairs(person_ids[own], person_ids)
+    if caption_ids is not None:
+        positives = positives | positive_pairs(caption_ids[own], caption_ids)
     with torch.autocast(image_features.device.type, enabled=False):
         to_texts = image_features[own] @ text_features.t()
         to_images = text_features[own] @ image_features.t()

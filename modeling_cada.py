@@ -642,6 +642,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         labels: torch.LongTensor | None = None,
         return_loss: bool | None = None,
         negative_temperature: float | None = None,
+        caption_ids: torch.LongTensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CADAOutput:
@@ -662,6 +663,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 `False` computes no losses; `True` demands `person_ids`. By default losses follow from `person_ids`.
             negative_temperature (`float`, *optional*):
                 `None` takes the hardest negatives for ATP, as the paper does; a number T draws by softmax(S / T).
+            caption_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Equal for equal captions: then ATP takes none as a negative of the other's image.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept another image size than the configured one.
         """
@@ -680,7 +683,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         image_states = outputs.vision_model_output.last_hidden_state
         images = CADAImages(image_states, share=not (self.training and self.is_activation_checkpointing))
         if self.config.use_atp:
-            images, pairs = self._match_pairs(features, all_ids, images, negative_temperature)
+            captions = None if caption_ids is None else gather_batch(caption_ids)
+            images, pairs = self._match_pairs(features, all_ids, images, negative_temperature, captions)
             loss_atp = self._atp_loss(input_ids, attention_mask, images, *pairs)
             loss = loss + loss_atp
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
@@ -714,7 +718,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         with torch.autocast(all_ids.device.type, enabled=False):
             return contrastive_loss(self.config.contrastive_loss, *features, all_ids, self.config.temperature)
 
-    def _match_pairs(self, features, all_ids, images, temperature):
+    def _match_pairs(self, features, all_ids, images, temperature, caption_ids):
         """
         The images that the pairs of equation (5) read, and of each pair text (of all processes), image and label. Text
         i of this process reads image i of its own.
@@ -722,7 +726,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         rows = len(images.states)
         if self.config.hard_negative_similarity == "cosine":
             features = tuple(F.normalize(values, dim=-1) for values in features)
-        text_index, image_index, match_labels = match_pairs(*features, all_ids, rows, temperature)
+        text_index, image_index, match_labels = match_pairs(*features, all_ids, rows, temperature, caption_ids)
         if rows < len(all_ids):  # of other processes' images, those that are a negative here
             used, image_index = image_index.unique(return_inverse=True)
             states, share = gather_batch(images.states)[used], images.keys_and_values is not None

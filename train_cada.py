@@ -1,5 +1,6 @@
 """
-Train and evaluate CADA on a PEDES set, on the drawn set, or on any data set with the same columns.
+Train and evaluate CADA on a PEDES set, on the drawn set, or on any data set with the same columns; pre-train it on any
+images with captions (--streaming).
 
     python train_cada.py --dataset cuhk_pedes --data_dir /data/CUHK-PEDES --model_name_or_path my-start \\
         --output_dir runs/cuhk --do_train --do_predict
@@ -16,6 +17,7 @@ import cada  # noqa: F401  # before torch: it makes waiting threads sleep
 import sys
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import transformers
@@ -24,6 +26,7 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from cada.data.pairs import PairCollator, PairDataset
+from cada.data.streams import StreamCollator
 from cada.files import CADAError, checkpoint_written_whole, make_output_folder, only_writer, run_command
 from cada.hardware import cpu_has_bfloat16
 from cada.hub.publish import check_licence, open_repository
@@ -36,7 +39,7 @@ from cada.training.arguments import (
     parse_arguments,
 )
 from cada.training.describe import check_hold_out, describe_evaluation, describe_start, describe_training, name_of_set
-from cada.training.start import load_splits, make_model_and_processor
+from cada.training.start import load_splits, load_stream, make_model_and_processor
 from cada.training.trainer import CADATrainer, check_processes
 from modeling_cada import CADAForTextToImageRetrieval
 
@@ -81,27 +84,34 @@ def train(trainer: CADATrainer, describe: partial, record: Run, name: str) -> No
     trainer.save_metrics("train", result.metrics)
 
 
-def evaluate(trainer: CADATrainer, data: DataArguments, splits: DatasetDict, record: Run) -> dict[str, float]:
+def evaluate(trainer: CADATrainer, sets: list[tuple[DataArguments, DatasetDict]], record: Run) -> dict[str, float]:
     """Evaluate on validation and on test, as asked; the scores go into the record."""
     metrics: dict[str, float] = {}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    for wanted, split, prefix in ((trainer.args.do_eval, "val", "eval"), (trainer.args.do_predict, "test", "test")):
-        if wanted:
-            scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
-            if split == "test" and model.config.calibration is not None:
-                scores |= trainer.evaluate_open_set(splits[split], metric_key_prefix=prefix)
-            trainer.log_metrics(prefix, scores)
-            trainer.save_metrics(prefix, scores)
-            metrics.update(scores)
-            plain = {name.removeprefix(f"{prefix}_"): value for name, value in scores.items()}
-            record["evaluations"].append(describe_evaluation(model, data, trainer.args, split, splits[split], plain))
+    asked = {"val": trainer.args.do_eval, "test": trainer.args.do_predict}
+    for split, (data, splits) in product((split for split in asked if asked[split]), sets):
+        prefix = {"val": "eval", "test": "test"}[split] + (f"_{Path(data.dataset).name}" if len(sets) > 1 else "")
+        scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
+        if split == "test" and model.config.calibration is not None:
+            scores |= trainer.evaluate_open_set(splits[split], metric_key_prefix=prefix)
+        trainer.log_metrics(prefix, scores)
+        trainer.save_metrics(prefix, scores)
+        metrics.update(scores)
+        plain = {name.removeprefix(f"{prefix}_"): value for name, value in scores.items()}
+        record["evaluations"].append(describe_evaluation(model, data, trainer.args, split, splits[split], plain))
     return metrics
 
 
-def run(model_arguments: ModelArguments, data: DataArguments, args: CADATrainingArguments) -> dict[str, float]:
-    """Train, evaluate on validation, test: what `args` asks for. Returns all metrics."""
+def run(model_arguments: ModelArguments, sets: list[DataArguments], args: CADATrainingArguments) -> dict[str, float]:
+    """
+    Train, evaluate on validation, test: what `args` asks for, or test on several sets. Returns all metrics; of several
+    sets they are named such as `test_rstp_reid_global_R1`.
+    """
+    data, *others = sets  # the others are tested on
     if not (args.do_train or args.do_eval or args.do_predict):
         raise CADAError("Nothing to do: pass --do_train, --do_eval or --do_predict.")
+    if others and (args.do_train or args.do_eval):
+        raise CADAError("--dataset names several sets: with --do_predict alone. A pattern of files goes in quotes.")
     check_processes(args)
     if args.mixed_precision == "bf16" and args.device.type == "cpu" and not cpu_has_bfloat16():
         logger.warning(
@@ -114,7 +124,14 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
         model, processor = make_model_and_processor(model_arguments)
         if args.do_train:
             model.config.calibration = None  # that of the weights before
-        splits, held_out = load_splits(data, args, processor, find_attributes=model.config.use_ara)
+        if data.streaming:
+            pairs, splits, held_out = load_stream(data, args, processor, model.config.use_ara), DatasetDict(), 0
+            collator = StreamCollator(processor, mask=model.config.use_ara)
+        else:
+            splits, held_out = load_splits(data, args, processor, find_attributes=model.config.use_ara)
+            pairs = PairDataset(splits["train"], processor.image_size) if args.do_train else None
+            collator = PairCollator(processor, mask=model.config.use_ara)
+        tested = [(data, splits), *((other, load_splits(other, args, processor, False)[0]) for other in others)]
         record = describe_start(model_arguments, args, model)
         if held_out:
             check_hold_out(record, name_of_set(data, splits["val"]), held_out)
@@ -127,15 +144,15 @@ def run(model_arguments: ModelArguments, data: DataArguments, args: CADATraining
             trainer = CADATrainer(
                 model=model,
                 args=args,
-                data_collator=PairCollator(processor, mask=model.config.use_ara),
-                train_dataset=PairDataset(splits["train"], processor.image_size) if args.do_train else None,
+                data_collator=collator,
+                train_dataset=pairs,
                 eval_dataset=splits.get("val"),
                 processing_class=processor,
             )
         if args.do_train:
             describe = partial(describe_training, model_arguments, data, args, splits, held_out)
-            train(trainer, describe, record, name_of_set(data, splits["train"]))
-        metrics = evaluate(trainer, data, splits, record)
+            train(trainer, describe, record, name_of_set(data, splits.get("train")))
+        metrics = evaluate(trainer, tested, record)
         if args.do_train:
             trainer.save_state()  # after the last line of the log
         if trainer.is_world_process_zero():

@@ -23,16 +23,21 @@ from processing_cada import AttributeMasker, CADAProcessor, clean_caption
 _MASKER_CODE = hashlib.sha256(Path(processing_cada.__file__).read_bytes()).hexdigest()
 
 
+def load_tagger(masker: AttributeMasker) -> None:
+    """Load NLTK's tagger before any worker starts; a `CADAError` where it or its data are missing or damaged."""
+    try:
+        masker.find_spans("a red coat")
+    except (ImportError, LookupError, ValueError) as error:
+        raise CADAError(f"Attribute phrases cannot be found: {one_line(error)}") from error
+
+
 def add_attribute_spans(dataset: Dataset, masker: AttributeMasker) -> Dataset:
     """
     Add the column `attribute_spans` (units of every caption) with NLTK, once; `datasets` caches it. A phrase column
     that the data set brings along is kept, and split into words where the masker masks words.
     """
     if "attribute_spans" not in dataset.column_names:
-        try:
-            masker.find_spans("a red coat")  # loads the tagger before any worker starts
-        except (ImportError, LookupError, ValueError) as error:  # it is missing, or its data are missing or damaged
-            raise CADAError(f"Attribute phrases cannot be found: {one_line(error)}") from error
+        load_tagger(masker)
         with _writing_to_the_cache("The table of attribute phrases"):
             return dataset.map(
                 _tag_row,

@@ -69,9 +69,9 @@ class _Measured(TypedDict):
 
 
 class _Data(TypedDict):
-    persons: int
-    images: int
-    pairs: int
+    persons: int | None  # nobody counts those of a stream
+    images: int | None
+    pairs: int  # of a stream, how many were read
 
 
 class _Recipe(TypedDict):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
@@ -97,13 +98,10 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """The data set."""
+    """A data set; `dataset` and `data_dir` as in [`SeveralDataArguments`]."""
 
-    dataset: str = HfArg(
-        help="cuhk_pedes, icfg_pedes, rstp_reid, demo or demo_night (drawn), a folder written by "
-        "`save_to_disk`, or a name for `datasets.load_dataset`, with the columns image, captions, person_id."
-    )
-    data_dir: str | None = HfArg(default=None, help="Folder with the authors' annotations and imgs/.")
+    dataset: str
+    data_dir: str | None = None
     captions_per_image: int | None = HfArg(
         default=None, help="Use the first n captions of each image. The paper uses 2 on CUHK-PEDES; default: all."
     )
@@ -116,6 +114,61 @@ class DataArguments:
         default=False, help="Decode every image first, leave out what cannot be read, count it and list it."
     )
     dataset_revision: str | None = HfArg(default=None, help="Tag, branch or commit of --dataset on the Hub.")
+    streaming: bool = HfArg(
+        default=False,
+        help="Pre-train on the split `train` of any data set of images and captions, read file by file: a folder or "
+        "name for `datasets.load_dataset`, or files (*.parquet, *.tar, *.jsonl).",
+    )
+    image_column: str = HfArg(default="image", help="With --streaming: images, or names of files in --data_dir.")
+    caption_column: list[str] = HfArg(
+        default_factory=lambda: ["caption"],
+        help="With --streaming: texts or lists of texts, of which one is drawn each time. `json.caption` is a field.",
+    )
+    person_column: str | None = HfArg(
+        default=None, help="With --streaming: persons. Without it every image is a person of its own."
+    )
+    shuffle_buffer: int = HfArg(default=10_000, help="With --streaming: rows that are shuffled at a time.")
+
+    def __post_init__(self):
+        of_streams = ("image_column", "caption_column", "person_column", "shuffle_buffer")
+        for name in ("captions_per_image", "skip_unreadable") if self.streaming else of_streams:
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != (["caption"] if name == "caption_column" else default):
+                raise ValueError(f"`{name}` {'has no place in a stream' if self.streaming else 'is for --streaming'}.")
+
+
+@dataclass
+class SeveralDataArguments(DataArguments):
+    """The data set; for an evaluation, also several."""
+
+    dataset: list[str] = HfArg(
+        help="cuhk_pedes, icfg_pedes, rstp_reid, demo or demo_night (drawn), a folder written by "
+        "`save_to_disk`, or a name for `datasets.load_dataset`, with the columns image, captions, person_id. "
+        "With --do_predict alone, also several."
+    )
+    data_dir: list[str] | None = HfArg(
+        default=None,
+        help="Folder with the authors' annotations and imgs/, one for each --dataset ('' where it needs none); with "
+        "--streaming, of the image files.",
+    )
+
+    def one_by_one(self) -> list[DataArguments]:
+        """
+        The arguments of each set.
+
+        Raises:
+            ValueError: where the folders are not as many, or two sets have the same name.
+        """
+        folders = self.data_dir or [""] * len(self.dataset)
+        if len(folders) != len(self.dataset):
+            raise ValueError(
+                f"--data_dir names {len(folders)} folders for {len(self.dataset)} sets. Give '' for none."
+            )
+        names = [Path(name).name for name in self.dataset]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--dataset: of {', '.join(names)} two have the same name. Evaluate them one by one.")
+        others = {name: value for name, value in vars(self).items() if name not in ("dataset", "data_dir")}
+        return [DataArguments(name, folder or None, **others) for name, folder in zip(self.dataset, folders)]
 
 
 @dataclass
@@ -270,16 +323,17 @@ class _Parser(HfArgumentParser):
 
 def parse_arguments(
     arguments: list[str] | None, description: str | None = None
-) -> tuple[ModelArguments, DataArguments, CADATrainingArguments]:
+) -> tuple[ModelArguments, list[DataArguments], CADATrainingArguments]:
     """The words of a command line, by default of this process; the first may be a recipe, a JSON file of arguments."""
-    parser = _Parser((ModelArguments, DataArguments, CADATrainingArguments), description=description)
+    parser = _Parser((ModelArguments, SeveralDataArguments, CADATrainingArguments), description=description)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].endswith(".json"):
         arguments = [*read_recipe(arguments[0], arguments[1:]), *arguments[1:]]  # the last of two equal ones counts
     try:
         if not parser.parse_known_args(arguments)[0].do_train:  # nothing is chosen, and `do_eval` stays as asked
             arguments += ["--eval_strategy", "no", "--load_best_model_at_end", "false"]
-        return parser.parse_args_into_dataclasses(arguments)
+        model, data, args = parser.parse_args_into_dataclasses(arguments)
+        return model, data.one_by_one(), args
     except CADAError:
         raise
     except (ImportError, OSError, TypeError, ValueError) as error:  # unknown arguments, wrong values

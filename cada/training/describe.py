@@ -1,5 +1,6 @@
 """What goes into the record of a run, `cada_run.json`: the start, the training, each evaluation."""
 
+from glob import has_magic
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
@@ -33,13 +34,17 @@ ALWAYS = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_
 WHERE_GIVEN = ("muon_learning_rate", "lr_scheduler_kwargs", "optim_args", "data_seed")
 
 
-def name_of_set(data: DataArguments, rows: Dataset) -> str:
-    """The set's name for the record of the run. One's own folders are named, not located, and marked as such."""
+def name_of_set(data: DataArguments, rows: Dataset | None) -> str:
+    """
+    The set's name for the record of the run; `rows` is `None` for a stream. One's own folders are named, not located,
+    and marked as such.
+    """
     if data.dataset in PEDES_SETS:
         return data.dataset
-    if "named_attributes" in rows.column_names:  # only the drawn set has them
+    if rows is not None and "named_attributes" in rows.column_names:  # only the drawn set has them
         return "drawn_night" if data.dataset == "demo_night" else "drawn"
-    return f"{Path(data.dataset).name} (own data)" if Path(data.dataset).exists() else data.dataset
+    path = Path(data.dataset).parent if has_magic(data.dataset) else Path(data.dataset)
+    return f"{path.name} (own data)" if path.exists() else data.dataset
 
 
 def describe_start(arguments: ModelArguments, args: CADATrainingArguments, model: CADAForTextToImageRetrieval) -> Run:
@@ -86,6 +91,21 @@ def check_hold_out(record: Run, dataset: str, held_out: int) -> None:
         )
 
 
+def _count(rows: Dataset | None, read: int) -> dict[str, int | None]:
+    """Persons, images and pairs of the rows of train, or how many pairs were `read` from a stream."""
+    if rows is None:
+        return {"persons": None, "images": None, "pairs": read}
+    return {"persons": len(set(rows["person_id"])), "images": len(rows), "pairs": sum(map(len, rows["captions"]))}
+
+
+def _describe_columns(data: DataArguments) -> dict[str, str | int]:
+    if not data.streaming:
+        return {}
+    person = data.person_column or "every image is a person of its own"
+    columns = f"{data.image_column}; {', '.join(data.caption_column)}; {person}"
+    return {"columns": columns, "shuffle_buffer": data.shuffle_buffer}
+
+
 def describe_training(
     model: ModelArguments,
     data: DataArguments,
@@ -101,11 +121,11 @@ def describe_training(
     of this machine are named, not located.
     """
     start = model.model_name_or_path or model.init_from
-    rows = splits["train"]
+    rows = splits.get("train")  # none of a stream
     best = state.best_model_checkpoint if args.load_best_model_at_end else None
     chosen = best is not None and (checkpoint is None or checkpoint.name == Path(best).name)
     recipe = {
-        "epochs": round(state.epoch, 2),
+        **({} if data.streaming else {"epochs": round(state.epoch, 2)}),
         "steps": state.global_step,
         "batch_size": args.train_batch_size * args.world_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -120,6 +140,7 @@ def describe_training(
         "unreadable_images_skipped": data.skip_unreadable,
         "persons_held_out_of_train": held_out,
         **{f"persons_of_train_also_in_{split}": count for split, count in shared_persons(splits).items()},
+        **_describe_columns(data),
     }
     if args.negative_sampling == "annealed":
         recipe["negative_temperature"] = f"{args.negative_temperature_start} to {args.negative_temperature_end}"
@@ -129,11 +150,7 @@ def describe_training(
         "dataset": name_of_set(data, rows),
         "captions_per_image": data.captions_per_image,
         "start": "random weights" if start is None else Path(start).name if Path(start).exists() else start,
-        "data": {
-            "persons": len(set(rows["person_id"])),
-            "images": len(rows),
-            "pairs": sum(map(len, rows["captions"])),
-        },
+        "data": _count(rows, recipe["steps"] * recipe["batch_size"] * recipe["gradient_accumulation_steps"]),
         "recipe": recipe,
         "selected_by": f"{args.metric_for_best_model} on validation" if chosen else None,
         "seed": args.seed,

@@ -1,11 +1,15 @@
 """What a training starts from: the model and its processor, and the splits of the data set."""
 
+from pathlib import Path
+
 from datasets import Dataset, DatasetDict
 from huggingface_hub.errors import StrictDataclassError
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from cada.data.loading import hold_out_persons, load_pairs_dataset, shared_persons
-from cada.data.pairs import add_attribute_spans
+from cada.data.pairs import add_attribute_spans, load_tagger
+from cada.data.streams import Columns, StreamPairs, open_rows
 from cada.files import CADAError
 from cada.hub.convert import convert, convert_processor, default_image_size
 from cada.hub.loading import fitted_processor, load_config, load_model, load_processor, load_tokenizer
@@ -95,6 +99,40 @@ def count_long_captions(dataset: Dataset, processor: CADAProcessor) -> int:
     captions = [caption for row in dataset["captions"] for caption in row]
     lengths = processor(text=captions, truncation=False, padding=False, verbose=False)["input_ids"]
     return sum(len(ids) > limit for ids in lengths)
+
+
+def load_stream(
+    data: DataArguments, args: CADATrainingArguments, processor: CADAProcessor, find_attributes: bool
+) -> StreamPairs:
+    """
+    The streamed pairs of a pre-training.
+
+    Raises:
+        CADAError: for arguments that go with no stream, and for data that are not what they should be.
+    """
+    if not args.do_train or args.do_predict:
+        raise CADAError("--streaming is for --do_train alone. Evaluate the model by a second command, on another set.")
+    if args.max_steps <= 0:
+        raise CADAError("A stream has no epochs. Say by --max_steps how long to train.")
+    if data.shuffle_buffer < 1:
+        raise CADAError(f"--shuffle_buffer is {data.shuffle_buffer}. Give 1 or more.")
+    if args.save_strategy == SaveStrategy.EPOCH:
+        logger.warning(
+            f"A stream has no epochs: a checkpoint is saved every {args.save_steps:g} steps (--save_steps)."
+        )
+        args.save_strategy = SaveStrategy.STEPS
+    masker = processor.attribute_masker if find_attributes else None
+    if masker is not None:
+        load_tagger(masker)
+    return StreamPairs(
+        open_rows(data.dataset, data.data_dir, data.dataset_revision),
+        data.dataset,
+        Columns(data.image_column, tuple(data.caption_column), data.person_column),
+        Path(data.dataset).parent if data.data_dir is None else data.data_dir,
+        data.shuffle_buffer,
+        processor.image_size,
+        masker,
+    )
 
 
 def load_splits(

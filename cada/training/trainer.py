@@ -16,6 +16,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput, sort_check
 from transformers.utils import logging
 
 from cada.data.pairs import GlobalBatches, outlive_sigterm
+from cada.data.streams import StreamBatches, StreamPairs, Unreadable
 from cada.evaluation.calibration import calibrate, evaluate_open_set
 from cada.evaluation.matching import evaluate_retrieval
 from cada.files import CADAError, checkpoint_written_whole, one_line
@@ -37,6 +38,7 @@ from losses_cada import rank_and_size
 logger = logging.get_logger(__name__)
 
 LOSS_PARTS = ("loss_ndf", "loss_atp", "loss_ara")
+NOT_FOR_THE_MODEL = ("pair", "names", "unreadable")  # of a batch
 
 
 def check_processes(args: TrainingArguments) -> None:
@@ -72,7 +74,7 @@ class CADATrainer(Trainer):
 
     Args:
         args ([`CADATrainingArguments`]): training arguments.
-        train_dataset ([`PairDataset`]): pairs of image and caption.
+        train_dataset ([`PairDataset`] or [`StreamPairs`]): pairs of image and caption.
         eval_dataset: rows with `image`, `captions`, `person_id`; all captions search all images. Or several such sets
             by their names.
         processing_class ([`CADAProcessor`]): the processor, saved with every checkpoint.
@@ -103,11 +105,15 @@ class CADATrainer(Trainer):
         self.resumed_from: str | None = None  # the checkpoint that the training goes on from
         self._part_sums = dict.fromkeys(LOSS_PARTS, 0.0)
         self._part_count = 0
+        self._stream: StreamBatches | None = None  # where the pairs are streamed
+        self._unreadable = Unreadable()
         self._sigterm = SaveOnSigterm()
         self.add_callback(self._sigterm)
 
     def _recipe(self) -> dict:
         """What makes this training, once it has what it needs."""
+        if isinstance(self.train_dataset, StreamPairs):
+            return recipe_of(self.args, self.model, {}) | {"stream": self.train_dataset.identity}
         batch, pairs = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
         if self.args.dataloader_drop_last and pairs < batch:
             raise CADAError(
@@ -124,18 +130,19 @@ class CADATrainer(Trainer):
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """
-        Batches of [`GlobalBatches`], which knows the processes: the loader is not for accelerate to prepare. It draws
-        from a generator of its own, so that the process's random numbers are those of the model alone.
+        Batches of [`GlobalBatches`] or [`StreamBatches`], which know the processes: the loader is not for accelerate
+        to prepare. It draws from a generator of its own, so that the process's random numbers are those of the model
+        alone.
         """
         args = self.args
-        batches = GlobalBatches(
-            len(self.train_dataset),
-            args.train_batch_size,
-            args.seed if args.data_seed is None else args.data_seed,
-            args.process_index,
-            args.world_size,
-            args.dataloader_drop_last,
-        )
+        seed = args.seed if args.data_seed is None else args.data_seed
+        place = (args.train_batch_size, seed, args.process_index, args.world_size)
+        if isinstance(self.train_dataset, StreamPairs):
+            batches = self._stream = StreamBatches(self.train_dataset, *place)
+            if self.resumed_from is not None:
+                batches.resume(self.resumed_from)
+        else:
+            batches = GlobalBatches(len(self.train_dataset), *place, args.dataloader_drop_last)
         with made_of_arguments("The data loader"):
             loader = torch.utils.data.DataLoader(
                 self.train_dataset,
@@ -173,9 +180,11 @@ class CADATrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Equation (8). `num_items_in_batch` counts tokens of language models, and is not used."""
+        if self._stream is not None:
+            self._unreadable.add(len(inputs["pair"]), inputs["unreadable"])
         self._temperature = self.negative_temperature()
         outputs = model(
-            **{name: values for name, values in inputs.items() if name != "pair"},
+            **{name: values for name, values in inputs.items() if name not in NOT_FOR_THE_MODEL},
             return_loss=True,
             negative_temperature=self._temperature,
         )
@@ -193,7 +202,10 @@ class CADATrainer(Trainer):
         losses = ", ".join(f"{name} {outputs[name].item()}" for name in LOSS_PARTS if outputs.get(name) is not None)
         finite = outputs.image_embeds.isfinite().all(dim=1) & outputs.text_embeds.isfinite().all(dim=1)
         rows = list(range(len(finite))) if finite.all() else (~finite).nonzero().flatten().tolist()
-        samples = [self.train_dataset.name_of(int(inputs["pair"][row])) for row in rows]
+        if "names" in inputs:
+            samples = [inputs["names"][row] for row in rows]
+        else:
+            samples = [self.train_dataset.name_of(int(inputs["pair"][row])) for row in rows]
         return (
             f"The loss is not finite at step {self.state.global_step + 1}: {losses}. Samples: {'; '.join(samples)}. "
             "Look at these, lower --learning_rate, or train in float32 (without --fp16)."
@@ -248,6 +260,8 @@ class CADATrainer(Trainer):
                 delete_checkpoint(folder)  # which an earlier run may have left
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if self._stream is not None:
+                self._stream.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.write_record is not None:

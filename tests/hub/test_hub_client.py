@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import bert_tokenizer, save_checkpoint, save_colour_set, tiny_processor
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from hub_stand_in import HubStandIn
 from pedes_layout import lay_out_rstp
 from PIL import Image
@@ -363,6 +363,38 @@ def test_data_of_a_revision_and_an_index_that_keeps_the_commit_of_its_model(hub,
     assert before == after and after[0] == commit
     newest = hub.files("tester/cada-tiny")["model.safetensors"]
     assert newest == (tmp_path / "second" / "model.safetensors").read_bytes()
+
+
+STREAMED = """
+import json, sys
+from itertools import islice
+from cada.data.streams import StreamBatches, StreamPairs, open_rows
+
+def read(revision, begin, count):
+    pairs = StreamPairs(open_rows("tester/pairs", revision=revision), "tester/pairs", buffer=6)
+    batches = StreamBatches(pairs, 4)
+    if begin:
+        batches.resume(".")
+    found = [[one["caption"] for one in pairs.__getitems__(batch)] for batch in islice(batches, begin, begin + count)]
+    batches.save(".", begin + count - 2)
+    return found
+
+first = read(sys.argv[1], 0, 5)
+json.dump([first, read(sys.argv[1], 3, 2), read("main", 3, 1)], open("results.json", "w"))
+"""
+
+
+def test_streamed_pairs_of_a_revision(hub, tmp_path):
+    """Read by ranges, resumed, of a pinned commit; `main` has other captions by then."""
+    commits = []
+    for word in ("coat", "hat"):
+        rows = {"image": [Image.new("RGB", (16, 32))] * 12, "caption": [f"a red {word} {row}" for row in range(12)]}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+        commits.append(hub.add("tester/pairs", {"data/train.parquet": (tmp_path / "train.parquet").read_bytes()}))
+    first, again, other = run(hub, tmp_path, STREAMED, commits[0], modules=True)
+    assert sorted(sum(first[:3], [])) == sorted(f"a red coat {row}" for row in range(12))
+    assert again == first[3:]
+    assert other == [[caption.replace("coat", "hat") for caption in first[3]]]
 
 
 def test_hf_upload_and_hf_download(hub, tmp_path):

@@ -13,6 +13,7 @@ from losses_cada import (
     cmpm_loss,
     draw_negatives,
     group_states,
+    match_pairs,
     ndf_loss,
     ndf_reference_loss,
     positive_pairs,
@@ -182,6 +183,20 @@ def test_hardest_negatives_by_hand():
     index, exists = draw_negatives(similarity, same)
     assert index.tolist() == [1, 2, 1]
     assert exists.tolist() == [True, True, True]
+
+
+def test_equal_captions_are_no_negatives():
+    """Four persons; the texts 0 and 1 are equal, and the hardest for each other's image."""
+    images = torch.eye(4)
+    texts = torch.tensor([[0.9, 0.8, 0.1, 0.2], [0.9, 0.8, 0.1, 0.2], [0.3, 0.1, 0.9, 0.5], [0.0, 0.4, 0.1, 0.9]])
+    text_index, image_index, labels = match_pairs(images, texts, torch.arange(4), 4)
+    assert text_index.tolist() == [0, 1, 2, 3, 1, 0, 0, 2, 0, 1, 2, 3]
+    assert image_index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 1, 0, 3, 1]
+    assert labels.tolist() == [1] * 4 + [0] * 8
+    text_index, image_index, _ = match_pairs(images, texts, torch.arange(4), 4, caption_ids=torch.tensor([7, 7, 8, 9]))
+    # Image 0 has 0.3 of text 2, image 1 0.4 of text 3; text 0 and 1 have 0.2 of image 3.
+    assert text_index.tolist() == [0, 1, 2, 3, 2, 3, 0, 2, 0, 1, 2, 3]
+    assert image_index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 3, 3, 3, 1]
 
 
 @PROPERTY

@@ -920,3 +920,15 @@ def test_match_score():
     logits = torch.tensor([[0.0, log(3)], [1.0, 1.0]])
     assert tiny_model().local_score(logits).tolist() == pytest.approx([0.75, 0.5])
     assert tiny_model(match_score="logit").local_score(logits).tolist() == pytest.approx([log(3), 1.0])
+
+
+def test_equal_captions_change_the_negatives_alone():
+    """Four captions that are all equal leave ATP without negatives, as one person would; NDF stays as it is."""
+    model, batch = tiny_model(), tiny_batch()
+    plain = losses(model, batch)
+    equal = losses(model, {**batch, "caption_ids": torch.full((4,), 5)})
+    one_person = losses(model, {**batch, "person_ids": torch.zeros(4, dtype=torch.long)})
+    other = losses(model, {**batch, "caption_ids": torch.arange(4)})
+    assert equal["loss_ndf"] == plain["loss_ndf"] != one_person["loss_ndf"]
+    assert equal["loss_atp"] == one_person["loss_atp"] != plain["loss_atp"]
+    assert other == plain

@@ -31,6 +31,7 @@ def joint_batch() -> dict[str, torch.Tensor]:
     masked[:, 2:4] = 3
     batch.update(input_ids=ids, attention_mask=mask, labels=labels, masked_input_ids=masked)
     batch["person_ids"] = torch.tensor(SHARED)
+    batch["caption_ids"] = torch.tensor([7, 8, 9, 8, 7, 6])  # equal ones in both halves, of other persons
     return batch
 
 

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainerState
 
 import train_cada
 from cada.files import CADAError, run_command
+from cada.hub.card import model_card
 from cada.hub.record import RANDOM_START, after_training, read_run, write_run
 from cada.training.arguments import CADATrainingArguments, DataArguments, ModelArguments, read_overrides, read_recipe
 from cada.training.describe import check_hold_out, describe_training
@@ -265,7 +266,7 @@ def test_long_captions_are_counted(processor):
 def test_recipe_is_a_file_of_arguments(tmp_path):
     """The recipes of the repository parse to the paper's settings; what stands behind a recipe counts more."""
     parser = HfArgumentParser((ModelArguments, DataArguments, CADATrainingArguments))
-    for path in sorted((ROOT / "recipes").glob("*.json")):
+    for path in sorted((ROOT / "recipes").glob("*_*.json")):
         more = ["--data_dir", "elsewhere", "--use_cpu", "--bf16", "false"]
         model, data, args = parser.parse_args_into_dataclasses([*read_recipe(str(path), more), *more])
         assert data.dataset == path.stem and data.data_dir == "elsewhere"
@@ -394,8 +395,38 @@ def test_commands_of_the_documentation_are_understood(page, monkeypatch):
     assert len(commands) >= 4
     for words in commands:
         train_cada.main([*words, "--use_cpu"])  # the recipes use bfloat16, which the Trainer checks
-    assert {data.dataset for _, data, _ in runs} >= {"cuhk_pedes", "icfg_pedes", "rstp_reid"}
-    assert all(args.do_predict for _, _, args in runs)
+    assert {data.dataset for _, sets, _ in runs for data in sets} >= {"cuhk_pedes", "icfg_pedes", "rstp_reid"}
+    assert all(args.do_predict != sets[0].streaming for _, sets, args in runs)
+
+
+def test_one_checkpoint_on_several_sets(start, tmp_path):
+    """Each with the scores that it has alone; the card of the checkpoint has a row for each set and matching."""
+    for name in ("cuhk_pedes", "rstp_reid"):
+        (tmp_path / name).mkdir()
+        LAYOUTS[name](tmp_path / name)
+    save_colour_set(tmp_path / "own", test=9)
+    words = ["--model_name_or_path", str(start), "--output_dir", str(start), "--do_predict", "--use_cpu"]
+    sets = ["cuhk_pedes", str(tmp_path / "own"), "rstp_reid"]
+    folders = [str(tmp_path / "cuhk_pedes"), "", str(tmp_path / "rstp_reid")]
+    metrics = train_cada.main([*words, "--dataset", *sets, "--data_dir", *folders])
+    assert [metrics[f"test_{Path(name).name}_queries"] for name in sets] == [16, 9, 12]
+    alone = [*words, "--dataset", "rstp_reid", "--data_dir", folders[2], "--output_dir", str(tmp_path / "alone")]
+    for name, value in train_cada.main(alone).items():
+        if "_R" in name or "_m" in name:
+            assert metrics[name.replace("test_", "test_rstp_reid_")] == value
+    rows = [line for line in str(model_card(start, "me/x", "main")).splitlines() if "| test | global |" in line]
+    assert [row.split("|")[1].split(",")[0].strip() for row in rows] == ["CUHK-PEDES", "own (own data)", "RSTPReid"]
+    assert json.loads((start / "test_own_results.json").read_text())["test_own_queries"] == 9
+    for more, message in (
+        (
+            ["--dataset", *sets, "--do_train"],
+            "several sets: with --do_predict alone. A pattern of files goes in quotes",
+        ),
+        (["--dataset", *sets, "--data_dir", "a", "b"], "--data_dir names 2 folders for 3 sets"),
+        (["--dataset", "a/own", "b/own"], "of own, own two have the same name"),
+    ):
+        with pytest.raises(CADAError, match=message):
+            train_cada.main([*words, *more])
 
 
 @pytest.mark.parametrize(
