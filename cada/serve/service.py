@@ -165,6 +165,8 @@ class _Gate:
             if not service.knows_key(authorization):
                 message = f"The key is missing or wrong. Send the header `Authorization: Bearer KEY` (see {KEY})."
                 return _error(401, message, WWW_Authenticate='Basic realm="cada", charset="UTF-8"')
+        if int(headers.get(b"content-length", b"0")) > MAX_BODY:
+            return _error(413, f"The body has more than {MAX_BODY:,} bytes. Send less at once, or smaller images.")
         if path in _ASKING and service.waiting >= service.max_waiting:
             message = f"{service.waiting} requests wait already. Come again later."
             return _error(503, message, "overloaded_error", Retry_After=str(service.retry_after))
@@ -366,6 +368,8 @@ def serve_until_stopped(index: Path, model: str | None, device: str | None, host
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             listening = stack.enter_context(socket.create_server((host, port), family=family))
+            # asyncio does it for sockets of its own only, and without it an answer waits 40 ms for the client.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             raise CADAError(f"{host}, port {port} cannot be used: {error}. Choose another --port.") from error
         ending = lambda: None  # noqa: E731
