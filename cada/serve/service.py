@@ -28,13 +28,14 @@ import torch
 import uvicorn
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import cada.gallery.page
@@ -122,15 +123,15 @@ class Service:
             images.append(processor(images=image, return_tensors="pt")["pixel_values"])
         return torch.cat(images)
 
-    def knows_key(self, authorization: str) -> bool:
+    def knows_key(self, authorization: bytes) -> bool:
         """Whether a header names the key: `Bearer KEY`, or as a browser asks for it: `Basic` with any user name."""
-        kind, _, given = authorization.partition(" ")
-        if kind.lower() == "basic":
-            with suppress(binascii.Error, UnicodeDecodeError):
-                given = base64.b64decode(given).decode().partition(":")[2]
-        elif kind.lower() != "bearer":
+        kind, _, given = authorization.partition(b" ")
+        if kind.lower() == b"basic":
+            with suppress(binascii.Error):
+                given = base64.b64decode(given).partition(b":")[2]
+        elif kind.lower() != b"bearer":
             return False
-        return hmac.compare_digest(given.strip().encode(), self.key.encode())
+        return hmac.compare_digest(given.strip(), self.key.encode())
 
     def count(self, path: str, status: int, seconds: float) -> None:
         """Note an answer."""
@@ -161,8 +162,7 @@ class _Gate:
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
         service = self.service
         if service.key and path != "/health":
-            authorization = headers.get(b"authorization", b"").decode("latin-1")
-            if not service.knows_key(authorization):
+            if not service.knows_key(headers.get(b"authorization", b"")):
                 message = f"The key is missing or wrong. Send the header `Authorization: Bearer KEY` (see {KEY})."
                 return _error(401, message, WWW_Authenticate='Basic realm="cada", charset="UTF-8"')
         if int(headers.get(b"content-length", b"0")) > MAX_BODY:
@@ -216,17 +216,24 @@ def build_app(service: Service, hosts: list[str]) -> FastAPI:
         version="1",
         docs_url=None,  # it would load scripts from the internet
         redoc_url=None,
-        max_body_size=MAX_BODY,
         lifespan=lifespan,
         responses=errors,
-        dependencies=[Depends(HTTPBearer(auto_error=False, description=f"{KEY}, where it is set"))],
     )
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)  # of a size that no header tells
     app.add_middleware(_Gate, service=service)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     _answer_errors(app)
-    _add_search(app, service)
-    _add_models(app, service)
-    _add_state(app, service)
+    keyed = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False, description=f"{KEY}, where it is set"))])
+    _add_search(keyed, service)
+    _add_models(keyed, service)
+    _add_metrics(keyed, service)
+    app.include_router(keyed)
+
+    @app.get("/health")
+    async def health() -> Health:
+        """Whether the service is there. Needs no key."""
+        return Health()
+
     return app
 
 
@@ -253,8 +260,8 @@ def _answer_errors(app: FastAPI) -> None:
         return _error(500, "This failed. More stands where the service was started.", "server_error")
 
 
-def _add_search(app: FastAPI, service: Service) -> None:
-    @app.post("/search", responses=_BUSY)
+def _add_search(keyed: APIRouter, service: Service) -> None:
+    @keyed.post("/search", responses=_BUSY)
     async def search(body: SearchRequest) -> SearchAnswer:
         """Rank the images of the index for a sentence, or for the image of a person."""
         ask, where = service.batcher.ask, tuple(body.where)
@@ -267,13 +274,13 @@ def _add_search(app: FastAPI, service: Service) -> None:
         return SearchAnswer(results=results, read_up_to=ranking.read_up_to, left_out=ranking.left_out)
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models")
+def _add_models(keyed: APIRouter, service: Service) -> None:
+    @keyed.get("/v1/models")
     async def models() -> Models:
         """The model, in OpenAI's form."""
         return Models(data=[Model(id=service.model_name)])
 
-    @app.post("/v1/embeddings", responses=_BUSY)
+    @keyed.post("/v1/embeddings", responses=_BUSY)
     async def embeddings(body: EmbeddingRequest) -> EmbeddingAnswer:
         """Normalised features of sentences and images, in OpenAI's form."""
         service.check_model(body.model)
@@ -297,9 +304,9 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return EmbeddingAnswer(data=data, model=service.model_name, usage=usage)
 
     # Cohere's client asks for the last, vLLM has all three.
-    @app.post("/rerank", responses=_BUSY)
-    @app.post("/v1/rerank", include_in_schema=False)
-    @app.post("/v2/rerank", include_in_schema=False)
+    @keyed.post("/rerank", responses=_BUSY)
+    @keyed.post("/v1/rerank", include_in_schema=False)
+    @keyed.post("/v2/rerank", include_in_schema=False)
     async def rerank(body: RerankRequest) -> RerankAnswer:
         """Rank images for a sentence by both matchings, in the form of Cohere and vLLM."""
         service.check_model(body.model)
@@ -315,13 +322,8 @@ def _as_base64(feature: torch.Tensor) -> str:
     return base64.b64encode(np.asarray(feature, dtype="<f4").tobytes()).decode()
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
-    async def health() -> Health:
-        """Whether the service is there. Needs no key."""
-        return Health()
-
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+def _add_metrics(keyed: APIRouter, service: Service) -> None:
+    @keyed.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
         return Response(generate_latest(service.metrics), media_type=CONTENT_TYPE_LATEST)
