@@ -23,6 +23,10 @@ MAX_BATCH = 64  # texts and images that wait for one batch; a request with more 
 _IMAGES_AT_ONCE = 32  # encoded
 
 
+class RequestError(CADAError):
+    """A request is wrong; any other error is the service's."""
+
+
 @dataclass(frozen=True)
 class Ranking:
     """The answer to a search; for the fields see `GalleryIndex.search`."""
@@ -55,7 +59,10 @@ def search_images(
 
 
 def embed_sentences(gallery: GalleryIndex, asked: Sequence[list[str]]) -> list[tuple[torch.Tensor, int]]:
-    """Features `(texts, d)` of lists of sentences, and the number of their word pieces. A `CADAError` for one cut."""
+    """
+    Features `(texts, d)` of lists of sentences, and the number of their word pieces. A `RequestError` for a sentence
+    that the model does not read to its end.
+    """
     queries = gallery.encode_sentences([sentence for sentences in asked for sentence in sentences])
     _refuse_cuts(gallery)
     counts = [len(sentences) for sentences in asked]
@@ -96,7 +103,9 @@ def rank_images(
 
 def _refuse_cuts(gallery: GalleryIndex) -> None:
     for sentence, words in gallery.cut.items():
-        raise CADAError(f"The sentence {sentence!r:.60} is too long: the model reads it up to {words!r}. Shorten it.")
+        raise RequestError(
+            f"The sentence {sentence!r:.60} is too long: the model reads it up to {words!r}. Shorten it."
+        )
 
 
 def _encoded_images(gallery: GalleryIndex, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

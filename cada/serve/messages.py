@@ -5,7 +5,9 @@ again that of Cohere and vLLM. Errors have OpenAI's form everywhere.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from processing_cada import clean_caption
 
 
 MAX_TOP, MAX_RERANK, MAX_CONDITIONS = 1000, 256, 16
@@ -17,7 +19,18 @@ _PIXEL = (  # a PNG of one red pixel, for the examples
 )
 DATA_URL = "data:image/"
 
-Text = Annotated[str, Field(max_length=MAX_TEXT, pattern=r"\w", description="A sentence, with a letter or digit.")]
+
+def _has_words(text: str) -> str:
+    if not clean_caption(text):
+        raise ValueError("it is empty; describe a person")
+    return text
+
+
+Text = Annotated[
+    str,
+    Field(max_length=MAX_TEXT, pattern=r"\w", description="A sentence, with a letter or digit."),
+    AfterValidator(_has_words),
+]
 ImageURL = Annotated[
     str,
     Field(pattern=r"^data:image/", description="An image as `data:image/jpeg;base64,...`. Addresses are not fetched."),

@@ -42,7 +42,16 @@ import cada.gallery.page
 from cada.data.images import open_image
 from cada.files import CADAError, counted, one_line, printable
 from cada.gallery.index import LiveIndex, open_index
-from cada.serve.batches import Batcher, embed_images, embed_sentences, rank_images, search_images, search_sentences
+from cada.gallery.store import parse_conditions
+from cada.serve.batches import (
+    Batcher,
+    RequestError,
+    embed_images,
+    embed_sentences,
+    rank_images,
+    search_images,
+    search_sentences,
+)
 from cada.serve.messages import (
     DATA_URL,
     Embedding,
@@ -101,12 +110,24 @@ class Service:
         self._latest = 1.0  # seconds that the request took which was answered last
 
     def check_model(self, name: str | None) -> None:
-        """A `CADAError` for another model than the one that is here."""
+        """A `RequestError` for another model than the one that is here."""
         if name not in (None, self.model_name):
-            raise CADAError(f"The model {name!r:.200} is not here. Ask for {self.model_name!r}, or leave `model` out.")
+            raise RequestError(
+                f"The model {name!r:.200} is not here. Ask for {self.model_name!r}, or leave `model` out."
+            )
+
+    def check_search(self, rerank: int | None, where: list[str]) -> None:
+        """A `RequestError` for conditions that the index does not know, and for what the model cannot do."""
+        gallery = self.live.gallery
+        try:
+            parse_conditions(where, gallery.columns)
+        except CADAError as error:
+            raise RequestError(str(error)) from error
+        if rerank and not gallery.model.config.use_atp:
+            raise RequestError("This model has no match heads, which `rerank` needs. Leave it out.")
 
     async def pixel_values(self, **urls: str) -> torch.Tensor:
-        """Images `(images, 3, height, width)` from data URLs; a `CADAError` names what is wrong."""
+        """Images `(images, 3, height, width)` from data URLs; a `RequestError` names what is wrong."""
         return await run_sync(self._decode, urls, limiter=self._decoders)
 
     def _decode(self, urls: dict[str, str]) -> torch.Tensor:
@@ -119,7 +140,7 @@ class Service:
                 content = base64.b64decode(content, validate=True)
                 image = open_image({"bytes": content, "path": None}, processor.image_size)
             except (CADAError, binascii.Error, ValueError) as error:
-                raise CADAError(f"{name}: the image cannot be read: {one_line(error)}. Repair it.") from error
+                raise RequestError(f"{name}: the image cannot be read: {one_line(error)}. Repair it.") from error
             images.append(processor(images=image, return_tensors="pt")["pixel_values"])
         return torch.cat(images)
 
@@ -242,21 +263,21 @@ _BUSY = {503: {"model": ErrorAnswer, "description": "Too many requests wait: com
 
 def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
-    def invalid(request, error: RequestValidationError):
+    async def invalid(request, error: RequestValidationError):
         problems = {".".join(map(str, each["loc"])): each["msg"] for each in error.errors()[:5]}
         message = "; ".join(f"{where}: {problem}" for where, problem in problems.items())
         return _error(400, message, param=next(iter(problems)))
 
-    @app.exception_handler(CADAError)
-    def wrong(request, error: CADAError):
+    @app.exception_handler(RequestError)
+    async def wrong(request, error: RequestError):
         return _error(400, one_line(error))
 
     @app.exception_handler(HTTPException)
-    def refused(request, error: HTTPException):
+    async def refused(request, error: HTTPException):
         return _error(error.status_code, str(error.detail), **(error.headers or {}))
 
     @app.exception_handler(Exception)
-    def failed(request, error: Exception):
+    async def failed(request, error: Exception):
         return _error(500, "This failed. More stands where the service was started.", "server_error")
 
 
@@ -264,6 +285,7 @@ def _add_search(keyed: APIRouter, service: Service) -> None:
     @keyed.post("/search", responses=_BUSY)
     async def search(body: SearchRequest) -> SearchAnswer:
         """Rank the images of the index for a sentence, or for the image of a person."""
+        service.check_search(body.rerank, body.where)
         ask, where = service.batcher.ask, tuple(body.where)
         if body.image is None:
             ranking = await ask(search_sentences, (body.sentence, body.top), body.rerank, where)
@@ -286,7 +308,7 @@ def _add_models(keyed: APIRouter, service: Service) -> None:
         service.check_model(body.model)
         dimension = service.live.gallery.record["dimension"]
         if body.dimensions not in (None, dimension):
-            raise CADAError(f"`dimensions` is {body.dimensions}, and the model has {dimension}. Leave it out.")
+            raise RequestError(f"`dimensions` is {body.dimensions}, and the model has {dimension}. Leave it out.")
         inputs = [body.input] if isinstance(body.input, str) else body.input
         images = {f"input.{place}": url for place, url in enumerate(inputs) if url.startswith(DATA_URL)}
         texts = [text for text in inputs if not text.startswith(DATA_URL)]
