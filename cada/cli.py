@@ -353,6 +353,25 @@ def page(
     serve_until_interrupted(index, model, device, port)
 
 
+@app.command()
+def serve(
+    index: Index,
+    model: OtherModel = None,
+    host: Annotated[str, Option(help="address; another than this machine's own needs CADA_API_KEY")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65_535)] = 8000,
+    device: Device = None,
+) -> None:
+    """Answer searches, embeddings and rankings over HTTP, for programs; with the page of `page` for people."""
+    try:
+        from cada.serve.service import serve_until_stopped  # an extra
+    except ImportError as error:
+        raise CADAError(
+            f'The service needs {error.name}. In a clone of this repository run: pip install -e ".[serve]"'
+        ) from error
+
+    serve_until_stopped(index, model, device, host, port)
+
+
 @app.command("publish")
 def publish_checkpoint(
     checkpoint: Annotated[Path, Argument(help="--output_dir of a training run")],

@@ -56,6 +56,7 @@ FLOORS = (
     ("cada.explain",),
     ("cada.drawing",),
     ("cada.training", "cada.gallery"),
+    ("cada.serve",),
     ("train_cada",),
     ("cada.demo",),
     ("cada.cli",),

@@ -15,11 +15,13 @@ import datetime
 import os
 import platform
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
+from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 import pyarrow.parquet as pq
@@ -283,16 +285,12 @@ class GalleryIndex:
             CADAError: for an empty sentence, an unknown column or path, or where the folder of the images is gone.
         """
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
-        self.left_out, self.cut = {}, {}
-        for sentence in sentences:
-            if not clean_caption(sentence):
-                raise CADAError(f"The sentence {sentence!r} is empty. Describe a person.")
+        self.left_out = {}
         conditions = parse_conditions(where, self.columns)
         rerank = self._candidates(top, rerank)
         if not sentences:
             return []
-        queries = encode_queries(self.model, self.processor, sentences, progress=len(sentences) > 1000)
-        self._note_cuts(sentences, queries)
+        queries = self.encode_sentences(sentences)
         asked = self._refined(queries.embeds, image, like, unlike)
         found = self._nearest(asked, max(top, rerank), conditions)
         local_scores = self._local_scores(queries, [[row for _, row in hits[:rerank]] for hits in found])
@@ -318,8 +316,16 @@ class GalleryIndex:
             raise CADAError("This model has no match head (`use_atp=False`): give --rerank 0.")
         return rerank if rerank is not None else config.rerank_k if config.use_atp else 0
 
-    def _note_cuts(self, sentences: list[str], queries: Queries) -> None:
-        """Find the sentences that the model does not read to their end, and the last words that it reads."""
+    def encode_sentences(self, sentences: Sequence[str]) -> Queries:
+        """
+        Features and word pieces of sentences; `cut` says which ones the model does not read to their end, and warns. A
+        `CADAError` for an empty one.
+        """
+        self.cut = {}
+        for sentence in sentences:
+            if not clean_caption(sentence):
+                raise CADAError(f"The sentence {sentence!r} is empty. Describe a person.")
+        queries = encode_queries(self.model, self.processor, list(sentences), progress=len(sentences) > 1000)
         options = {"truncation": True, "return_overflowing_tokens": True, "return_offsets_mapping": True}
         for sentence, length in zip(sentences, queries.attention_mask.sum(dim=1).tolist()):
             text = clean_caption(sentence)
@@ -328,6 +334,13 @@ class GalleryIndex:
                 end = parts["offset_mapping"][0][length - 2][1]  # before the token that ends a sentence
                 self.cut[sentence] = words = " ".join(text[:end].split()[-3:])
                 logger.warning(f"The sentence {sentence!r:.60} is too long: the model reads it up to {words!r}.")
+        return queries
+
+    @torch.inference_mode()
+    def encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised features `(images, d)` and patch states `(images, 1 + patches, hidden)`, on the CPU."""
+        outputs = self.model.get_image_features(pixel_values.to(self.model.device))
+        return F.normalize(outputs.pooler_output.float(), dim=-1).cpu(), outputs.last_hidden_state.cpu()
 
     def search_image(
         self,
@@ -338,16 +351,19 @@ class GalleryIndex:
         unlike: Sequence[str] = (),
     ) -> list[Result]:
         """The `top` images most similar to `image` by global features: the same person, if the gallery shows them."""
+        return self.search_features(self._refined(self._feature_of(image), None, like, unlike), top, where)[0]
+
+    def search_features(
+        self, features: torch.Tensor, top: int = 10, where: str | Sequence[str] = ()
+    ) -> list[list[Result]]:
+        """The `top` images most similar to each of the `features` `(queries, d)`, by global features."""
         self._candidates(top, 0)
         self.left_out, self.cut = {}, {}
         conditions = parse_conditions(where, self.columns)
-        asked = self._refined(self._feature_of(image), None, like, unlike)
-        return self._ranked(self._nearest(asked, top, conditions)[0], [])
+        return [self._ranked(hits, []) for hits in self._nearest(features, top, conditions)]
 
     def _feature_of(self, image: Image.Image) -> torch.Tensor:
-        pixel_values = self.processor(images=image, return_tensors="pt")["pixel_values"].to(self.model.device)
-        with torch.inference_mode():
-            return F.normalize(self.model.get_image_features(pixel_values).pooler_output.float(), dim=-1).cpu()
+        return self.encode_images(self.processor(images=image, return_tensors="pt")["pixel_values"])[0]
 
     def _refined(
         self, queries: torch.Tensor, image: Image.Image | None, like: Sequence[str], unlike: Sequence[str]
@@ -486,3 +502,35 @@ class GalleryIndex:
                 writer.write_table(table)
                 count += len(table)
         return count
+
+
+class LiveIndex:
+    """
+    An index that is opened again once `cada index` has brought its folder up to date. It answers several threads, one
+    after the other, as an index has one model and remembers its last search.
+
+    Attributes:
+        gallery: the index as it was opened last.
+    """
+
+    def __init__(self, gallery: GalleryIndex):
+        self.gallery, self._lock = gallery, RLock()
+
+    def _present(self) -> GalleryIndex:
+        old = self.gallery
+        if read_record(old.folder) != old.record:
+            self.gallery = open_index(old.folder, old.model_name, old.device)
+            if self.gallery.record["digest"] == old.record["digest"]:
+                self.gallery._loaded = old._loaded
+        return self.gallery
+
+    def ask(self, question: Callable[[GalleryIndex], Any]) -> Any:
+        """What `question(index)` gives; asked once more where it fails because the index is replaced meanwhile."""
+        with self._lock:
+            gallery = self._present()
+            try:
+                return question(gallery)
+            except Exception:  # files of the old state may be gone, and each library has its own error for that
+                if self._present() is gallery:
+                    raise
+            return question(self.gallery)

@@ -26,12 +26,12 @@ from cada.data.images import open_file
 from cada.drawing import draw_explanation
 from cada.explain import attribute_predictions, word_attention
 from cada.files import CADAError, one_line
-from cada.gallery.index import GalleryIndex, Result, open_index
-from cada.gallery.store import read_record
+from cada.gallery.index import GalleryIndex, LiveIndex, Result, open_index
 
 
 try:
     import gradio as gr
+    from fastapi import FastAPI
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import PlainTextResponse
@@ -142,29 +142,13 @@ def _line(text: str | None) -> dict:
 class _Answers:
     """What the page shows for what its fields hold: the outputs of its events, the message last."""
 
-    def __init__(self, gallery: GalleryIndex):
-        self.gallery, self.config = gallery, gallery.model.config
-
-    def _present(self) -> GalleryIndex:
-        """The index, opened again once `cada index` has brought its folder up to date."""
-        if read_record(self.gallery.folder) != self.gallery.record:
-            self.gallery = open_index(self.gallery.folder, self.gallery.model_name, self.gallery.device)
-        return self.gallery
-
-    def ask(self, question: Callable[[GalleryIndex], tuple]) -> tuple:
-        """What `question(index)` gives; asked once more where it fails because the index is replaced meanwhile."""
-        gallery = self._present()
-        try:
-            return question(gallery)
-        except Exception:  # files of the old state may be gone, and each library has its own error for that
-            if self._present() is gallery:
-                raise
-        return question(self.gallery)
+    def __init__(self, live: LiveIndex):
+        self.live, self.config = live, live.gallery.model.config
 
     def _attempt(self, question: Callable[[GalleryIndex], tuple], otherwise: list) -> tuple:
         """What the index answers. What is wrong is said in a line, the last output; the others are `otherwise`."""
         try:
-            return self.ask(question)
+            return self.live.ask(question)
         except CADAError as error:
             problem = one_line(error)
         except Exception as error:  # of the disk or the GPU, say
@@ -255,9 +239,9 @@ class _Answers:
         return self._attempt(question, [gr.skip(), None, gr.update(visible=False)])
 
 
-def build_page(gallery: GalleryIndex) -> "gr.Blocks":
-    """The page for an open index; a `CADAError` where its model cannot be loaded."""
-    answers = _Answers(gallery)
+def build_page(live: LiveIndex) -> "gr.Blocks":
+    """The page of an index; a `CADAError` where its model cannot be loaded."""
+    answers, gallery = _Answers(live), live.gallery
     # Calls come from this page alone, one at a time, as there is one model.
     event = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
     line = {"label": "Message", "show_label": False, "container": False, "interactive": False}
@@ -308,27 +292,48 @@ def _variable(name: str, value: str) -> Iterator[None]:
 
 
 @contextmanager
+def _prepared(live: LiveIndex, *middleware: "Middleware") -> Iterator[tuple["gr.Blocks", dict]]:
+    """The page, and how Gradio is to run it. Its copies of images are deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix="cada_app_") as folder, _variable("GRADIO_TEMP_DIR", folder):
+        page = build_page(live).queue(max_size=20)
+        page.state_session_capacity = 100
+        yield (
+            page,
+            {
+                "app_kwargs": {"middleware": [*middleware, Middleware(_Guard, folder=folder)]},
+                "max_file_size": MAX_UPLOAD,
+                "css": _CSS.format(high="5.2em" if live.gallery.columns else "2.6em"),
+                "footer_links": [],
+                **dict.fromkeys(("run_history", "enable_monitoring", "ssr_mode", "mcp_server", "pwa"), False),
+            },
+        )
+
+
+@contextmanager
+def mounted(app: "FastAPI", live: LiveIndex) -> Iterator[Callable[[], None]]:
+    """The page at `/` of another application, behind its routes. Gives what ends the page's open connections."""
+    with _prepared(live) as (page, options):
+        gr.mount_gradio_app(app, page, "/", **options)
+        yield app.routes[-1].app.stop_event.set
+
+
+@contextmanager
 def serve(gallery: GalleryIndex, port: int) -> Iterator[str]:
     """
     The page at work, on the loopback address; gives its address. Its copies of images are deleted at the end. A
     `CADAError` where the port is taken, or the model cannot be loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="cada_app_") as folder, _variable("GRADIO_TEMP_DIR", folder):
-        page = build_page(gallery)
-        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"])
-        off = ("share", "run_history", "enable_monitoring", "ssr_mode", "mcp_server", "pwa")
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[ADDRESS, "localhost"])
+    with _prepared(LiveIndex(gallery), hosts) as (page, options):
         try:
-            _, address, _ = page.queue(max_size=20).launch(
+            _, address, _ = page.launch(
                 server_name=ADDRESS,
                 server_port=port,
                 quiet=True,
                 prevent_thread_lock=True,
-                max_file_size=MAX_UPLOAD,
-                state_session_capacity=100,
-                app_kwargs={"middleware": [hosts, Middleware(_Guard, folder=folder)]},
-                css=_CSS.format(high="5.2em" if gallery.columns else "2.6em"),
-                footer_links=[],
-                **dict.fromkeys(off, False),
+                state_session_capacity=page.state_session_capacity,
+                share=False,
+                **options,
             )
         except OSError as error:
             raise CADAError(f"Port {port} cannot be used: {error} Choose another --port.") from error

@@ -22,7 +22,7 @@ from cada import cli
 from cada.drawing import draw_explanation
 from cada.explain import attribute_predictions, word_attention
 from cada.files import CADAError
-from cada.gallery.index import build_index, open_index
+from cada.gallery.index import LiveIndex, build_index, open_index
 
 
 pytest.importorskip("gradio", reason='the page needs Gradio: pip install -e ".[app]"')
@@ -290,7 +290,7 @@ def test_conditions_stand_between_semicolons():
 def test_a_question_is_asked_again_where_the_index_was_replaced_meanwhile(folder, tmp_path):
     shutil.copytree(folder / "images" / "more", tmp_path / "images")
     build_index(tmp_path / "images", tmp_path / "index", str(folder / "model"), progress=False)
-    latest, asked = cada.gallery.page._Answers(open_index(tmp_path / "index", device="cpu")), []
+    latest, asked = LiveIndex(open_index(tmp_path / "index", device="cpu")), []
 
     def question(gallery):
         asked.append(len(gallery))

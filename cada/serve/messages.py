@@ -1,0 +1,219 @@
+"""
+What the service reads and answers, as JSON: its own form for searches, OpenAI's for embeddings, for ranking documents
+again that of Cohere and vLLM. Errors have OpenAI's form everywhere.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from processing_cada import clean_caption
+
+
+MAX_TOP, MAX_RERANK, MAX_CONDITIONS = 1000, 256, 16
+MAX_TEXT = 2000  # characters; the model reads 72 words
+MAX_INPUTS, MAX_DOCUMENTS = 1000, 64
+
+_PIXEL = (  # a PNG of one red pixel, for the examples
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+)
+DATA_URL = "data:image/"
+
+
+def _has_words(text: str) -> str:
+    if not clean_caption(text):
+        raise ValueError("it is empty; describe a person")
+    return text
+
+
+Text = Annotated[
+    str,
+    Field(max_length=MAX_TEXT, pattern=r"\w", description="A sentence, with a letter or digit."),
+    AfterValidator(_has_words),
+]
+ImageURL = Annotated[
+    str,
+    Field(pattern=r"^data:image/", description="An image as `data:image/jpeg;base64,...`. Addresses are not fetched."),
+]
+Name = Annotated[
+    str | None, Field(description="Of the model, as `/v1/models` tells. Another one than the service has is an error.")
+]
+
+
+class Message(BaseModel):
+    """A body; fields that it does not name are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def _example(**fields) -> ConfigDict:
+    return ConfigDict(extra="forbid", json_schema_extra={"examples": [fields]})
+
+
+class SearchRequest(Message):
+    """A sentence, or the image of a person."""
+
+    model_config = _example(sentence="a man in a red coat", top=3)
+
+    sentence: Text | None = None
+    image: ImageURL | None = None
+    top: Annotated[int, Field(ge=1, le=MAX_TOP, description="Images in the answer.")] = 10
+    rerank: Annotated[
+        int | None,
+        Field(ge=0, le=MAX_RERANK, description="Candidates that the decoder reads; the model's number by default."),
+    ] = None
+    where: Annotated[
+        list[Annotated[str, Field(max_length=MAX_TEXT)]],
+        Field(max_length=MAX_CONDITIONS, description="Conditions on metadata, such as `camera=3`. All have to hold."),
+    ] = []
+
+    @model_validator(mode="after")
+    def _one_query(self):
+        if (self.sentence is None) == (self.image is None):
+            raise ValueError("give a `sentence` or an `image`")
+        if self.image is not None and self.rerank:
+            raise ValueError("`rerank` reads a sentence, and with an `image` there is none; leave it out")
+        return self
+
+
+class Found(Message):
+    """A ranked image."""
+
+    path: Annotated[str, Field(description="Relative to the indexed folder; of a data set its name or row number.")]
+    score: Annotated[float, Field(description="S_G + S_L where `stage` is local, S_G where it is global.")]
+    stage: Literal["local", "global"]
+    metadata: dict[str, int | float | bool | str | None]
+
+
+class SearchAnswer(Message):
+    """The best image first."""
+
+    results: list[Found]
+    read_up_to: Annotated[str | None, Field(description="Of a sentence that is too long, the last words read.")] = None
+    left_out: Annotated[
+        dict[str, str], Field(description="Images that are gone, or have changed since they were indexed, and why.")
+    ] = {}
+
+
+class EmbeddingRequest(Message):
+    """Sentences, images as data URLs, or both. OpenAI's form, without arrays of tokens."""
+
+    model_config = _example(input=["a man in a red coat", _PIXEL])
+
+    input: Annotated[
+        Text | ImageURL | Annotated[list[Text | ImageURL], Field(min_length=1, max_length=MAX_INPUTS)],
+        Field(description="What begins with `data:image/` is an image."),
+    ]
+    model: Name = None
+    encoding_format: Annotated[
+        Literal["float", "base64"], Field(description="base64: of the numbers as float32, little-endian.")
+    ] = "float"
+    dimensions: Annotated[int | None, Field(ge=1, description="Only the model's own number.")] = None
+    user: Annotated[str | None, Field(description="Is not used.")] = None
+
+
+class Embedding(Message):
+    """A normalised feature: the product of two is their cosine."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(Message):
+    """Word pieces of the texts that were read; images have none."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingAnswer(Message):
+    """In the order of `input`."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class URL(Message):
+    """Where an image is: in the message itself."""
+
+    url: ImageURL
+
+
+class ImagePart(Message):
+    """An image, in OpenAI's form."""
+
+    type: Literal["image_url"]
+    image_url: URL
+
+
+class Document(Message):
+    """An image, in vLLM's form."""
+
+    content: Annotated[list[ImagePart], Field(min_length=1, max_length=1)]
+
+
+class RerankRequest(Message):
+    """A sentence, and the images that are ranked by it."""
+
+    model_config = _example(query="a man in a red coat", documents=[_PIXEL], top_n=1)
+
+    query: Text
+    documents: Annotated[list[ImageURL | Document], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    top_n: Annotated[int | None, Field(ge=1, description="Results in the answer; all by default.")] = None
+    model: Name = None
+
+
+class Relevance(Message):
+    """A document by its place in `documents`. The score is S_G + S_L, or S_G of a model without match heads."""
+
+    index: int
+    relevance_score: float
+
+
+class RerankAnswer(Message):
+    """The best document first."""
+
+    id: str
+    model: str
+    results: list[Relevance]
+    usage: Usage
+
+
+class Model(Message):
+    """The model of the index."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "cada"
+
+
+class Models(Message):
+    """The one model that the service has."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(Message):
+    """The service answers requests."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Problem(Message):
+    """What is wrong, and with which part of the request."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorAnswer(Message):
+    """An error, in OpenAI's form."""
+
+    error: Problem
