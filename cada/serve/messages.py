@@ -66,6 +66,10 @@ class SearchRequest(Message):
         list[Annotated[str, Field(max_length=MAX_TEXT)]],
         Field(max_length=MAX_CONDITIONS, description="Conditions on metadata, such as `camera=3`. All have to hold."),
     ] = []
+    min_probability: Annotated[
+        float | None,
+        Field(ge=0, le=1, description="Only images that are so probable, perhaps none. For a calibrated model."),
+    ] = None
 
     @model_validator(mode="after")
     def _one_query(self):
@@ -73,6 +77,8 @@ class SearchRequest(Message):
             raise ValueError("give a `sentence` or an `image`")
         if self.image is not None and self.rerank:
             raise ValueError("`rerank` reads a sentence, and with an `image` there is none; leave it out")
+        if self.min_probability is not None and (self.image is not None or self.rerank == 0):
+            raise ValueError("`min_probability` is of images that were read with a sentence; leave it out")
         return self
 
 
@@ -83,6 +89,9 @@ class Found(Message):
     score: Annotated[float, Field(description="S_G + S_L where `stage` is local, S_G where it is global.")]
     stage: Literal["local", "global"]
     metadata: dict[str, int | float | bool | str | None]
+    probability: Annotated[
+        float | None, Field(description="That it shows the person, of what a calibrated model has read.")
+    ] = None
 
 
 class SearchAnswer(Message):

@@ -116,7 +116,7 @@ class Service:
                 f"The model {name!r:.200} is not here. Ask for {self.model_name!r}, or leave `model` out."
             )
 
-    def check_search(self, rerank: int | None, where: list[str]) -> None:
+    def check_search(self, rerank: int | None, where: list[str], min_probability: float | None) -> None:
         """A `RequestError` for conditions that the index does not know, and for what the model cannot do."""
         gallery = self.live.gallery
         try:
@@ -125,6 +125,8 @@ class Service:
             raise RequestError(str(error)) from error
         if rerank and not gallery.model.config.use_atp:
             raise RequestError("This model has no match heads, which `rerank` needs. Leave it out.")
+        if min_probability is not None and gallery.model.config.calibration is None:
+            raise RequestError("This model is not calibrated, which `min_probability` needs. Leave it out.")
 
     async def pixel_values(self, **urls: str) -> torch.Tensor:
         """Images `(images, 3, height, width)` from data URLs; a `RequestError` names what is wrong."""
@@ -285,14 +287,16 @@ def _add_search(keyed: APIRouter, service: Service) -> None:
     @keyed.post("/search", responses=_BUSY)
     async def search(body: SearchRequest) -> SearchAnswer:
         """Rank the images of the index for a sentence, or for the image of a person."""
-        service.check_search(body.rerank, body.where)
+        service.check_search(body.rerank, body.where, body.min_probability)
         ask, where = service.batcher.ask, tuple(body.where)
         if body.image is None:
             ranking = await ask(search_sentences, (body.sentence, body.top), body.rerank, where)
         else:
             pixel_values = await service.pixel_values(image=body.image)
             ranking = await ask(search_images, (pixel_values, body.top), where)
-        results = [Found(**asdict(result)) for result in ranking.results]
+        least, results = body.min_probability, [Found(**asdict(result)) for result in ranking.results]
+        if least is not None:
+            results = [found for found in results if (found.probability or 0) >= least]
         return SearchAnswer(results=results, read_up_to=ranking.read_up_to, left_out=ranking.left_out)
 
 
