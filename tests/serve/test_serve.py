@@ -499,3 +499,19 @@ def test_command_serves_programs_and_people_until_it_is_stopped(folder, tmp_path
         assert server.wait(timeout=30) == 0, server.stderr.read()
         connection.close()
     assert not list(tmp_path.glob("cada_app_*"))
+
+
+def test_probabilities_of_a_calibrated_model(live, address, monkeypatch):
+    body = {"sentence": RED, "top": 8, "rerank": 3}
+    assert problem(address, "/search", {**body, "min_probability": 0.5})["message"].startswith(
+        "This model is not calib"
+    )
+    assert {found["probability"] for found in answer(address, "/search", body)["results"]} == {None}
+    monkeypatch.setattr(live.gallery.model.config, "calibration", {"weights": [1.0, 1.0, 0.0]})
+    results = answer(address, "/search", body)["results"]
+    chances = [found["probability"] for found in results]
+    assert chances[3:] == [None] * 5 and all(0 < chance < 1 for chance in chances[:3])
+    least = sorted(chances[:3])[1]
+    kept = answer(address, "/search", {**body, "min_probability": least})["results"]
+    assert kept == [found for found in results[:3] if found["probability"] >= least]
+    assert answer(address, "/search", {**body, "min_probability": 1})["results"] == []  # nobody
