@@ -418,10 +418,7 @@ def test_one_checkpoint_on_several_sets(start, tmp_path):
     assert [row.split("|")[1].split(",")[0].strip() for row in rows] == ["CUHK-PEDES", "own (own data)", "RSTPReid"]
     assert json.loads((start / "test_own_results.json").read_text())["test_own_queries"] == 9
     for more, message in (
-        (
-            ["--dataset", *sets, "--do_train"],
-            "several sets: with --do_predict alone. A pattern of files goes in quotes",
-        ),
+        (["--dataset", *sets, "--do_train"], "several sets: with --do_predict alone. A pattern of files"),
         (["--dataset", *sets, "--data_dir", "a", "b"], "--data_dir names 2 folders for 3 sets"),
         (["--dataset", "a/own", "b/own"], "of own, own two have the same name"),
     ):
