@@ -1,0 +1,51 @@
+"""Streets with drawn pedestrians whose boxes are known: photos and videos."""
+
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cada.data.drawn import _Figure, draw_persons
+
+
+WIDTH, HEIGHT = 320, 160
+
+
+def pedestrian(person: dict, seed: int) -> Image.Image:
+    """A person of 40×80 pixels or less, without background: RGBA, as large as what is visible."""
+    key = (1, 254, 3)  # a colour that nobody wears
+    canvas = Image.new("RGB", (160, 320), key)
+    _Figure(canvas, person, random.Random(seed)).draw()
+    pixels = np.asarray(canvas)
+    visible = Image.fromarray((np.abs(pixels.astype(int) - key).sum(-1) > 0).astype(np.uint8) * 255)
+    canvas.putalpha(visible)
+    return canvas.crop(visible.getbbox()).reduce(4)
+
+
+def draw_street(people: list[dict], seed: int, places: list[tuple[int, int]] | None = None):
+    """
+    A photo of a street (320×160) with `people`, and their boxes (x, y, width, height); `places` are their upper left
+    corners, by default one beside the other.
+    """
+    rng = random.Random(seed)
+    image = Image.new("RGB", (WIDTH, HEIGHT), tuple(rng.randint(150, 200) for _ in range(3)))
+    draw = ImageDraw.Draw(image)
+    for x in range(0, WIDTH, 40):  # houses with a window each
+        draw.rectangle((x, rng.randint(0, 30), x + 38, 90), fill=tuple(rng.randint(110, 210) for _ in range(3)))
+        draw.rectangle((x + 8, 36, x + 24, 56), fill=(90, 110, 130))
+    draw.rectangle((0, 90, WIDTH, HEIGHT), fill=(120, 118, 115))
+    boxes = []
+    slot = WIDTH // max(1, len(people))
+    for number, person in enumerate(people):
+        figure = pedestrian(person, rng.randrange(10**6))
+        free = (number * slot + rng.randint(0, max(0, slot - figure.width)), rng.randint(50, HEIGHT - figure.height))
+        x, y = free if places is None else places[number]
+        image.paste(figure, (x, y), figure)
+        boxes.append((x, y, *figure.size))
+    return image, boxes
+
+
+def draw_people(count: int, seed: int) -> list[dict]:
+    return draw_persons(count, random.Random(seed))
