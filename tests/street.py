@@ -49,3 +49,30 @@ def draw_street(people: list[dict], seed: int, places: list[tuple[int, int]] | N
 
 def draw_people(count: int, seed: int) -> list[dict]:
     return draw_persons(count, random.Random(seed))
+
+
+def write_video(file: Path, pictures: list[Image.Image], times: list[float] | None = None, **options) -> Path:
+    """
+    A video of pictures, shown from `times` on (by default one each second).
+
+    Args:
+        options: `codec`; `rotation`, by which the player turns it counter-clockwise; `container`, options of FFmpeg.
+    """
+    import av
+
+    turn = {90: Image.Transpose.ROTATE_270, -90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180}
+    rotation = options.get("rotation")
+    with av.open(str(file), "w", options=options.get("container", {})) as container:
+        video = container.add_stream(options.get("codec") or "libx264", rate=25)
+        video.codec_context.time_base = Fraction(1, 25)
+        video.pix_fmt = "yuv444p" if options.get("codec") is None else "yuv420p"
+        if rotation:
+            video.set_display_rotation(rotation)
+        shown = [picture.transpose(turn[rotation]) if rotation else picture for picture in pictures]
+        video.width, video.height = shown[0].size if shown else (WIDTH, HEIGHT)
+        for picture, time in zip(shown, times or range(len(pictures))):
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts, frame.time_base = round(time * 25), Fraction(1, 25)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+    return file

@@ -148,7 +148,10 @@ class VideoReader:
     """Reads frames by their time. Those that are asked for in the order of time are decoded in one stream."""
 
     def __init__(self):
-        self._players = {}  # the last one: of this process and file, while no other thread reads from it
+        self._players: dict[Path, _Player] = {}  # the last one and its file, while no other thread reads from it
+        # Its threads would be missing in a new process, which would wait for them for ever.
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self._players.clear)
 
     def read(self, file: Path, time: float) -> bytes:
         """
@@ -157,11 +160,12 @@ class VideoReader:
         Raises:
             CADAError: where the video cannot be opened, or has no such frame.
         """
-        player = self._players.pop((os.getpid(), file), None)
+        player = self._players.pop(file, None)
         if player is None or not player.shown[0] - _SAME <= time <= player.shown[0] + _NEAR:
             player = _Player(file, time)
             if player.shown[0] > time + _SAME:  # the leap went too far
                 player = _Player(file, 0)
         frame = player.at(time)
-        self._players = {(os.getpid(), file): player}
+        self._players.clear()
+        self._players[file] = player
         return picture(frame)
