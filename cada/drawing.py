@@ -144,7 +144,7 @@ def draw_results(
         caption: gives the text below an image (lines apart by newlines) and its colour, from title, rank (from 1) and
             result; by default rank and score.
         height: of the images in pixels.
-        frames: show whole frames with the box of the person, and below them file and time.
+        frames: show whole frames with the box of the person, and below them the names of files and the times.
     """
     rows, lost = [], []
     for title, results in rankings.items():
@@ -155,7 +155,7 @@ def draw_results(
             except CADAError as error:
                 lost.append(error)
                 image = Image.new("RGB", (height // 2, height), "#d0d7de")
-            where = f"\n{result.place}" if frames else ""
+            where = f"\n{result.place.rpartition('/')[2]}" if frames else ""
             below = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}{where}", GREY)
             cells.append((_fitted(image, height, most=2), *below))
         rows.append((title, cells))

@@ -7,15 +7,17 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from cada.files import CADAError, file_digest, one_line
+from cada.gallery.images import content_digest
 from cada.gallery.regions import Box, box_within
 from cada.hub.loading import commit_of
 
 
 def detector_version(name: str, revision: str | None) -> str | None:
-    """What tells the weights of a detector: the commit on the Hub, or the SHA-256 of the weights in a folder."""
+    """What tells the version of a detector: the commit on the Hub, or a digest of the files in a folder."""
     if not Path(name).is_dir():
         return commit_of(name, revision)
-    return " ".join(file_digest(path) for path in sorted(Path(name).glob("*.safetensors"))) or None
+    files = sorted(path for path in Path(name).iterdir() if path.suffix in (".json", ".safetensors"))
+    return content_digest(" ".join(map(file_digest, files)).encode())
 
 
 class Detector:

@@ -88,9 +88,8 @@ class Result:
 
     @property
     def place(self) -> str:
-        """Where it is, in short: the name of the file without its folders, and in a video the time."""
-        file = self.path.rpartition("/")[2]
-        return file if self.time is None else f"{file} {clock(self.time)}"
+        """Where it is, for a reader: the file, and in a video the time."""
+        return self.path if self.time is None else f"{self.path} {clock(self.time)}"
 
 
 def _load(name: str, revision: str | None, device, record: dict | None) -> tuple:

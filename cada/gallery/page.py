@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cada.data.images import open_file
-from cada.drawing import draw_explanation
+from cada.drawing import draw_explanation, draw_frame
 from cada.explain import attribute_predictions, word_attention
 from cada.files import CADAError, one_line
 from cada.gallery.index import GalleryIndex, Result, open_index
@@ -40,7 +40,7 @@ except ImportError:
 ADDRESS = "127.0.0.1"
 MAX_UPLOAD = 10_000_000  # bytes
 MAX_IMAGES = 60
-THUMBNAIL = (240, 320)  # largest width and height in pixels
+THUMBNAIL, FRAME = (240, 320), (1280, 720)  # largest width and height in pixels
 _CLEANING = (600, 3600)  # every ten minutes, copies of images older than an hour are deleted
 
 # Persons are tall, and Gradio's cells are square, with the caption on the feet. The caption has its own place, {high}.
@@ -116,12 +116,16 @@ def _metadata(result: Result) -> str:
 
 
 def _caption(rank: int, result: Result) -> str:
-    return f"{rank}.  {result.score:.3f}  {result.path}\n{_metadata(result)}".strip()
+    return f"{rank}.  {result.score:.3f}  {result.place}\n{_metadata(result)}".strip()
 
 
 def _line(text: str | None) -> dict:
     """A line of text on the page; none where there is nothing to say."""
     return gr.update(value=text, visible=bool(text))
+
+
+def _hidden() -> dict:
+    return gr.update(value=None, visible=False)
 
 
 class _Answers:
@@ -164,9 +168,9 @@ class _Answers:
         missing = dict(gallery.left_out) if sentence else {}  # gone, or changed since they were indexed
         for result in results:
             try:
-                image = gallery.image(result.path)
+                image = gallery.image(result.name)
             except CADAError as error:
-                missing[result.path] = str(error)
+                missing[result.name] = str(error)
                 continue
             image.thumbnail(THUMBNAIL)
             shown.append(result)
@@ -210,19 +214,32 @@ class _Answers:
             (sentence, found), rank = searched, event.index
             if not isinstance(rank, int) or not 0 <= rank < len(found):
                 raise CADAError("This image is no longer shown. Search again.")
-            said = [f"{found[rank].path}  {_metadata(found[rank])}".strip()]
+            said = [f"{found[rank].place}  {_metadata(found[rank])}".strip()]
             if not self.config.use_atp:
                 return None, _line(said[0])
             if sentence is None:
                 said.append("It was found by an image. Search by a sentence to see where its words look.")
                 return None, _line("\n".join(said))
-            inputs = gallery.model, gallery.processor, gallery.image(found[rank].path), sentence
+            inputs = gallery.model, gallery.processor, gallery.image(found[rank].name), sentence
             attention, predictions = word_attention(*inputs), []
             if self.config.use_ara:
                 predictions = attribute_predictions(*inputs)
             return draw_explanation(inputs[2], sentence, attention, predictions), _line("\n".join(said))
 
         return self._attempt(question, [None])
+
+    def frame(self, searched: tuple[str | None, list[Result]], event: "gr.SelectData") -> dict:
+        """The whole image, or frame of a video, that the person who is clicked is in; nothing where it is shown."""
+
+        def question(gallery):
+            (_, found), rank = searched, event.index
+            if not isinstance(rank, int) or not 0 <= rank < len(found) or found[rank].box is None:
+                return (_hidden(),)
+            image = draw_frame(gallery, found[rank])
+            image.thumbnail(FRAME)
+            return (gr.update(value=image, label=f"The frame: {found[rank].place}", visible=True),)
+
+        return self._attempt(question, [_hidden()])[0]  # [`explain`] says what is wrong
 
 
 def build_page(gallery: GalleryIndex) -> "gr.Blocks":
@@ -255,10 +272,13 @@ def build_page(gallery: GalleryIndex) -> "gr.Blocks":
         results = gr.Gallery(columns=6, object_fit="contain", **plain)
         note = gr.Textbox(visible=False, **line)
         why = gr.Image(label="Where each word looks", interactive=False, buttons=[], visible=answers.config.use_atp)
+        frame = gr.Image(interactive=False, buttons=[], visible=False)
         shown = [results, searched, why, note, message]
         gr.on([sentence.submit, where.submit, by_sentence.click], answers.find, [sentence, where, top], shown, **event)
         by_image.click(answers.find_similar, [upload, where, top], shown, **event)
         results.select(answers.explain, [searched], [why, note], **event)
+        results.select(answers.frame, [searched], [frame], **event)
+        results.change(_hidden, None, [frame], **event)
     return page
 
 

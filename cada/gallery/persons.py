@@ -23,6 +23,7 @@ from cada.gallery.video import picture, sample
 
 _OF_DETECTOR = {"min_score": 0.5, "min_height": 32, "margin": 0.0}
 _FRAMES_AT_ONCE = 8
+NOBODY = "Lower --min-score or --min-height, or take another --detector."
 
 
 def person_settings(given: dict, recorded: dict | None) -> dict:
