@@ -1,6 +1,7 @@
 """Streets with drawn pedestrians whose boxes are known: photos and videos."""
 
 import random
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -76,3 +77,18 @@ def write_video(file: Path, pictures: list[Image.Image], times: list[float] | No
             container.mux(video.encode(frame))
         container.mux(video.encode())
     return file
+
+
+def save_streets(folder: Path, count: int, seed: int = 0) -> None:
+    """`count` photos of streets in `folder/photos`, and the boxes of their people in `folder/boxes.csv`."""
+    (folder / "photos").mkdir(parents=True)
+    people, rows = draw_people(4 * count, seed), ["path,x,y,width,height"]
+    for number in range(count):
+        image, boxes = draw_street(people[4 * number : 4 * number + 4], seed + number)
+        image.save(folder / "photos" / f"street_{number}.png")
+        rows += [f"street_{number}.png,{','.join(map(str, box))}" for box in boxes]
+    (folder / "boxes.csv").write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    save_streets(Path(sys.argv[1]), count=6)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_start
-from street import HEIGHT, WIDTH, draw_people, draw_street
+from street import HEIGHT, WIDTH, draw_people, draw_street, write_video
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
 
@@ -208,3 +208,40 @@ def overlap(first, second) -> float:
     sides = [min(first[n] + first[n + 2], second[n] + second[n + 2]) - max(first[n], second[n]) for n in (0, 1)]
     common = max(0, sides[0]) * max(0, sides[1])
     return common / (first[2] * first[3] + second[2] * second[3] - common)
+
+
+def crowd(seed: int) -> tuple:
+    """A street with one to four people."""
+    return draw_street(draw_people(random.Random(seed).randint(1, 4), seed), seed)
+
+
+@pytest.mark.slow
+def test_a_trained_detector_finds_nine_of_ten(checkpoint, tmp_path):
+    """On photos and in a video; what is not a person is at most one in ten of what it finds."""
+    pytest.importorskip("av", reason='videos need PyAV: pip install -e ".[video]"')
+    trained = small_detector("person")
+    train(trained, [crowd(seed) for seed in range(400)], steps=450)
+    detector = save(trained, tmp_path / "detector")
+    streets = {Region(f"{number:02}.png"): crowd(10_000 + number) for number in range(20)}
+    streets |= {Region("walk.mp4", None, float(number)): crowd(20_000 + number) for number in range(20)}
+    (tmp_path / "files").mkdir()
+    for number in range(20):
+        streets[Region(f"{number:02}.png")][0].save(tmp_path / "files" / f"{number:02}.png")
+    write_video(tmp_path / "files" / "walk.mp4", [streets[Region("walk.mp4", None, float(n))][0] for n in range(20)])
+    changes = build(tmp_path / "files", tmp_path / "index", checkpoint, detector=detector)
+    assert changes.unreadable == []
+    gallery = open_index(tmp_path / "index")
+    found = [Region.of(row["path"]) for table in gallery.store.tables(["path"]) for row in table.to_pylist()]
+    there = [(frame, box) for frame, (_, boxes) in streets.items() for box in boxes]
+    hit = [any(each.frame == frame and overlap(each.box, box) > 0.5 for each in found) for frame, box in there]
+    right = [any(overlap(each.box, box) > 0.5 for box in streets[each.frame][1]) for each in found]
+    print(f"{sum(hit)} of {len(hit)} persons found; {sum(right)} of {len(right)} boxes show one")
+    for kind in ("00.png", "walk.mp4"):
+        part = [one for one, (frame, _) in zip(hit, there) if (frame.time is None) == (kind == "00.png")]
+        assert np.mean(part) >= 0.9, kind
+    assert np.mean(right) >= 0.9
+    result = gallery.search("a man in a red coat", top=1)[0][0]
+    x, y, width, height = result.box
+    frame = streets[Region(result.path, None, result.time)][0].crop((x, y, x + width, y + height))
+    shown = np.asarray(gallery.image(result.name), int)
+    assert np.abs(shown - np.asarray(frame, int)).mean() < 12
