@@ -51,6 +51,8 @@ def read_boxes(file: Path) -> Boxes:
     kind = file.suffix.lower()
     if kind not in (".json", ".csv", ".jsonl"):
         raise CADAError(f"--boxes {file} is of no kind that is read. Give COCO JSON, CSV or JSONL.")
+    if not file.is_file():
+        raise CADAError(f"--boxes {file} is not a file that is there. Say where the boxes are.")
     columns = _read_coco(file) if kind == ".json" else read_list(file)
     named_by = next((name for name in PATH_COLUMNS if name in columns), None)
     if named_by is None:

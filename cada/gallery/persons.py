@@ -122,7 +122,7 @@ class Persons:
         """Put the regions of one image into `row_of`, each with its row in the file of boxes."""
         video = self.images.is_video(path)
         try:
-            size = self.images.size(Region(path, None, boxes.times[rows[0]] or 0.0 if video else None).name)
+            size = self.images.size(Region(path, None, 0.0 if video else None).name)
         except (OSError, CADAError) as error:
             problems.append((path, f"cannot be decoded: {problem_of(error)}"))
             return

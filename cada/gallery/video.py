@@ -10,6 +10,7 @@ import numpy as np
 
 from cada.files import CADAError, problem_of
 from cada.gallery.regions import clock
+from processing_cada import MAX_PIXELS
 
 
 try:
@@ -20,6 +21,8 @@ except ImportError:
 
 
 VIDEOS = (".mp4", ".mkv", ".mov", ".avi", ".webm")
+# A file of any name may be a list of other files and addresses, which FFmpeg would open.
+_ONLY = {"format_whitelist": "mov,matroska,avi", "protocol_whitelist": "file"}
 _NEAR = 10  # seconds of a video that are rather decoded than leapt over
 _SAME = 0.0005  # seconds: times are in milliseconds
 _SLACK = 1.0  # seconds: how exact the length is that a file claims, and how long its last frame may be shown
@@ -37,11 +40,12 @@ class _Stream:
         if av is None:
             raise CADAError('is a video, which needs PyAV. In a clone of this repository: pip install -e ".[video]"')
         try:
-            self.container = av.open(str(file))
+            self.container = av.open(str(file), options=_ONLY)
             if not self.container.streams.video:
                 raise CADAError("has no video stream; give a file that has one")
             self.video = self.container.streams.video[0]
             self.video.thread_type = "AUTO"
+            self.video.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             self.beginning = (self.container.start_time or 0) / av.time_base
             self.has_times = self.container.format.name != "avi"
             if start > _NEAR and self.has_times:

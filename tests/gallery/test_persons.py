@@ -258,6 +258,15 @@ def test_wrong_files_of_boxes_are_explained(checkpoint, photos, tmp_path, name, 
     assert message in str(error.value)
 
 
+def test_a_file_of_boxes_may_move(checkpoint, drawn, photos, tmp_path):
+    boxes = write_csv(tmp_path / "boxes.csv", rows_of(drawn))
+    build(photos, tmp_path / "index", checkpoint, boxes=boxes)
+    boxes.rename(tmp_path / "moved.csv")
+    with pytest.raises(CADAError, match=f"--boxes {boxes} is not a file that is there. Say where the boxes are."):
+        build(photos, tmp_path / "index")
+    assert build(photos, tmp_path / "index", boxes=tmp_path / "moved.csv").unchanged == 5
+
+
 def test_commands_show_crop_and_frame(checkpoint, drawn, photos, tmp_path, capsys):
     boxes = write_csv(tmp_path / "boxes.csv", rows_of(drawn))
     index = str(tmp_path / "index")

@@ -114,6 +114,21 @@ def test_what_is_no_video_is_named(tmp_path):
         VideoReader().read(tmp_path / "a.mp4", 30)
 
 
+def test_other_files_and_addresses_are_not_opened(tmp_path, monkeypatch):
+    """A file that only looks like a video may name others; a frame may claim any size."""
+    file = write_video(tmp_path / "a.mp4", PICTURES[:2])
+    for name, text in {
+        "hls.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{file}\n#EXT-X-ENDLIST\n",
+        "concat.mkv": f"ffconcat version 1.0\nfile {file}\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(CADAError, match="cannot be opened as a video"):
+            next(sample(tmp_path / name, 1))
+    monkeypatch.setattr("cada.gallery.video.MAX_PIXELS", 320 * 159)
+    with pytest.raises(CADAError, match="is damaged or cut off|has no frames|cannot be opened"):
+        next(sample(file, 1))
+
+
 def build(source, index, model=None, **options):
     return build_index(source, index, None if model is None else str(model), progress=False, **options)
 
@@ -151,13 +166,14 @@ def test_boxes_and_times_of_a_video(checkpoint, tmp_path):
         for second, (_, boxes) in enumerate(STREETS)
         for number, box in enumerate(boxes)
     ]
-    rows += [{"path": "walk.mkv", "box": [1, 2, 30, 40]}, {"path": "walk.mkv", "box": [1, 2, 30, 40], "time": 20}]
+    rows.append({"path": "walk.mkv", "box": [1, 2, 30, 40]})
+    rows.insert(0, {"path": "walk.mkv", "box": [1, 2, 30, 40], "time": 20})
     boxes = tmp_path / "boxes.jsonl"
     boxes.write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = build(tmp_path / "files", tmp_path / "index", checkpoint, boxes=boxes, workers=2, batch_size=4)
     assert changes.added == 16
     assert changes.unreadable == [
-        ("walk.mkv", f"{boxes}, row 17: the box 1, 2, 30, 40 lacks the `time` in this video"),
+        ("walk.mkv", f"{boxes}, row 18: the box 1, 2, 30, 40 lacks the `time` in this video"),
         (
             "walk.mkv#t=00:00:20.000&xywh=1,2,30,40",
             "cannot be decoded: has no frame at 00:00:20.000; the last one is that of 00:00:07.000",
