@@ -1,5 +1,6 @@
 """A detector of `transformers` that finds the persons in a frame."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,10 @@ from cada.hub.loading import commit_of
 
 def detector_version(name: str, revision: str | None) -> str | None:
     """What tells the version of a detector: the commit on the Hub, or a digest of the files in a folder."""
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise CADAError(
+            f"The detector of this index was in {name}, which is not there. Say where it is: --detector NAME."
+        )
     if not Path(name).is_dir():
         return commit_of(name, revision)
     files = sorted(path for path in Path(name).iterdir() if path.suffix in (".json", ".safetensors"))

@@ -31,18 +31,16 @@ def person_settings(given: dict, recorded: dict | None) -> dict:
     How the persons in the files are found: what is `given` (`boxes`, `detector`, `min_score`, `min_height`, `margin`,
     `fps`), else what an index has `recorded`. A `CADAError` where they do not fit each other.
     """
-    old = recorded or {"boxes": None, "detector": None, "fps": 1.0, **_OF_DETECTOR}
-    settings = {name: old[name] if given[name] is None else given[name] for name in old if name != "detector_version"}
-    if given["boxes"] is not None and given["detector"] is not None:
+    old = recorded or {"boxes": None, "detector": None, "detector_version": None, "fps": 1.0, **_OF_DETECTOR}
+    new = {name: value for name, value in given.items() if name in old and value is not None}
+    if "boxes" in new and "detector" in new:
         raise CADAError("--boxes and --detector both say where persons are. Give one of them.")
-    if given["boxes"] is not None:
-        settings |= {"boxes": str(Path(given["boxes"]).resolve()), "detector": None}
-    elif given["detector"] is not None:
-        is_folder = os.path.isdir(given["detector"])
-        settings |= {
-            "boxes": None,
-            "detector": os.path.realpath(settings["detector"]) if is_folder else settings["detector"],
-        }
+    if "boxes" in new:
+        new |= {"boxes": str(Path(new["boxes"]).resolve()), "detector": None}
+    elif "detector" in new:
+        is_folder = os.path.isdir(new["detector"])
+        new |= {"boxes": None, "detector": os.path.realpath(new["detector"]) if is_folder else new["detector"]}
+    settings = old | new
     named = [name for name in _OF_DETECTOR if given[name] is not None]
     if named and settings["detector"] is None:
         raise CADAError(f"--{named[0].replace('_', '-')} is for a --detector, and there is none. Leave it out.")
@@ -54,7 +52,7 @@ def person_settings(given: dict, recorded: dict | None) -> dict:
     version = None
     if settings["detector"] is not None:
         same = settings["detector"] == old["detector"]
-        version = detector_version(settings["detector"], old.get("detector_version") if same else None)
+        version = detector_version(settings["detector"], old["detector_version"] if same else None)
     return settings | {"detector_version": version}
 
 

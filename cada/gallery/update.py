@@ -106,7 +106,7 @@ class Update:
     def plan(self, new: bool, options: IndexOptions) -> list[Shard]:
         """Shards to encode. Images of finished shards and of the index are not among them."""
         files, self.unreadable = self.images.listing()
-        self.listing = self.persons.entries(files, self.unreadable)
+        self.listing = self.persons.entries(files, self.unreadable) if len(files) else files
         if not len(self.listing):
             problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
             if self.persons.empty:

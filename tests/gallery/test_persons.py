@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import save_tiny_start
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 from street import draw_people, draw_street
 
@@ -310,3 +311,28 @@ def test_whole_files_that_end_like_a_region_are_named(checkpoint, photos, tmp_pa
     list_.write_text('path\nsub/b.png\n"a#xywh=1,2,3,4"\n')
     changes = build(list_, tmp_path / "index", checkpoint, root=photos)
     assert changes.unreadable == [("a#xywh=1,2,3,4", "has a name that ends like a box or a time; rename it")]
+
+
+def test_metadata_of_the_image_and_of_the_person_stand_together(checkpoint, drawn, photos, tmp_path):
+    boxes = write_csv(tmp_path / "boxes.csv", rows_of(drawn))
+    list_ = tmp_path / "list.csv"
+    list_.write_text("path,camera\na.png,1\nsub/b.png,2\n")
+    build(list_, tmp_path / "index", checkpoint, root=photos, boxes=boxes)
+    gallery = open_index(tmp_path / "index")
+    assert gallery.columns == {"camera": "int64", "track": "string"}
+    (found,) = gallery.search(SENTENCE, where=["camera=2", "track=001"])[0]
+    assert (found.path, found.box) == ("sub/b.png", tuple(drawn["sub/b.png"][1][1]))
+    list_.write_text("path,track\na.png,1\nsub/b.png,2\n")
+    with pytest.raises(CADAError, match="Both the list of images and the persons have a column `track`."):
+        build(list_, tmp_path / "index", boxes=boxes)
+
+
+def test_persons_on_the_images_of_a_data_set(checkpoint, drawn, tmp_path):
+    images = Dataset.from_dict({"image": [image for image, _ in drawn.values()], "file_name": ["a.png", "clip.mp4"]})
+    images.cast_column("image", ImageFeature()).save_to_disk(tmp_path / "images")
+    rows = [{**row, "path": row["path"].replace("sub/b.png", "clip.mp4")} for row in rows_of(drawn)]
+    build(tmp_path / "images", tmp_path / "index", checkpoint, boxes=write_jsonl(tmp_path / "boxes.jsonl", rows))
+    gallery = open_index(tmp_path / "index")
+    box = tuple(drawn["sub/b.png"][1][0])
+    assert same(gallery.image(Region("clip.mp4", box).name), crop_of(drawn["sub/b.png"][0], box))
+    assert len(gallery) == 5
