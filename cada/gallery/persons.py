@@ -141,11 +141,8 @@ class Persons:
     def _in_images(self, files: pa.Table, problems: list) -> tuple[list[Region], dict[str, pa.Array]]:
         """The persons that the detector finds; without a detector each image, and each frame of a video, is one."""
         wanted = dict(zip(files["path"].to_pylist(), files["stamp"].to_pylist()))
-        slow = (
-            wanted
-            if self.settings["detector"]
-            else {path: wanted[path] for path in wanted if self.images.is_video(path)}
-        )
+        detector = self.settings["detector"]
+        slow = {path: stamp for path, stamp in wanted.items() if detector or self.images.is_video(path)}
         found = self._search(slow) if slow else {}
         regions, scores = [], []
         for path in wanted:
@@ -155,12 +152,15 @@ class Persons:
             problems += [(path, found[path]["problem"])] if found[path]["problem"] else []
             regions += [Region(path, box and tuple(box), time) for time, box, _ in found[path]["persons"]]
             scores += [score for *_, score in found[path]["persons"]]
-        return regions, {"score": pa.array(scores, pa.float64())} if self.settings["detector"] else {}
+        return regions, {"score": pa.array(scores, pa.float64())} if detector else {}
 
     def _search(self, files: dict[str, str]) -> dict[str, dict]:
         """What is known of the files (path and stamp), or found now and kept."""
         first = {"settings": {name: value for name, value in self.settings.items() if name != "boxes"}}
-        known = {path: row for path, row in self._known(first).items() if self._holds(row, path, files.get(path))}
+        kept = self._known(first)
+        known = {
+            path: kept[path] | {"stamp": stamp} for path, stamp in files.items() if self._holds(kept, path, stamp)
+        }
         with written_whole(self.file) as temporary:
             lines = [first, *known.values()]
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -186,12 +186,13 @@ class Persons:
         except (OSError, ValueError, KeyError, IndexError, TypeError):
             return {}
 
-    def _holds(self, row: dict, path: str, stamp: str | None) -> bool:
-        """Whether a file is as it was when `row` was kept."""
-        if stamp is None:
+    def _holds(self, kept: dict[str, dict], path: str, stamp: str) -> bool:
+        """Whether what was kept of a file is true of it now."""
+        if path not in kept:
             return False
         try:
-            return stamp == row["stamp"] and not self.check_content or self.images.digest(path) == row["digest"]
+            same = stamp == kept[path]["stamp"] and not self.check_content
+            return same or self.images.digest(path) == kept[path]["digest"]
         except OSError:
             return False
 
@@ -221,7 +222,8 @@ class Persons:
                 for time, frame in sample(self.images.file_of(path), self.settings["fps"]):
                     yield path, time, open_image({"bytes": picture(frame), "path": None}) if read else None
             except (OSError, CADAError) as error:
-                row["problem"] = problem_of(error)
+                before = "" if self.images.is_video(path) else "cannot be decoded: "
+                row["problem"] = before + problem_of(error)
 
 
 def _written(box: tuple[float, ...]) -> str:

@@ -121,8 +121,13 @@ def test_persons_are_those_that_the_model_finds(detector, checkpoint, photos, tm
 
 def test_what_was_found_is_not_looked_for_again(detector, checkpoint, photos, tmp_path, frames):
     options = {"detector": detector, "min_score": 0.05, "min_height": 0}
-    persons = build(photos, tmp_path / "index", checkpoint, **options).added
+    (photos / "zz.png").write_bytes((photos / "00.png").read_bytes()[:100])
+    first = build(photos, tmp_path / "index", checkpoint, **options)
+    persons = first.added
     assert frames == [8, 3] and persons > 11
+    ((name, problem),) = first.unreadable
+    assert name == "zz.png" and problem.startswith("cannot be decoded: ")
+    (photos / "zz.png").unlink()
     assert build(photos, tmp_path / "index").unchanged == persons  # the index knows its detector
     assert frames == [8, 3]
     draw_street(draw_people(2, 99), 99)[0].save(photos / "03.png")

@@ -216,6 +216,12 @@ def test_what_is_known_of_a_video_is_not_found_again(checkpoint, tmp_path, monke
     monkeypatch.setattr("cada.gallery.persons.sample", lambda file, fps: looked.append(file) or sample(file, fps))
     changes = build(tmp_path / "moved", tmp_path / "index", moved_source=True)
     assert (changes.unchanged, looked) == (3, [])
+    read = []
+    monkeypatch.setattr(ImageFiles, "digest", lambda self, path: read.append(path))
+    assert build(tmp_path / "moved", tmp_path / "index").unchanged == 3
+    assert read == []
+    monkeypatch.undo()
+    monkeypatch.setattr("cada.gallery.persons.sample", lambda file, fps: looked.append(file) or sample(file, fps))
     with open(tmp_path / "index" / "persons.jsonl", "a") as file:
         file.write('{"path": "walk.mp4", "sta')  # of a run that was killed
     assert build(tmp_path / "moved", tmp_path / "index").unchanged == 3
