@@ -2,6 +2,7 @@
 
 import heapq
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -75,7 +76,7 @@ class _Stream:
             raise CADAError(f"is damaged or cut off at {damaged or clock(end)}; only frames that are whole are taken")
 
     def _decoded(self, places: list[int]) -> Iterator["av.VideoFrame"]:
-        """The frames in the order of time; puts what packets say of their order on the heap `places`."""
+        """The frames in the order of time; of AVI the places of the packets come on the heap `places`."""
         packets, self.broken, frames = self.container.demux(self.video), False, []
         while frames is not None:
             try:
@@ -83,7 +84,7 @@ class _Stream:
                 frames = None if packet is None else packet.decode()
             except av.FFmpegError:
                 packet, frames, self.broken = None, None, True
-            if packet is not None and packet.dts is not None:
+            if packet is not None and packet.dts is not None and not self.has_times:
                 heapq.heappush(places, packet.dts)
             yield from frames or ()
         if self.broken:
@@ -95,8 +96,8 @@ class _Stream:
         """What the file says that the length of the video is, in seconds; 0 where it says nothing."""
         if self.video.duration is not None:
             return float(self.video.duration * self.video.time_base)
-        if (written := self.video.metadata.get("DURATION", "")).count(":") == 2:  # of Matroska
-            hours, minutes, seconds = map(float, written.split(":"))
+        if written := re.match(r"(\d+):(\d+):(\d+)", self.video.metadata.get("DURATION", "")):  # of Matroska
+            hours, minutes, seconds = map(int, written.groups())
             return hours * 3600 + minutes * 60 + seconds
         return (self.container.duration or 0) / av.time_base
 
