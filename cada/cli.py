@@ -129,6 +129,14 @@ def index(
     revision: Revision = None,
     split: Annotated[str | None, Option(help="of a data set")] = None,
     root: Annotated[Path | None, Option(help="folder that the paths of a list are relative to")] = None,
+    boxes: Annotated[Path | None, Option(help="where persons are: COCO JSON, CSV or JSONL")] = None,
+    detector: Annotated[str | None, Option(help="object detector of transformers that finds the persons")] = None,
+    min_score: Annotated[float | None, Option(help="of a detected person; 0.5 by default")] = None,
+    min_height: Annotated[float | None, Option(help="of a detected person in pixels; 32 by default")] = None,
+    margin: Annotated[
+        float | None, Option(help="around a detected person, as a share of its size; 0 by default")
+    ] = None,
+    fps: Annotated[float | None, Option(help="frames of a video to take each second; 1 by default")] = None,
     hidden: Annotated[
         bool | None, Option("--hidden", help="take also hidden files, thumbnails and what is in waste bins")
     ] = None,
@@ -147,25 +155,10 @@ def index(
     workers: Annotated[int, Option(min=0, help="processes that decode images")] = 0,
     shard_size: Annotated[int, Option(min=1, help="images that an interruption costs at most")] = 1024,
 ) -> None:
-    """Encode images into an index, or bring an index up to date."""
+    """Encode images, or the persons in them, into an index, or bring an index up to date."""
+    given = dict(locals())  # each is an argument of the library, of the same name
     try:
-        changes = build_index(
-            source,
-            out,
-            model,
-            revision=revision,
-            split=split,
-            root=root,
-            hidden=hidden,
-            uri=uri,
-            approximate=approximate,
-            keep_patches=keep_patches,
-            moved_source=moved_source,
-            check_content=check_content,
-            batch_size=batch_size,
-            workers=workers,
-            shard_size=shard_size,
-        )
+        changes = build_index(given.pop("source"), given.pop("out"), **given)
     except KeyboardInterrupt:
         kept = counted(len(shard_files(out)), "finished shard")
         print(f"\nInterrupted. {kept} kept; run the same command to go on.", file=sys.stderr)
@@ -181,6 +174,8 @@ def index(
     print(f"{out}: {images}; {', '.join(counts)}, {len(changes.unreadable):,} unreadable.")
     if changes.hidden:
         print(f"Left out: {counted(changes.hidden, 'hidden image')}. --hidden takes them.")
+    if changes.empty:
+        print(f"Nobody is in {counted(changes.empty, 'file')}.")
 
 
 @app.command()
@@ -202,6 +197,9 @@ def search(
         float | None, Option(min=0, max=1, help="show only images that show the person with this probability")
     ] = None,
     picture: Annotated[Path | None, Option(help="draw the results into this file")] = None,
+    frames: Annotated[
+        bool, Option("--frames", help="with --picture: draw whole frames, with the person's box")
+    ] = False,
     as_json: Annotated[bool, Option("--json", help="print JSON: one object per sentence")] = False,
     model: OtherModel = None,
     device: Device = None,
@@ -209,6 +207,8 @@ def search(
     """Rank the images for a sentence, or for a photo."""
     if picture is not None:
         check_picture(picture)
+    if frames and picture is None:
+        raise CADAError("--frames draws, but there is no --picture. Give its name.")
     gallery = open_index(index, model, device)
     queries = [*(sentences or []), *(_read_sentences(file) if file is not None else [])]
     photo = None if image is None else open_file(image)
@@ -230,7 +230,7 @@ def search(
         nothing = f"No image{f' fulfils {shlex.join(where)}' if where and not gallery.left_out else ''}."
         _print_rankings(rankings, asked, nothing)
     if picture is not None:  # after the results, which are there then even where it cannot be written
-        save_picture(draw_results(gallery, dict(rankings)), picture)
+        save_picture(draw_results(gallery, dict(rankings), columns=3 if frames else 10, frames=frames), picture)
         if not as_json:
             print(f"Wrote {picture}.")
 
@@ -277,7 +277,7 @@ def _print_rankings(rankings: list, columns: dict, nothing: str) -> None:
         for rank, result in enumerate(results, start=1):
             chance = "" if result.probability is None else f"{result.probability:.2f}"
             chance = f"{chance:>11}  " * calibrated
-            line = f"{rank:4}  {result.score:6.3f}  {chance}{result.stage:6}  {result.path}"
+            line = f"{rank:4}  {result.score:6.3f}  {chance}{result.stage:6}  {result.name}"
             print(printable("  ".join([line, *(f"{name}={result.metadata[name]}" for name in columns)])))
 
 

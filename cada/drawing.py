@@ -20,6 +20,7 @@ COLUMNS = 6  # word maps in a row of the picture
 _HOT = np.array([[0, 0, 60], [90, 0, 140], [215, 60, 60], [255, 165, 0], [255, 255, 160]], dtype=np.float32)
 MAX_LINE = 160  # characters
 GREY = "#57606a"
+_BOX = "#ff2d2d"
 # Pillow brings a font for English. For all other letters one of the system is asked for, by these names.
 _SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "segoeui.ttf")
 
@@ -131,6 +132,7 @@ def draw_results(
     caption: Callable[[str, int, object], tuple[str, str]] | None = None,
     height: int = 192,
     columns: int = 10,
+    frames: bool = False,
 ) -> Image.Image:
     """
     A picture: under every title of `rankings` its ranked images, `columns` of them in a line. In place of an image
@@ -142,22 +144,35 @@ def draw_results(
         caption: gives the text below an image (lines apart by newlines) and its colour, from title, rank (from 1) and
             result; by default rank and score.
         height: of the images in pixels.
+        frames: show whole frames with the box of the person, and below them the names of files and the times.
     """
     rows, lost = [], []
     for title, results in rankings.items():
         cells = []
         for rank, result in enumerate(results, start=1):
             try:
-                image = gallery.image(result.path).convert("RGB")
+                image = draw_frame(gallery, result) if frames else gallery.image(result.name).convert("RGB")
             except CADAError as error:
                 lost.append(error)
                 image = Image.new("RGB", (height // 2, height), "#d0d7de")
-            below = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}", GREY)
+            where = f"\n{result.place.rpartition('/')[2]}" if frames else ""
+            below = caption(title, rank, result) if caption else (f"{rank}.  {result.score:.3f}{where}", GREY)
             cells.append((_fitted(image, height, most=2), *below))
         rows.append((title, cells))
     if lost:
         logger.warning(f"{counted(len(lost), 'image')} cannot be shown, such as this: {lost[0]}")
     return _sheet(rows, height, columns)
+
+
+def draw_frame(gallery, result) -> Image.Image:
+    """The whole image, or frame of a video, of a [`cada.gallery.index.Result`], with a box around the person."""
+    frame = gallery.frame(result.name).convert("RGB")
+    if result.box is not None:
+        x, y, width, height = result.box
+        line = max(2, frame.height // 90)
+        outside = (x - line, y - line, x + width + line - 1, y + height + line - 1)
+        ImageDraw.Draw(frame).rectangle(outside, outline=_BOX, width=line)
+    return frame
 
 
 def check_picture(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files: read with errors that say what is wrong, written whole or not at all. The one-line errors of the commands."""
 
+import hashlib
 import json
 import os
 import re
@@ -100,6 +101,12 @@ def make_output_folder(folder: str | os.PathLike) -> Path:
         reason = "is a file" if os.path.isfile(folder) else f"cannot be written to: {error.strerror}"
         raise CADAError(f"The output folder {folder} {reason}. Choose another one.") from error
     return folder
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of the content of a file of any size."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -3,14 +3,16 @@
 import os
 from collections.abc import Iterable
 from io import BytesIO
+from typing import BinaryIO
 
 from datasets import Dataset, Image
 from datasets.utils.file_utils import xopen
+from PIL import ExifTags
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from cada.files import CADAError, one_line
-from processing_cada import read_image
+from processing_cada import IMAGE_FORMATS, read_image
 
 
 def _image_problem(image: dict, decode: bool) -> str | None:
@@ -53,9 +55,12 @@ def undecoded(dataset: Dataset) -> Dataset:
     return dataset.cast_column("image", Image(decode=False)) if is_decoded else dataset
 
 
-def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Image:
+def open_image(
+    image: dict, size: tuple[int, int] | None = None, box: tuple[int, int, int, int] | None = None
+) -> PILImage.Image:
     """
-    The image of an undecoded row, read for a model that reads `size` (height, width), see [`read_image`].
+    The image of an undecoded row, read for a model that reads `size` (height, width), see [`read_image`]; or what is
+    in its `box` (x, y, width, height in pixels of the upright image).
 
     Raises:
         CADAError: what is wrong with it; whoever calls names the row.
@@ -67,8 +72,27 @@ def open_image(image: dict, size: tuple[int, int] | None = None) -> PILImage.Ima
         if content is None and "://" in path and not os.path.exists(path):  # of an archive, or remote
             with xopen(path, "rb") as remote:
                 content = remote.read()
-        return read_image(path if content is None else BytesIO(content), size)
+        opened = read_image(path if content is None else BytesIO(content), size if box is None else None)
     except Exception as error:  # Pillow's readers of the formats raise many kinds on damaged files
+        raise CADAError(one_line(error)) from error
+    return opened if box is None else cut_out(opened, box)
+
+
+def cut_out(image: PILImage.Image, box: tuple[int, int, int, int]) -> PILImage.Image:
+    """What is in a box (x, y, width, height) of an image; a `CADAError` where it lies outside."""
+    x, y, width, height = box
+    if x + width > image.width or y + height > image.height:
+        raise CADAError(f"the box {x}, {y}, {width}, {height} is not inside of {image.width}×{image.height} pixels")
+    return image.crop((x, y, x + width, y + height))
+
+
+def image_size(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
+    """Width and height of an image, upright. Nothing is decoded; a `CADAError` where it is none."""
+    try:
+        with PILImage.open(file, formats=IMAGE_FORMATS) as opened:
+            lies = opened.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+            return opened.size[::-1] if lies else opened.size
+    except Exception as error:  # as above
         raise CADAError(one_line(error)) from error
 
 

@@ -1,10 +1,11 @@
-"""The images that an index is made of: files of a folder, files that a list names, or rows of a data set."""
+"""The images and videos that an index is made of: files of a folder, or of a list, or rows of a data set."""
 
 import hashlib
 import os
 import shlex
 import stat
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,16 +16,17 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from cada.data.images import undecoded
-from cada.files import CADAError, problem_of
-from cada.gallery.lists import LISTS, is_csv, read_list, typed_column
+from cada.data.images import image_size, undecoded
+from cada.files import CADAError, file_digest, problem_of
+from cada.gallery.lists import LISTS, PATH_COLUMNS, is_csv, read_list, typed_column
+from cada.gallery.regions import Region
+from cada.gallery.video import VideoReader, is_video
 from processing_cada import IMAGE_FORMATS
 
 
 logger = logging.get_logger(__name__)
 
-PATH_COLUMNS = ("path", "file_name", "image")  # of a list: the first that is there names the image
-RESERVED = ("path", "stamp", "digest", "feature")  # columns of an index that are no metadata
+RESERVED = ("path", "box", "stamp", "digest", "feature")  # columns of an index that are no metadata
 # Kinds of images that Pillow does not read, or not everywhere.
 _OTHER_IMAGES = ".heic .heif .avif .jxl .svg .dng .cr2 .cr3 .nef .arw .orf .raf .rw2".split()
 # Names of folders that systems make beside those with a dot: thumbnails, waste bins, snapshots, what archives leave.
@@ -40,7 +42,7 @@ def content_digest(content: bytes) -> str:
 
 class ImageFiles:
     """
-    Image files: those below a folder, or those that a CSV or JSONL file names.
+    Files of images and videos: those below a folder, or those that a CSV or JSONL file names.
 
     Attributes:
         hidden: number of image files that the last [`listing`] left out because they are hidden.
@@ -54,6 +56,7 @@ class ImageFiles:
         if not folder.is_dir():
             raise CADAError(f"The folder {folder} does not exist. Give the folder of the images.")
         self.root, self.with_hidden, self.hidden = folder.resolve(), with_hidden, 0
+        self.videos = VideoReader()
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
@@ -65,11 +68,11 @@ class ImageFiles:
         status = os.stat(self.root / name)
         if not stat.S_ISREG(status.st_mode):
             raise OSError("is not a file")
-        self._inside(name)
+        self.file_of(name)
         # Of files that are exchanged, or written with their old times, size and time of writing say nothing.
         return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}:{status.st_ino}"
 
-    def _inside(self, name: str) -> Path:
+    def file_of(self, name: str) -> Path:
         """The file itself. An `OSError` where a link leads out of the folder."""
         file = (self.root / name).resolve()
         if not file.is_relative_to(self.root):
@@ -100,8 +103,8 @@ class ImageFiles:
                 kind = format_of.get(ending)
                 if left_out(path):
                     # A name such as ._01.jpg is one that Apple's systems give to what they know of 01.jpg.
-                    self.hidden += kind in IMAGE_FORMATS
-                elif kind in IMAGE_FORMATS:
+                    self.hidden += kind in IMAGE_FORMATS or is_video(path.name)
+                elif kind in IMAGE_FORMATS or is_video(path.name):
                     yield path.as_posix()
                 elif kind is not None:
                     problems.append((path.as_posix(), f"is no {', '.join(IMAGE_FORMATS)} file but {kind}"))
@@ -122,28 +125,47 @@ class ImageFiles:
         for row, name in enumerate(columns.pop(named_by), start=1):
             if not isinstance(name, str) or not name or "\0" in name:
                 raise CADAError(f"{self.list}, row {row}: `{named_by}` is {name!r}. Give the path of an image.")
-            path = self._relative(name, row)
+            path = self.path_of(name)
+            if path is None:
+                raise CADAError(
+                    f"{self.list}, row {row}: {name!r} leads out of {self.root}. Give --root, a folder that holds all "
+                    "images, and paths relative to it."
+                )
             if path in row_of:
                 raise CADAError(f"{self.list}: rows {row_of[path]} and {row} name the same image {path!r}.")
             row_of[path] = row
         typed = {name: typed_column(self.list, name, values) for name, values in columns.items()}
-        return {"path": list(row_of), **_metadata(typed, str(self.list))}
+        return {"path": list(row_of), **metadata_columns(typed, str(self.list))}
 
-    def _relative(self, name: str, row: int) -> str:
-        """The path of an image of the list, relative to the root."""
+    def is_video(self, path: str) -> bool:
+        """Whether a file is a video, by its ending."""
+        return is_video(path)
+
+    def path_of(self, name: str) -> str | None:
+        """The path, relative to the root, of an image that a list names; `None` where it leads out of the root."""
         place = Path(os.path.normpath(self.root / name))
         if not place.is_relative_to(self.root):  # by a folder's other name, perhaps
             place = place.parent.resolve() / place.name
-        if not place.is_relative_to(self.root):
-            raise CADAError(
-                f"{self.list}, row {row}: {name!r} leads out of {self.root}. Give --root, a folder that holds all "
-                "images, and paths relative to it."
-            )
-        return place.relative_to(self.root).as_posix()
+        return place.relative_to(self.root).as_posix() if place.is_relative_to(self.root) else None
 
-    def read(self, path: str) -> bytes:
-        """The bytes of an image; an `OSError` where there are none, or links lead out of the folder."""
-        file = self._inside(path)
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height of the upright image that holds a region; errors as of [`read`]."""
+        file = self.file_of(Region.of(name).path)
+        return image_size(BytesIO(self.read(name)) if is_video(file.name) else file)
+
+    def digest(self, path: str) -> str:
+        """SHA-256 of a file."""
+        return file_digest(self.file_of(path))
+
+    def read(self, name: str) -> bytes:
+        """
+        The image that holds a region: the bytes of the file, or a frame of the video as an image file. An `OSError`
+        where there is none, or links lead out of the folder; a `CADAError` for a video.
+        """
+        path, _, time = Region.of(name)
+        file = self.file_of(path)
+        if time is not None:
+            return self.videos.read(file, time)
         size = file.stat().st_size
         if size > MAX_BYTES:
             raise OSError(f"has {size:,} bytes, more than {MAX_BYTES:,}")
@@ -198,11 +220,28 @@ class ImageRows:
             if isinstance(feature, ClassLabel):  # -1 is no class
                 classes = pc.if_else(pc.less(table[name], 0), pa.scalar(None, pa.int64()), table[name])
                 table = table.set_column(number, name, pc.take(pa.array(feature.names), classes))
-        columns = _metadata(dict(zip(table.column_names, table.columns)), self.name)
-        return _listing({"path": self.row_of, **columns}, lambda name: content_digest(self.read(name)), [])
+        columns = metadata_columns(dict(zip(table.column_names, table.columns)), self.name)
+        return _listing({"path": self.row_of, **columns}, self.digest, [])
 
-    def read(self, path: str) -> bytes:
-        """The bytes of an image; an `OSError` where there are none."""
+    def is_video(self, path: str) -> bool:
+        """No row is a video, whatever its name."""
+        return False
+
+    def path_of(self, name: str) -> str:
+        """The name of an image that a list names, which is the same."""
+        return name
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height of the upright image that holds a region; errors as of [`read`]."""
+        return image_size(BytesIO(self.read(name)))
+
+    def digest(self, path: str) -> str:
+        """SHA-256 of the bytes of an image."""
+        return content_digest(self.read(path))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of the image that holds a region; an `OSError` where there are none."""
+        path = Region.of(name).path
         if path not in self.row_of:
             raise OSError("is no longer in the data set")
         image = self.dataset[self.row_of[path]]["image"]
@@ -218,6 +257,8 @@ def _listing(columns: dict, stamp_of: Callable[[str], str], problems: list) -> t
         path = stamp = None
         try:
             name.encode()
+            if Region.of(name).path != name:
+                raise OSError("has a name that ends like a box or a time; rename it")
             path, stamp = name, stamp_of(name)
         except UnicodeEncodeError:
             problems.append((name.encode(errors="backslashreplace").decode(), "has a name that is not UTF-8"))
@@ -229,7 +270,7 @@ def _listing(columns: dict, stamp_of: Callable[[str], str], problems: list) -> t
     return table.filter(table["stamp"].is_valid()).sort_by("path"), problems
 
 
-def _metadata(columns: dict, origin: str) -> dict:
+def metadata_columns(columns: dict, origin: str) -> dict:
     """Those of `columns` that hold one number, text or truth value per row; no spaces around their names."""
     kept, left_out = {}, []
     for name, column in ((name.strip(), column) for name, column in columns.items()):

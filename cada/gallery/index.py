@@ -24,6 +24,7 @@ from threading import RLock
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ from cada.evaluation.matching import match_candidates
 from cada.files import CADAError, counted, make_output_folder, only_writer, printable, problem_of, written_whole
 from cada.gallery.feedback import refine
 from cada.gallery.images import ImageFiles, ImageRows, content_digest, describe_source, open_source, source_arguments
+from cada.gallery.persons import Persons, person_settings
+from cada.gallery.regions import Box, Region, clock
 from cada.gallery.store import (
     FORMAT,
     MEND,
@@ -76,11 +79,23 @@ _WAIT = datetime.timedelta(days=7)  # for the slowest process; a dead one ends t
 class Result:
     """A ranked image."""
 
-    path: str  # relative to the indexed folder; of a data set its `file_name` or row number
+    path: str  # of the file, relative to the indexed folder; of a data set its `file_name` or row number
     score: float  # what it is ranked by: S_G + S_L where `stage` is "local", S_G where it is "global"
     stage: str  # "local" for candidates that the decoder has read with the sentence; they rank before all others
     metadata: dict  # the other columns of the list or data set, by name
     probability: float | None = None  # that it shows the person described, of candidates, by a calibrated model
+    box: Box | None = None  # of the person, where it is not the whole image
+    time: float | None = None  # of the frame, where the file is a video: seconds since its beginning
+
+    @property
+    def name(self) -> str:
+        """What [`GalleryIndex.image`] and [`GalleryIndex.frame`] ask for; a path, box and time as a media fragment."""
+        return Region(self.path, self.box, self.time).name
+
+    @property
+    def place(self) -> str:
+        """Where it is, for a reader: the file, and in a video the time."""
+        return self.path if self.time is None else f"{self.path} {clock(self.time)}"
 
 
 def _load(name: str, revision: str | None, device, record: dict | None) -> tuple:
@@ -134,6 +149,7 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
     settings = index_settings(index, record, given)
     settings["revision"] = commit_of(settings["model"], settings["revision"])
     place = describe_source(given, record and record["source"])
+    settings["persons"] = person_settings(given, record and record["persons"])
     check_output(index, place, record is None)
     images = open_source(place, index if record is not None and place == record["source"] else None)
     make_output_folder(index)  # what keeps from writing shows now, not after the work
@@ -144,7 +160,8 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
     with only_writer(index) if state.is_main_process else nullcontext():
         update, plan = None, None
         if state.is_main_process:
-            update = _begin(index, record, new, network.config, images)
+            persons = Persons(images, settings["persons"], index, state.device, options.check_content)
+            update = _begin(index, record, new, network.config, persons)
             plan = update.plan(record is None, options)
         plan = broadcast_object_list([plan])[0]
         part = plan[state.process_index :: state.num_processes]
@@ -154,7 +171,7 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
     return broadcast_object_list([changes])[0]
 
 
-def _begin(index: Path, record: dict | None, new: dict, config: CADAConfig, images: ImageFiles | ImageRows) -> Update:
+def _begin(index: Path, record: dict | None, new: dict, config: CADAConfig, persons: Persons) -> Update:
     """The update of an index whose record becomes one with the fields `new`; for the only process that writes it."""
     if read_record(index) != record:
         raise CADAError(f"Another process has changed {index} meanwhile. Run the command again.")
@@ -162,7 +179,7 @@ def _begin(index: Path, record: dict | None, new: dict, config: CADAConfig, imag
     name = uuid5(NAMESPACE_URL, f"{platform.node()}{index.resolve()}{new['digest']}{new['approximate']}")
     first = {"format": FORMAT, "dimension": config.projection_dim, "collection": f"cada_{name.hex[:16]}"}
     vision = config.vision_config if new["keep_patches"] else None
-    return Update(index, (record or first) | new, images, vision)
+    return Update(index, (record or first) | new, persons, vision)
 
 
 def open_index(index: str | os.PathLike, model: str | None = None, device: str | None = None) -> "GalleryIndex":
@@ -202,7 +219,15 @@ def _content(source: ImageFiles | ImageRows, row: dict) -> bytes:
 
 
 def _decoded(source: ImageFiles | ImageRows, row: dict, size: tuple[int, int] | None = None) -> Image.Image:
-    return open_image({"bytes": _content(source, row), "path": None}, size)
+    return open_image({"bytes": _content(source, row), "path": None}, size, Region.of(row["path"]).box)
+
+
+def _written(persons: dict) -> str:
+    """How the persons were found, as `info` says it."""
+    if persons["detector"]:
+        limits = ", ".join(f"{name} {persons[name]:g}" for name in ("min_score", "min_height", "margin"))
+        return f"found by {persons['detector']} ({persons['detector_version']}; {limits})"
+    return f"boxes of {persons['boxes']}" if persons["boxes"] else "whole images"
 
 
 class GalleryIndex:
@@ -278,7 +303,7 @@ class GalleryIndex:
             where: conditions on metadata, such as `"camera=3"`; operators `=`, `!=`, `<`, `<=`, `>`, `>=`. All have to
                 hold. They count before ranking. Dates and times of a list are compared as text.
             image: a photo that every sentence says something about: "but in blue trousers". [`refine`] adds it.
-            like, unlike: paths of images of an earlier search that show the person, or another one. They are ranked
+            like, unlike: names of results of an earlier search that show the person, or another one. They are ranked
                 as all others.
 
         Raises:
@@ -396,10 +421,14 @@ class GalleryIndex:
         near.sort(key=lambda hit: (-hit[0], hit[1]["path"]))
         far = [(*hit, "global", None) for hit in hits[len(local_scores) :]]
         return [
-            Result(row["path"], score, stage, {name: row[name] for name in self.columns}, chance)
+            self._result(row, score, stage, chance)
             for score, row, stage, chance in near + far
             if row["path"] not in self.left_out
         ]
+
+    def _result(self, row: dict, score: float, stage: str, chance: float | None) -> Result:
+        path, box, time = Region.of(row["path"])
+        return Result(path, score, stage, {name: row[name] for name in self.columns}, chance, box, time)
 
     def _local_scores(self, queries: Queries, candidates: list[list[dict]]) -> list[list[float]]:
         """S_L of each query's candidates. The patch states of an image are needed once, whatever the queries."""
@@ -444,16 +473,26 @@ class GalleryIndex:
         name = states_file(self.record["digest"], row["path"], row["digest"])
         return load_file(self.folder / PATCHES / name)["states"]
 
-    def image(self, path: str) -> Image.Image:
-        """The image named `path`, upright; a `CADAError` where it is not in the index, gone, or has changed since."""
-        row = self.store.find(path)
+    def image(self, name: str) -> Image.Image:
+        """
+        The image of this name (see [`Result`]), upright, cut out where it has a box; a `CADAError` where it is not in
+        the index, gone, or has changed since.
+        """
+        return self._shown(name, Region.of(name))
+
+    def frame(self, name: str) -> Image.Image:
+        """The whole image, or frame of the video, that the box of this name is in; errors as of [`image`]."""
+        return self._shown(name, Region.of(name).frame)
+
+    def _shown(self, name: str, region: Region) -> Image.Image:
+        row = self.store.find(name)
         if row is None:
-            raise CADAError(f"The index holds no image {path!r}.")
+            raise CADAError(f"The index holds no image {name!r}.")
         source = self.source
         try:
-            return _decoded(source, row)
+            return open_image({"bytes": _content(source, row), "path": None}, box=region.box)
         except (OSError, CADAError) as error:
-            raise CADAError(f"The image {path} cannot be shown: {problem_of(error)}. {self._remedy}") from error
+            raise CADAError(f"The image {name} cannot be shown: {problem_of(error)}. {self._remedy}") from error
 
     def info(self) -> dict:
         """What the index holds and how: a flat dictionary, sizes in bytes."""
@@ -463,6 +502,7 @@ class GalleryIndex:
             "images": len(self),
             "columns": self.columns,
             "source": self.record["source"]["location"],
+            "persons": _written(self.record["persons"]),
             "model": self.record["model"],
             "revision": self.record["revision"] or "none",
             "weights_from": origin["start"],
@@ -492,12 +532,19 @@ class GalleryIndex:
         return problems
 
     def export(self, path: str | os.PathLike) -> int:
-        """Write `path`, `digest`, metadata and `feature` of all images as a Parquet file; returns their number."""
+        """
+        Write `path`, `box` (x, y, width, height; empty for a whole image), `digest`, metadata and `feature` of all
+        images as a Parquet file; returns their number.
+        """
         count = 0
         with ExitStack() as stack:
             temporary = stack.enter_context(written_whole(Path(path)))
             writer = None
             for table in self.store.tables(["path", "digest", *self.columns, "feature"]):
+                regions = [Region.of(name) for name in table["path"].to_pylist()]
+                boxes = pa.array([region.box for region in regions], pa.list_(pa.int64(), 4))
+                table = table.set_column(0, "path", pa.array([region.path for region in regions]))
+                table = table.add_column(1, "box", boxes)
                 writer = writer or stack.enter_context(pq.ParquetWriter(temporary, table.schema))
                 writer.write_table(table)
                 count += len(table)

@@ -12,6 +12,7 @@ from cada.files import CADAError, parse_json
 
 
 LISTS = (".csv", ".jsonl")
+PATH_COLUMNS = ("path", "file_name", "image")  # the first that is there names the image
 # Cells of a CSV file that are numbers or truth values, if all of their column are. With leading zeros they are no
 # numbers but ids, which keep their form.
 _KINDS = (

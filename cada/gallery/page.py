@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cada.data.images import open_file
-from cada.drawing import draw_explanation
+from cada.drawing import draw_explanation, draw_frame
 from cada.explain import attribute_predictions, word_attention
 from cada.files import CADAError, one_line
 from cada.gallery.index import GalleryIndex, LiveIndex, Result, open_index
@@ -42,7 +42,7 @@ except ImportError:
 ADDRESS = "127.0.0.1"
 MAX_UPLOAD = 10_000_000  # bytes
 MAX_IMAGES = 60
-THUMBNAIL = (240, 320)  # largest width and height in pixels
+THUMBNAIL, FRAME = (240, 320), (1280, 720)  # largest width and height in pixels
 _CLEANING = (600, 3600)  # every ten minutes, copies of images older than an hour are deleted
 
 # Persons are tall, and Gradio's cells are square, with the caption on the feet. The caption has its own place, {high}.
@@ -119,7 +119,7 @@ def _metadata(result: Result) -> str:
 
 def _caption(rank: int, result: Result) -> str:
     chance = "" if result.probability is None else f" ({result.probability:.0%})"
-    return f"{rank}.  {result.score:.3f}{chance}  {result.path}\n{_metadata(result)}".strip()
+    return f"{rank}.  {result.score:.3f}{chance}  {result.place}\n{_metadata(result)}".strip()
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,10 @@ class _Searched:
 def _line(text: str | None) -> dict:
     """A line of text on the page; none where there is nothing to say."""
     return gr.update(value=text, visible=bool(text))
+
+
+def _hidden() -> dict:
+    return gr.update(value=None, visible=False)
 
 
 class _Answers:
@@ -169,9 +173,9 @@ class _Answers:
         missing = dict(gallery.left_out)  # gone, or changed since they were indexed
         for result in results:
             try:
-                image = gallery.image(result.path)
+                image = gallery.image(result.name)
             except CADAError as error:
-                missing[result.path] = str(error)
+                missing[result.name] = str(error)
                 continue
             image.thumbnail(THUMBNAIL)
             shown.append(result)
@@ -225,18 +229,31 @@ class _Answers:
             if not isinstance(event.index, int) or not 0 <= event.index < len(searched.results):
                 raise CADAError("This image is no longer shown. Search again.")
             found, sentence = searched.results[event.index], searched.sentence
-            said, picture = [f"{found.path}  {_metadata(found)}".strip()], None
+            said, picture = [f"{found.place}  {_metadata(found)}".strip()], None
             if self.config.use_atp and sentence is None:
                 said.append("It was found by an image. Search by a sentence to see where its words look.")
             elif self.config.use_atp:
-                inputs = gallery.model, gallery.processor, gallery.image(found.path), sentence
+                inputs = gallery.model, gallery.processor, gallery.image(found.name), sentence
                 attention, predictions = word_attention(*inputs), []
                 if self.config.use_ara:
                     predictions = attribute_predictions(*inputs)
                 picture = draw_explanation(inputs[2], sentence, attention, predictions)
-            return replace(searched, chosen=found.path), picture, gr.update(visible=True), _line("\n".join(said))
+            return replace(searched, chosen=found.name), picture, gr.update(visible=True), _line("\n".join(said))
 
         return self._attempt(question, [gr.skip(), None, gr.update(visible=False)])
+
+    def frame(self, searched: _Searched, event: "gr.SelectData") -> dict:
+        """The whole image, or frame of a video, that the person who is clicked is in; nothing where it is shown."""
+
+        def question(gallery):
+            found, rank = searched.results, event.index
+            if not isinstance(rank, int) or not 0 <= rank < len(found) or found[rank].box is None:
+                return (_hidden(),)
+            image = draw_frame(gallery, found[rank])
+            image.thumbnail(FRAME)
+            return (gr.update(value=image, label=f"The frame: {found[rank].place}", visible=True),)
+
+        return self._attempt(question, [_hidden()])[0]  # [`explain`] says what is wrong
 
 
 def build_page(live: LiveIndex) -> "gr.Blocks":
@@ -271,10 +288,13 @@ def build_page(live: LiveIndex) -> "gr.Blocks":
         with gr.Row(visible=False) as marks:
             more, less = gr.Button("More like this"), gr.Button("Not this")
         why = gr.Image(label="Where each word looks", interactive=False, buttons=[], visible=answers.config.use_atp)
+        frame = gr.Image(interactive=False, buttons=[], visible=False)
         shown = [results, searched, why, note, marks, message]
         gr.on([sentence.submit, where.submit, by_sentence.click], answers.find, [sentence, where, top], shown, **event)
         by_image.click(answers.find_similar, [upload, where, top], shown, **event)
         results.select(answers.explain, [searched], [searched, why, marks, note], **event)
+        results.select(answers.frame, [searched], [frame], **event)
+        results.change(_hidden, None, [frame], **event)
         more.click(partial(answers.mark, True), [searched, where, top], shown, **event)
         less.click(partial(answers.mark, False), [searched, where, top], shown, **event)
     return page

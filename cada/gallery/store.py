@@ -2,11 +2,12 @@
 The files of an index, and its features in a memory-mapped Arrow table, where search is exact.
 
 `index.json` is the record: source, model, store and what they were when the index was written. `pending/` holds
-finished shards, `patches/` patch states. Only files of our own names are ever deleted.
+finished shards, `patches/` patch states, `persons.jsonl` which persons were found in which file. Only files of our own
+names are ever deleted.
 
-A row is an image: `path`, `stamp` (tells a changed image), `digest` (SHA-256 of its bytes), the metadata columns,
-`feature` (normalised, in half precision: it halves memory and the time of a search, and moves a score by 0.0005 at
-most).
+A row is an image: `path` (of a person in it the name of its [`cada.gallery.regions.Region`]), `stamp` (tells a changed
+file), `digest` (SHA-256 of the bytes of the image), the metadata columns, `feature` (normalised, in half precision: it
+halves memory and the time of a search, and moves a score by 0.0005 at most).
 """
 
 import math
@@ -29,13 +30,13 @@ from cada.files import LOCK, CADAError, one_line, read_json, written_whole
 from cada.gallery.images import content_digest
 
 
-RECORD, PENDING, PATCHES = "index.json", "pending", "patches"
-FORMAT = 5
+RECORD, FOUND, PENDING, PATCHES = "index.json", "persons.jsonl", "pending", "patches"
+FORMAT = 6
 MEND = "To mend the index, run `index` again."
 _RUN, _UNFINISHED = "[0-9a-f]{12}", r"(\.unfinished-)?"
 # The files that are ours, by their folder.
 OWN_FILES = {
-    "": re.compile(rf"{_UNFINISHED}table-{_RUN}\.arrow|\.unfinished-index\.json"),
+    "": re.compile(rf"{_UNFINISHED}table-{_RUN}\.arrow|\.unfinished-index\.json|(\.unfinished-)?persons\.jsonl"),
     PENDING: re.compile(rf"{_UNFINISHED}{_RUN}-\d{{6,}}\.arrow"),
     PATCHES: re.compile(rf"{_UNFINISHED}[0-9a-f]{{64}}\.safetensors"),
 }

@@ -19,10 +19,13 @@ from safetensors.torch import save, save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from cada.data.images import open_image
+from cada.data.images import cut_out, open_image
 from cada.files import CADAError, counted, problem_of, written_whole
 from cada.gallery.images import ImageFiles, ImageRows, content_digest
+from cada.gallery.persons import NOBODY, Persons
+from cada.gallery.regions import Region
 from cada.gallery.store import (
+    FOUND,
     PATCHES,
     PENDING,
     RECORD,
@@ -50,6 +53,12 @@ class IndexOptions:
     revision: str | None = None  # tag, branch or commit of the model on the Hub; the index keeps the commit
     split: str | None = None  # of a data set
     root: str | os.PathLike | None = None  # folder that the paths of a list are relative to; by default the list's own
+    boxes: str | os.PathLike | None = None  # file that says where persons are: COCO JSON, CSV or JSONL
+    detector: str | None = None  # checkpoint of AutoModelForObjectDetection that says it, with these settings:
+    min_score: float | None = None  # the least score of a person, 0.5 by default
+    min_height: float | None = None  # the least height of a person in pixels, 32 by default
+    margin: float | None = None  # what is added to a box on each side, as a share of its width or height; 0 by default
+    fps: float | None = None  # frames of a video that are looked at in each second, 1 by default
     hidden: bool | None = None  # take also hidden files, and those in folders of systems (thumbnails, waste bins)
     uri: str | None = None  # address of Milvus, which keeps the features then; by default they are in the index
     approximate: str | None = None  # an index type of Milvus: "FLAT" (exact, the default), "IVF_FLAT" or "HNSW"
@@ -74,8 +83,8 @@ class IndexOptions:
 @dataclass
 class Changes:
     """
-    What [`build_index`] did: numbers of images, also of hidden ones that were left out, and `(path, problem)` of every
-    image that cannot be read.
+    What [`build_index`] did: numbers of images; of hidden files that were left out, and of files that show nobody;
+    `(path, problem)` of all that cannot be read.
     """
 
     added: int = 0
@@ -83,20 +92,25 @@ class Changes:
     removed: int = 0
     unchanged: int = 0
     hidden: int = 0
+    empty: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Update:
     """What the main process does before and after encoding. `vision` is given where patch states are kept."""
 
-    def __init__(self, index: Path, record: dict, images: ImageFiles | ImageRows, vision: CADAVisionConfig | None):
-        self.index, self.record, self.images, self.vision = index, record, images, vision
+    def __init__(self, index: Path, record: dict, persons: Persons, vision: CADAVisionConfig | None):
+        self.index, self.record, self.persons, self.vision = index, record, persons, vision
+        self.images = persons.images
 
     def plan(self, new: bool, options: IndexOptions) -> list[Shard]:
         """Shards to encode. Images of finished shards and of the index are not among them."""
-        self.listing, self.unreadable = self.images.listing()
+        files, self.unreadable = self.images.listing()
+        self.listing = self.persons.entries(files, self.unreadable) if len(files) else files
         if not len(self.listing):
             problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
+            if self.persons.empty:
+                raise CADAError(f"Nobody was found in {counted(self.persons.empty, 'file')}.{problems} {NOBODY}")
             if self.images.hidden:
                 problems += f" {counted(self.images.hidden, 'hidden image')}: --hidden takes them."
             raise CADAError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")
@@ -162,9 +176,10 @@ class Update:
         kept = self.listing.filter(pc.is_in(self.listing["path"], pa.array(list(self._ready()), pa.string())))
         names = {True: "unchanged", False: "changed", None: "added"}
         numbers = Counter(names[self.known.get(path)] for path in kept["path"].to_pylist())
-        there = {*self.listing["path"].to_pylist(), *(path for path, _ in self.unreadable)}
-        removed = len(self.known.keys() - there)
-        changes = Changes(**numbers, removed=removed, hidden=self.images.hidden, unreadable=sorted(self.unreadable))
+        there, unreadable = set(self.listing["path"].to_pylist()), {path for path, _ in self.unreadable}
+        removed = sum(name not in there and Region.of(name).path not in unreadable for name in self.known)
+        left_out = {"hidden": self.images.hidden, "empty": self.persons.empty, "unreadable": sorted(self.unreadable)}
+        changes = Changes(**numbers, removed=removed, **left_out)
         if not len(kept):
             path, problem = changes.unreadable[0]
             raise CADAError(
@@ -219,7 +234,7 @@ def read_shards(index: Path, record: dict) -> Iterator[tuple[str, pa.Table]]:
 
 def clean(index: Path, record: dict) -> None:
     """Delete the files of an index that its present state does not refer to."""
-    used = {record.get("table")}
+    used = {record.get("table"), FOUND}
     if record["keep_patches"]:
         for table in open_store(index, record).tables(["path", "digest"]):
             used |= {states_file(record["digest"], *row) for row in _columns(table, "path", "digest")}
@@ -238,15 +253,20 @@ class _Batches(torch.utils.data.Dataset):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> tuple[dict[str, str], torch.Tensor | None, dict[str, str]]:
-        digests, pixel_values, problems = {}, [], {}
+        digests, pixel_values, problems, frame = {}, [], {}, None
         for path in self.batches[number]:
+            region = Region.of(path)
             try:
-                content = self.images.read(path)
-                image = open_image({"bytes": content, "path": None}, self.processor.image_size)
+                if region.frame != frame or region.box is None:  # else they are persons of one image
+                    frame, content = None, self.images.read(path)
+                    size = self.processor.image_size if region.box is None else None
+                    opened = open_image({"bytes": content, "path": None}, size)
+                    frame, digest = region.frame, content_digest(content)
+                image = opened if region.box is None else cut_out(opened, region.box)
             except (OSError, CADAError) as error:
                 problems[path] = f"cannot be decoded: {problem_of(error)}"
                 continue
-            digests[path] = content_digest(content)
+            digests[path] = digest
             pixel_values.append(self.processor(images=image, return_tensors="pt")["pixel_values"])
         return digests, torch.cat(pixel_values) if pixel_values else None, problems
 

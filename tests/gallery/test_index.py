@@ -412,14 +412,8 @@ def test_commands(checkpoint, folder, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert [entry["query"] for entry in found] == SENTENCES
     score = pytest.approx(expected[0].score, abs=1e-5)
-    first = {
-        "rank": 1,
-        "path": expected[0].path,
-        "score": score,
-        "stage": "local",
-        "metadata": {},
-        "probability": None,
-    }
+    first = {"rank": 1, "path": expected[0].path, "score": score, "stage": "local", "metadata": {}}
+    first |= {"probability": None, "box": None, "time": None}
     assert found[0]["results"] == [first]
     assert main(["search", index, "--image", str(folder / "03.png"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["results"][0]["path"] == "03.png"

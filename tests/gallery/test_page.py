@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import bert_tokenizer, free_port, save_checkpoint, tiny_processor
 from PIL import Image
+from street import draw_people, draw_street
 
 import cada.gallery.page
 from cada import cli
@@ -106,7 +107,7 @@ def call(address, number, data, session="tests", **event):
     return done["output"]["data"] if done["success"] else done["output"]["error"]
 
 
-FIND, FIND_SIMILAR, EXPLAIN, MORE, LESS = range(5)
+FIND, FIND_SIMILAR, EXPLAIN, FRAME, _, MORE, LESS = range(7)
 RED = "a man in a red coat"
 UNCHANGED = {"__type__": "update"}
 
@@ -167,6 +168,72 @@ def test_more_like_this_and_not_this(address, gallery):
     assert [image["caption"].split("  ")[1] for image in images] == [f"{result.score:.3f}" for result in expected]
     assert message["value"].endswith(f"Not like {wrong}.")
     assert find(address)[1] == "The best 6 of 6 images. Click one to see why."
+
+
+@pytest.fixture(scope="module")
+def street(folder, tmp_path_factory):
+    """An index of the persons on a photo of a street, and the address of its page."""
+    place = tmp_path_factory.mktemp("street")
+    photo, boxes = draw_street(draw_people(3, 0), 0)
+    (place / "photos").mkdir()
+    photo.save(place / "photos" / "corner.png")
+    Image.new("RGB", (24, 48), "green").save(place / "photos" / "whole.png")
+    rows = [{"path": "corner.png", "box": box} for box in boxes] + [{"path": "whole.png", "box": [0, 0, 24, 48]}]
+    (place / "boxes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"boxes": place / "boxes.jsonl", "progress": False}
+    build_index(place / "photos", place / "index", str(folder / "model"), **options)
+    gallery = open_index(place / "index", device="cpu")
+    with cada.gallery.page.serve(gallery, free_port()) as address:
+        yield gallery, address.rstrip("/"), photo
+
+
+def test_a_click_shows_the_frame_of_a_person(street):
+    gallery, address, photo = street
+    (expected,) = gallery.search([RED], 4)
+    images = call(address, FIND, [RED, "", 4])[0]
+    assert [image["caption"].split("  ")[2] for image in images] == [result.path for result in expected]
+    for number, (image, result) in enumerate(zip(images, expected)):
+        width, height = Image.open(image["image"]["path"]).size
+        assert abs(width / height - result.box[2] / result.box[3]) < 0.05  # the crop
+        (shown,) = call(address, FRAME, [None], event_data={"index": number, "value": None})
+        assert shown["visible"] and shown["label"] == f"The frame: {result.path}"
+        frame = np.asarray(Image.open(shown["value"]["path"]).convert("RGB"), int)
+        if result.path == "corner.png":
+            x, y, width, height = result.box
+            inside = np.s_[y + 1 : y + height - 1, x + 1 : x + width - 1]
+            assert np.abs(frame[inside] - np.asarray(photo, int)[inside]).mean() < 12  # WebP is lossy
+            assert frame[y + height // 2, x - 1, 0] - frame[y + height // 2, x - 1, 1] > 100  # the line of the box
+    (nothing,) = call(address, FRAME, [None], event_data={"index": 9, "value": None})
+    assert not nothing["visible"]
+
+
+def test_a_whole_image_has_no_frame(address):
+    find(address, top=3)
+    (shown,) = call(address, FRAME, [None], event_data={"index": 0, "value": None})
+    assert not shown["visible"] and shown["value"] is None
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: apt-get install chromium")
+def test_the_frame_in_a_browser(street):
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        patience = 600_000  # milliseconds, for a busy machine
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=patience)
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(patience)
+        playwright.expect.set_options(timeout=patience)
+        page.goto(street[1])
+        page.get_by_label("Sentence").fill(RED)
+        page.get_by_label("Sentence").press("Enter")
+        playwright.expect(page.locator(".caption-label")).to_have_count(4)
+        frame = page.get_by_text("The frame: corner.png")
+        playwright.expect(frame).to_have_count(0)
+        page.locator(".thumbnail-item").filter(has_text="corner.png").first.click()
+        playwright.expect(frame).to_be_visible()
+        page.get_by_label("Sentence").fill("a woman")
+        page.get_by_label("Sentence").press("Enter")
+        playwright.expect(frame).to_have_count(0)  # another search shows other persons
+        browser.close()
 
 
 def test_metadata_are_shown_and_choose(address):
