@@ -92,6 +92,11 @@ class Found(Message):
     probability: Annotated[
         float | None, Field(description="That it shows the person, of what a calibrated model has read.")
     ] = None
+    box: Annotated[
+        tuple[int, int, int, int] | None,
+        Field(description="Of the person: x, y, width, height in pixels of the upright image; null where it is all."),
+    ] = None
+    time: Annotated[float | None, Field(description="Of a frame of a video, in seconds.")] = None
 
 
 class SearchAnswer(Message):
