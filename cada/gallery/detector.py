@@ -16,9 +16,7 @@ from cada.hub.loading import commit_of
 def detector_version(name: str, revision: str | None) -> str | None:
     """What tells the version of a detector: the commit on the Hub, or a digest of the files in a folder."""
     if os.path.isabs(name) and not os.path.isdir(name):
-        raise CADAError(
-            f"The detector of this index was in {name}, which is not there. Say where it is: --detector NAME."
-        )
+        raise CADAError(f"The detector {name} is not there. Say where it is: --detector NAME.")
     if not Path(name).is_dir():
         return commit_of(name, revision)
     files = sorted(path for path in Path(name).iterdir() if path.suffix in (".json", ".safetensors"))
@@ -36,13 +34,16 @@ class Detector:
     def __init__(self, settings: dict, device: torch.device):
         """`settings` are those of [`cada.gallery.persons.person_settings`]."""
         name, self.settings, self.device = settings["detector"], settings, device
-        options = {} if Path(name).is_dir() else {"revision": settings["detector_version"] or "main"}
+        options = {"trust_remote_code": False}
+        if not Path(name).is_dir():
+            options["revision"] = settings["detector_version"] or "main"
         try:
             self.processor = AutoImageProcessor.from_pretrained(name, **options)
-            self.model = AutoModelForObjectDetection.from_pretrained(name, **options).to(device).eval()
+            self.model = AutoModelForObjectDetection.from_pretrained(name, use_safetensors=True, **options)
+            self.model.to(device).eval()
         except Exception as error:  # transformers raises many kinds, also where a package is missing
             raise CADAError(
-                f"--detector {name} cannot be loaded: {one_line(error)} Give a checkpoint of "
+                f"--detector {name} cannot be loaded ({one_line(error)}). Give a checkpoint of "
                 "AutoModelForObjectDetection, such as hustvl/yolos-tiny."
             ) from error
         labels = self.model.config.id2label
