@@ -69,8 +69,8 @@ class _Measured(TypedDict):
 
 
 class _Data(TypedDict):
-    persons: int | None  # nobody counts those of a stream
-    images: int | None
+    persons: NotRequired[int]  # nobody counts those of a stream
+    images: NotRequired[int]
     pairs: int  # of a stream, how many were read
 
 

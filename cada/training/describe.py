@@ -91,10 +91,10 @@ def check_hold_out(record: Run, dataset: str, held_out: int) -> None:
         )
 
 
-def _count(rows: Dataset | None, read: int) -> dict[str, int | None]:
+def _count(rows: Dataset | None, read: int) -> dict[str, int]:
     """Persons, images and pairs of the rows of train, or how many pairs were `read` from a stream."""
     if rows is None:
-        return {"persons": None, "images": None, "pairs": read}
+        return {"pairs": read}
     return {"persons": len(set(rows["person_id"])), "images": len(rows), "pairs": sum(map(len, rows["captions"]))}
 
 
