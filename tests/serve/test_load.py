@@ -48,12 +48,13 @@ def questions(folder) -> list[tuple]:
     gallery, images = open_index(folder / "index", device="cpu"), []
     pipeline = CADAPipeline(gallery.model, processor=gallery.processor)
     asked = []
-    for number in range(32):
-        image = gallery.image(f"{number:08}")
+    rows = list(gallery.source.row_of.items())[:32]
+    for number, (path, row) in enumerate(rows):
+        image = gallery.image(path)
         content = BytesIO()
         image.save(content, "PNG")
         images.append(f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}")
-        sentence = f"{number} " + gallery.source.dataset[number]["captions"][0][:60]
+        sentence = f"{number} " + gallery.source.dataset[row]["captions"][0][:60]
         ranking = gallery.search(sentence, len(gallery))[0]
         asked.append(
             ("/search", {"sentence": sentence, "top": TOP}, lambda found, ranking=ranking: agrees(found, ranking))
@@ -61,7 +62,7 @@ def questions(folder) -> list[tuple]:
         feature = encode_queries(gallery.model, gallery.processor, [sentence], progress=False).embeds[0]
         asked.append(("/v1/embeddings", {"input": sentence}, lambda found, feature=feature: equals(found, feature)))
         if number >= 3:
-            files = [gallery.image(f"{row:08}") for row in range(number - 3, number + 1)]
+            files = [gallery.image(path) for path, _ in rows[number - 3 : number + 1]]
             ranked = pipeline(sentence, images=files)
             body = {"query": sentence, "documents": images[-4:]}
             asked.append(("/rerank", body, lambda found, ranked=ranked: ranks(found, ranked)))
