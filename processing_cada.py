@@ -377,7 +377,7 @@ def _tagger():
         ) from error
 
 
-# What makes `SentenceTransformer(checkpoint)` encode sentences and images by our own methods; the cosine is its default.
+# What makes `SentenceTransformer(checkpoint)` encode sentences and images by our own methods. Cosine is its default.
 _FEATURES = {
     modality: {"method": f"get_{modality}_features", "method_output_name": "pooler_output"}
     for modality in ("text", "image")

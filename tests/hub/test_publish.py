@@ -490,7 +490,7 @@ except ValueError as error:
 
 
 def test_every_card_passes_the_check_of_the_client(run, tmp_path):
-    """`ModelCard.validate`, which asks the Hub: here the stand-in, which knows what the Hub's pages demand of a card."""
+    """`ModelCard.validate`, which asks the Hub: here the stand-in, which knows what the Hub's pages demand."""
     datasets = ["cuhk_pedes", "drawn", "icfg_pedes", "own (own data)", "rstp_reid"]
     (tmp_path / "cards").mkdir()
     for dataset in datasets:
