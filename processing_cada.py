@@ -377,6 +377,29 @@ def _tagger():
         ) from error
 
 
+# What makes `SentenceTransformer(checkpoint)` encode sentences and images by our own methods. Cosine is its default.
+_FEATURES = {
+    modality: {"method": f"get_{modality}_features", "method_output_name": "pooler_output"}
+    for modality in ("text", "image")
+}
+_SENTENCE_TRANSFORMERS = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {
+            "idx": 1,
+            "name": "1",
+            "path": "1_Normalize",
+            "type": "sentence_transformers.base.modules.normalize.Normalize",
+        },
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": _FEATURES,
+        "module_output_name": "sentence_embedding",
+    },
+}
+
+
 class CADAProcessor(ProcessorMixin):
     r"""
     Image processor, tokenizer and attribute masker in one.
@@ -422,6 +445,16 @@ class CADAProcessor(ProcessorMixin):
     def unused_input_names(self) -> list[str]:
         """What a BERT tokenizer gives besides, and no CADA model takes."""
         return ["token_type_ids"]
+
+    def to_json_file(self, json_file_path: str | os.PathLike):
+        """
+        Write the settings and, beside them, what sentence-transformers (6.2 and later) reads of a checkpoint. Here and
+        not in `save_pretrained`, which may push what it has written.
+        """
+        super().to_json_file(json_file_path)
+        for name, content in _SENTENCE_TRANSFORMERS.items():
+            with open(os.path.join(os.path.dirname(json_file_path), name), "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2)
 
     def __call__(
         self,

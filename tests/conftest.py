@@ -52,9 +52,11 @@ SAVED_FILES = [
     "losses_cada.py",
     "model.safetensors",
     "modeling_cada.py",
+    "modules.json",
     "pipeline_cada.py",
     "processing_cada.py",
     "processor_config.json",
+    "sentence_bert_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
 ]

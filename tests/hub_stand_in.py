@@ -470,6 +470,9 @@ def card_problems(text: str) -> list[str]:
     if not isinstance(metadata, dict):
         return ["the metadata are not a mapping"]
     required, problems = {}, []
+    link = str(metadata.get("license_link") or "LICENSE")  # the Hub's specification of cards
+    if link not in ("LICENSE", "LICENSE.md") and not link.startswith("https://"):
+        problems.append(f'"license_link" with value "{link}" is neither LICENSE, LICENSE.md nor an address')
     for i, model in enumerate(metadata.get("model-index") or []):
         required[f"model-index[{i}].name"] = model.get("name")
         for j, result in enumerate(model.get("results") or []):

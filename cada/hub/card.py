@@ -32,6 +32,18 @@ _ENVIRONMENT = Environment(
 )
 TEMPLATES = {"cuhk_pedes": "cada-cuhk.md", "icfg_pedes": "cada-icfg.md", "rstp_reid": "cada-rstp.md"}
 TEMPLATES |= dict.fromkeys(DRAWN_TITLES, "cada-demo.md")
+# By which such models are looked for. With `sentence-transformers` the Hub shows that library's snippet too.
+TAGS = [
+    "cada",
+    "sentence-transformers",
+    "text-to-image-retrieval",
+    "image-text-retrieval",
+    "cross-modal-retrieval",
+    "person-retrieval",
+    "text-based-person-retrieval",
+    "text-based-person-search",
+    "person-re-identification",
+]
 METRIC_TITLES = {"R1": "Rank-1", "R5": "Rank-5", "R10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 
@@ -119,9 +131,11 @@ def model_card(
         language="en",
         license="apache-2.0" if open_licence else "other",
         license_name="research-only" if restricted else None,
-        license_link="README.md" if restricted else None,
+        # The Hub knows a file LICENSE and addresses here; what may be done says the card itself.
+        license_link=f"https://huggingface.co/{repo_id}#origin-and-licence" if restricted else None,
         library_name="transformers",
-        tags=["cada", "text-to-image-retrieval", "person-retrieval", "person-re-identification"],
+        pipeline_tag="feature-extraction",  # what the Hub calls a model of embeddings; it has no task of retrieval
+        tags=TAGS,
         model_name=repo_id.split("/")[-1],
         eval_results=_results(evaluations) or None,
     )

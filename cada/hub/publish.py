@@ -24,7 +24,7 @@ from cada.hub.record import NO_LICENCE, RUN_FILE, checkpoint_digest, evaluations
 
 
 CODE = tuple(f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "pipeline", "processing"))
-SETTINGS = ("config.json", "processor_config.json", "tokenizer.json")
+SETTINGS = ("config.json", "modules.json", "processor_config.json", "sentence_bert_config.json", "tokenizer.json")
 OPTIONAL = ("README.md", RUN_FILE, "model.safetensors.index.json", "tokenizer_config.json")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 

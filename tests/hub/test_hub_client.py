@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 CODE = [f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "pipeline", "processing")]
 MODEL = ["config.json", "model.safetensors"]
 PROCESSOR = ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
+SENTENCE_TRANSFORMERS = ["modules.json", "sentence_bert_config.json"]
 
 CARD = """---
 library_name: transformers
@@ -286,7 +287,7 @@ def test_pushed_release_loads_at_its_tag(released):
     """Model, processor and card are pushed and tagged; then `main` moves on to other weights."""
     hub, folder, (tagged, newest, _) = released
     files = hub.files("tester/cada-tiny", "v1.0")
-    assert list(files) == sorted([".gitattributes", "README.md", *CODE, *MODEL, *PROCESSOR])
+    assert list(files) == sorted([".gitattributes", "README.md", *CODE, *MODEL, *PROCESSOR, *SENTENCE_TRANSFORMERS])
     assert files["README.md"].decode() == CARD
     assert files["model.safetensors"] == (folder / "first" / "model.safetensors").read_bytes()
     assert hub.files("tester/cada-tiny")["model.safetensors"] == (folder / "second" / "model.safetensors").read_bytes()
@@ -302,7 +303,7 @@ def test_trainer_pushes_a_checkpoint_that_loads(released):
     """`--push_to_hub` of the training command."""
     hub, folder, (*_, trained) = released
     files = hub.files("tester/trained")
-    assert set(files) >= {".gitattributes", "README.md", *CODE, *MODEL, *PROCESSOR}
+    assert set(files) >= {".gitattributes", "README.md", *CODE, *MODEL, *PROCESSOR, *SENTENCE_TRANSFORMERS}
     # No pickle, such as `training_args.bin`, and no optimizer state.
     assert {name.rsplit(".", 1)[-1] for name in files} == {"gitattributes", "json", "md", "py", "safetensors"}
     assert not [name for name in files if name.startswith("checkpoint-")]

@@ -146,7 +146,8 @@ def test_card_tells_what_was_measured(dataset, run):
     record = rename(run, dataset)
     card = model_card(run, "org/cada-x", "v1.0")
     loaded = ModelCard(card.content)
-    assert loaded.data.library_name == "transformers"
+    assert (loaded.data.library_name, loaded.data.pipeline_tag) == ("transformers", "feature-extraction")
+    assert {"sentence-transformers", "text-to-image-retrieval", "person-re-identification"} < set(loaded.data.tags)
     assert loaded.data.license == ("apache-2.0" if dataset.startswith("drawn") else "other")
     # model-index: five metrics of two matchings on two splits, the measured values.
     values = {(result.dataset_split, result.metric_type): result.metric_value for result in loaded.data.eval_results}
@@ -204,10 +205,12 @@ def test_card_of_a_model_without_record_claims_nothing(run):
 def test_snippets_of_the_card_run(run, tmp_path):
     """As a reader would: the card's code in a fresh process, with three images beside it."""
     content = model_card(run, str(run), "v1.0").content
-    short, long = re.findall(r"```python\n(.*?)```", content, flags=re.DOTALL)
+    short, long, encoder = re.findall(r"```python\n(.*?)```", content, flags=re.DOTALL)
     assert 'pipeline("text-to-image-person-retrieval"' in short and "model.match(" in long
-    ranking, again = run_code_of_a_reader(short + long, tmp_path)
+    by_global = "print((outputs.text_embeds @ outputs.image_embeds.T)[0].argsort(descending=True).tolist())\n"
+    ranking, again, expected, encoded = run_code_of_a_reader(short + long + by_global + encoder, tmp_path)
     assert sorted(ranking) == [0, 1, 2] and again == ranking  # three images are all candidates of local matching
+    assert encoded == expected
 
 
 def test_release_holds_what_loading_needs_and_no_pickle(run):
@@ -470,6 +473,34 @@ def test_publish_tags_refuses_to_overwrite_and_overwrites_when_asked(run, tmp_pa
         assert pinned["model.safetensors"] == newest["model.safetensors"] != released["model.safetensors"]
         assert hub.files("tester/cada", revision="v1.0") == released
         assert hub.unknown == []
+
+
+CHECKER = """
+import sys
+from pathlib import Path
+from huggingface_hub import ModelCard
+for file in sorted(Path(sys.argv[1]).iterdir()):
+    ModelCard.load(file).validate()
+    print(file.stem)
+try:
+    ModelCard(file.read_text().replace("license_link: https://", "license_link: ")).validate()
+except ValueError as error:
+    print("license_link" in str(error))
+"""
+
+
+def test_every_card_passes_the_check_of_the_client(run, tmp_path):
+    """`ModelCard.validate`, which asks the Hub: here the stand-in, which knows what the Hub's pages demand."""
+    datasets = ["cuhk_pedes", "drawn", "icfg_pedes", "own (own data)", "rstp_reid"]
+    (tmp_path / "cards").mkdir()
+    for dataset in datasets:
+        rename(run, dataset)
+        model_card(run, "org/name", "v1.0").save(tmp_path / "cards" / f"{dataset}.md")
+    with HubStandIn() as hub:
+        command = [sys.executable, "-c", CHECKER, str(tmp_path / "cards")]
+        result = subprocess.run(command, env=hub.environment(tmp_path / "home"), capture_output=True, text=True)
+        assert result.stdout.splitlines() == [*datasets, "True"], result.stderr[-2000:]
+        assert len(hub.requests) == len(datasets) + 1 and hub.unknown == []
 
 
 def test_wrong_token_is_one_line(run, tmp_path):

@@ -96,14 +96,14 @@ def test_code_of_the_readme_runs(processor, tmp_path):
     for number, colour in enumerate(("red", "blue"), start=1):
         Image.new("RGB", (48, 96), colour).save(tmp_path / "demo" / "images" / f"person_0{number}.png")
     blocks = re.findall(r"```python\n(.*?)```", section + page, flags=re.DOTALL)
-    short, use, _, local, registered, many = blocks
+    short, use, encoder, _, local, registered, many = blocks
     printed = "print(scores.argsort(descending=True).tolist())"
-    code = f"{short}\n{use}\n{local}\n{printed}\n{registered}\n{many}\n{printed}"
+    code = f"{short}\n{use}\n{encoder}\n{local}\n{printed}\n{registered}\n{many}\n{printed}"
     # The path stands for an installed package, which the last lines import.
     rankings = run_code_of_a_reader(code, tmp_path, PYTHONPATH=str(root))
-    by_pipeline, by_global, by_local, by_two_sentences = rankings
+    by_pipeline, by_global, by_encoder, by_local, by_two_sentences = rankings
     assert sorted(by_global) == [0, 1]
-    assert by_pipeline == by_local
+    assert by_pipeline == by_local and by_encoder == by_global
     assert [sorted(ranking) for ranking in by_two_sentences] == [[0, 1]] * 2
 
 
