@@ -378,23 +378,20 @@ def _tagger():
 
 
 # What makes `SentenceTransformer(checkpoint)` encode sentences and images by our own methods. Cosine is its default.
-_FEATURES = {
-    modality: {"method": f"get_{modality}_features", "method_output_name": "pooler_output"}
-    for modality in ("text", "image")
-}
+# A module without settings, such as `Normalize`, needs no folder.
 _SENTENCE_TRANSFORMERS = {
     "modules.json": [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
-        {
-            "idx": 1,
-            "name": "1",
-            "path": "1_Normalize",
-            "type": "sentence_transformers.base.modules.normalize.Normalize",
-        },
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.base.modules.{module}"}
+        for index, (path, module) in enumerate(
+            [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
+        )
     ],
     "sentence_bert_config.json": {
         "transformer_task": "feature-extraction",
-        "modality_config": _FEATURES,
+        "modality_config": {
+            modality: {"method": f"get_{modality}_features", "method_output_name": "pooler_output"}
+            for modality in ("text", "image")
+        },
         "module_output_name": "sentence_embedding",
     },
 }

@@ -97,6 +97,22 @@ def _results(evaluations: list[Evaluation]) -> list[EvalResult]:
     ]
 
 
+def _metadata(repo_id: str, evaluations: list[Evaluation], open_licence: bool, restricted: bool) -> ModelCardData:
+    """What the Hub reads of a card, to list the model and its scores."""
+    return ModelCardData(
+        language="en",
+        license="apache-2.0" if open_licence else "other",
+        license_name="research-only" if restricted else None,
+        # The Hub knows a file LICENSE and addresses here; what may be done says the card itself.
+        license_link=f"https://huggingface.co/{repo_id}#origin-and-licence" if restricted else None,
+        library_name="transformers",
+        pipeline_tag="feature-extraction",  # what the Hub calls a model of embeddings; it has no task of retrieval
+        tags=TAGS,
+        model_name=repo_id.split("/")[-1],
+        eval_results=_results(evaluations) or None,
+    )
+
+
 def model_card(
     folder: str | os.PathLike, repo_id: str, revision: str, evaluations: list[Evaluation] = ()
 ) -> ModelCard:
@@ -122,23 +138,11 @@ def model_card(
     dataset, earlier = training["dataset"] if training else None, origin.get("trained_on", {})
     sets = {dataset, *earlier}
     open_licence = sets <= set(DRAWN_TITLES) and origin["start"] == RANDOM_START["start"]
-    restricted = not sets.isdisjoint(PEDES_SETS)
     if earlier:
         origin = {**origin, "start": f"{origin['start']}, then trained on {', '.join(map(set_title, earlier))}"}
     if training:
         training = {**training, "title": set_title(dataset)}
-    data = ModelCardData(
-        language="en",
-        license="apache-2.0" if open_licence else "other",
-        license_name="research-only" if restricted else None,
-        # The Hub knows a file LICENSE and addresses here; what may be done says the card itself.
-        license_link=f"https://huggingface.co/{repo_id}#origin-and-licence" if restricted else None,
-        library_name="transformers",
-        pipeline_tag="feature-extraction",  # what the Hub calls a model of embeddings; it has no task of retrieval
-        tags=TAGS,
-        model_name=repo_id.split("/")[-1],
-        eval_results=_results(evaluations) or None,
-    )
+    data = _metadata(repo_id, evaluations, open_licence, restricted=not sets.isdisjoint(PEDES_SETS))
     template = TEMPLATES.get(dataset, "base.md") if open_licence or dataset not in DRAWN_TITLES else "base.md"
     body = _ENVIRONMENT.get_template(template).render(
         name=data.model_name,

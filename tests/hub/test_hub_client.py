@@ -237,6 +237,7 @@ READER = """
 import json, sys
 import torch
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor, pipeline
 
 results = []
@@ -254,6 +255,9 @@ for name in sys.argv[1:]:
     (found,) = search("a woman in a red coat", images=[image])
     assert abs(found["global_score"] / model.config.temperature - results[-1][0]) < 1e-3
     assert type(model).__module__.startswith("transformers_modules.")
+    encoder = SentenceTransformer(repo, revision=revision, trust_remote_code=True)
+    similarity = encoder.similarity(encoder.encode("a woman in a red coat"), encoder.encode(image)).item()
+    assert abs(similarity - found["global_score"]) < 1e-5
 assert not [name for name in sys.modules if name.endswith("_cada") and "." not in name]
 with open("results.json", "w") as file:
     json.dump(results, file)
