@@ -170,10 +170,11 @@ def test_more_like_this_and_not_this(address, gallery):
     assert find(address)[1] == "The best 6 of 6 images. Click one to see why."
 
 
-@pytest.fixture(scope="module")
-def street(folder, tmp_path_factory):
+@pytest.fixture  # of each test: while two pages are at work in a process, both put their files where the second does
+def street(folder, tmp_path):
     """An index of the persons on a photo of a street, and the address of its page."""
-    place = tmp_path_factory.mktemp("street")
+    place = tmp_path / "street"
+    place.mkdir()
     photo, boxes = draw_street(draw_people(3, 0), 0)
     (place / "photos").mkdir()
     photo.save(place / "photos" / "corner.png")
