@@ -86,9 +86,10 @@ class MilvusStore:
         known = {row["path"]: row["feature"] for row in self._get(paths, ["path", "feature"])} if paths else {}
         return torch.tensor([known[path] for path in paths]).view(-1, self.record["dimension"])
 
-    def _row(self, entity: dict) -> dict:
-        own = {name: entity["metadata"].get(name) for name in self.record["columns"]}
-        return {"path": entity["path"], "digest": entity["digest"], **own}
+    def _row(self, row: dict) -> dict:
+        return {"path": row["path"], "digest": row["digest"]} | {
+            n: row["metadata"].get(n) for n in self.record["columns"]
+        }
 
     def _rows(self, fields: list[str]) -> Iterator[dict]:
         iterator = self.client.query_iterator(self.name, batch_size=_ROWS, filter="", output_fields=fields)
@@ -98,8 +99,9 @@ class MilvusStore:
     def tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         kinds = {"feature": feature_type(self.record["dimension"]), **self.record.get("columns", {})}
         schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
-        for rows in _parts(self._rows([*(name for name in RESERVED if name in columns), "metadata"])):
-            yield pa.Table.from_pylist([row["metadata"] | row for row in rows], schema=schema)
+        own = [name for name in columns if name in RESERVED]
+        for rows in _parts(self._rows([*own, "metadata"])):
+            yield pa.Table.from_pylist([row["metadata"] | {name: row[name] for name in own} for row in rows], schema)
 
     def search(self, queries: torch.Tensor, k: int, conditions: Sequence[Condition] = ()) -> Hits:
         if k > 16_384:
@@ -135,8 +137,8 @@ class MilvusStore:
         return {}
 
     def _upsert(self, rows: list[dict], wanted: dict[str, dict]) -> None:
-        rows = [row | wanted[row["path"]] | {"feature": list(map(float, row["feature"]))} for row in rows]
-        self.client.upsert(self.name, data=rows)
+        floats = ({"feature": list(map(float, row["feature"]))} for row in rows)
+        self.client.upsert(self.name, data=[row | wanted[row["path"]] | each for row, each in zip(rows, floats)])
 
 
 def _parts(values: Iterable) -> Iterator[list]:

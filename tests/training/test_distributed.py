@@ -153,12 +153,12 @@ def test_a_process_killed_in_an_evaluation(single, moment):
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_in_an_evaluation(single):
-    """Both end after the next step, at the same checkpoint, and neither waits for the other."""
+    """Both end after the evaluation, at the same checkpoint, and neither waits for the other."""
     run = arguments(single, "terminated", 2, *EXACT, "--do_predict", "--resume_from_checkpoint", "last")
     run += ["--num_train_epochs", "3"]
     with pytest.raises(mp.ProcessExitedException, match="143"):
         run_in_processes(2, [run], killed_process, MOMENT="encode_gallery", SIGNAL="SIGTERM")
-    assert (single / "terminated" / "checkpoint-7" / "trainer_state.json").is_file()
+    assert (single / "terminated" / "checkpoint-6" / "trainer_state.json").is_file()
     run_in_processes(2, [run])
     train_cada.main([*arguments(single, "whole", 1, *EXACT, "--do_predict"), "--num_train_epochs", "3"])
     assert_equal_runs(single / "whole", single / "terminated", steps=9)
