@@ -3,11 +3,11 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import torch
+from huggingface_hub.utils import chunk_iterable
 from pymilvus import DataType, MilvusClient, MilvusException
 
 from cada.files import CADAError
@@ -100,7 +100,7 @@ class MilvusStore:
         kinds = {"feature": feature_type(self.record["dimension"]), **self.record.get("columns", {})}
         schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
         own = [name for name in columns if name in RESERVED]
-        for rows in _parts(self._rows([*own, "metadata"])):
+        for rows in map(list, chunk_iterable(self._rows([*own, "metadata"]), _ROWS)):
             yield pa.Table.from_pylist([row["metadata"] | {name: row[name] for name in own} for row in rows], schema)
 
     def search(self, queries: torch.Tensor, k: int, conditions: Sequence[Condition] = ()) -> Hits:
@@ -129,9 +129,9 @@ class MilvusStore:
                 gone.append(row["key"])
             elif row != row | wanted[row["path"]]:
                 outdated.append(row["key"])
-        for keys in _parts(outdated):  # only stamps and metadata are new
+        for keys in map(list, chunk_iterable(outdated, _ROWS)):  # only stamps and metadata are new
             self._upsert(self.client.get(self.name, ids=keys, output_fields=["*"]), wanted)
-        for keys in _parts(gone):  # last: searches find enough meanwhile
+        for keys in map(list, chunk_iterable(gone, _ROWS)):  # last: searches find enough meanwhile
             self.client.delete(self.name, ids=keys)
         self.client.flush(self.name)
         return {}
@@ -139,11 +139,6 @@ class MilvusStore:
     def _upsert(self, rows: list[dict], wanted: dict[str, dict]) -> None:
         floats = ({"feature": list(map(float, row["feature"]))} for row in rows)
         self.client.upsert(self.name, data=[row | wanted[row["path"]] | each for row, each in zip(rows, floats)])
-
-
-def _parts(values: Iterable) -> Iterator[list]:
-    values = iter(values)
-    return iter(lambda: list(islice(values, _ROWS)), [])
 
 
 def _expression(condition: Condition) -> str:

@@ -28,7 +28,7 @@ def _has_words(text: str) -> str:
 
 Text = Annotated[
     str,
-    Field(max_length=MAX_TEXT, pattern=r"\w", description="A sentence, with a letter or digit."),
+    Field(min_length=1, max_length=MAX_TEXT, description="A sentence, with a letter or digit."),
     AfterValidator(_has_words),
 ]
 ImageURL = Annotated[
