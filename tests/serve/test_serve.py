@@ -280,7 +280,7 @@ def png(size) -> str:
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("/search", {"sentence": "..!"}, "body.sentence: String should match"),
+        ("/search", {"sentence": "..!"}, "body.sentence: Value error, it is empty"),
         ("/search", {"sentence": "\u200d"}, "body.sentence: Value error, it is empty; describe a person"),
         ("/search", {"sentence": "red " * 501}, "at most 2000 characters"),
         ("/search", {}, "give a `sentence` or an `image`"),
