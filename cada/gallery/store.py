@@ -45,7 +45,7 @@ _CONDITION = re.compile(r"(.+?)(==|!=|<=|>=|=<|=>|=|<|>)(.*)", re.DOTALL)
 _COMPARE = {"==": pc.equal, "!=": pc.not_equal, "<": pc.less, "<=": pc.less_equal}
 _COMPARE |= {">": pc.greater, ">=": pc.greater_equal}
 _ROWS_AT_ONCE = 65_536
-_QUERIES_AT_ONCE, _ROWS_OF_A_PRODUCT = 256, 1024  # whose float32 copy stays in the cache
+_QUERIES_AT_ONCE, _ROWS_OF_A_PRODUCT = 256, 2048  # whose float32 copy stays in the cache
 # Of a product of unit vectors in half precision with sums in float32: 2^-11 for the query, 2^-11 for the result, and
 # something for the sums. In float32 the order of the sums alone makes a difference.
 _ERROR_OF_HALF, _ERROR_OF_SINGLE = 1.1e-3, 2e-5
