@@ -57,19 +57,21 @@ def clean_caption(caption: str) -> str:
 _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """
-    A photograph as its camera was held, by its EXIF tag; another image as it is. Damaged EXIF turns nothing, as in any
-    viewer; `ImageOps.exif_transpose` breaks on it.
-    """
-    image.load()
+def orientation(image: Image.Image) -> int:
+    """How the camera of a photograph was held, 1 to 8, by its EXIF tag; 1, upright, without one. Decodes nothing."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow's reader of EXIF raises many kinds
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF turns nothing, as in any viewer; Pillow's reader raises many kinds
+        return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A photograph as its camera was held, see [`orientation`]; another image as it is."""
+    image.load()
+    turn = orientation(image)
+    if turn not in range(2, 9):
         return image
-    if orientation not in range(2, 9):
-        return image
-    turned = image.transpose(Image.Transpose[_TURNS[orientation - 2]])
+    turned = image.transpose(Image.Transpose[_TURNS[turn - 2]])
     turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # not to turn it twice
     return turned
 

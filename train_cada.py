@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from cada.data.pairs import PairCollator, PairDataset
 from cada.data.streams import StreamCollator
+from cada.evaluation.calibration import save_calibration
 from cada.files import CADAError, checkpoint_written_whole, make_output_folder, only_writer, run_command
 from cada.hardware import cpu_has_bfloat16
 from cada.hub.publish import check_licence, open_repository
@@ -63,8 +64,8 @@ def choose_by_what_is_there(args: CADATrainingArguments, model: CADAForTextToIma
 
 def train(trainer: CADATrainer, describe: partial, record: Run, name: str) -> None:
     """
-    Train, from the checkpoint where there is one to go on from, calibrate on the validation of a set of this `name`,
-    and save the model with the record of the run.
+    Train, from the checkpoint where there is one to go on from, save the model with the record of the run, and
+    calibrate it on the validation split of the set, which has this `name`.
     """
     args = trainer.args
     trainer.write_record = lambda folder: write_run(
@@ -74,12 +75,14 @@ def train(trainer: CADATrainer, describe: partial, record: Run, name: str) -> No
     # Of a resumed run nobody knows the whole.
     minutes = None if trainer.resumed_from else result.metrics["train_runtime"] / 60
     record["training"] = describe(trainer.state, minutes)
-    if trainer.eval_dataset is not None and trainer.model.config.use_atp:
-        trainer.calibrate(trainer.eval_dataset, f"{name}, val")
     if trainer.is_world_process_zero():
         with checkpoint_written_whole(args.output_dir) as folder:
             trainer.save_model(str(folder), _internal_call=True)
-            write_run(folder, record["origin"], record["training"], [])  # an evaluation may fail
+            write_run(folder, record["origin"], record["training"], [])  # what follows may fail
+    if trainer.eval_dataset is not None and trainer.model.config.use_atp:
+        trainer.calibrate(trainer.eval_dataset, f"{name}, val")
+        if trainer.is_world_process_zero():
+            save_calibration(args.output_dir, trainer.model.config.calibration)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
 
@@ -92,7 +95,7 @@ def evaluate(trainer: CADATrainer, sets: list[tuple[DataArguments, DatasetDict]]
     for split, (data, splits) in product((split for split in asked if asked[split]), sets):
         prefix = {"val": "eval", "test": "test"}[split] + (f"_{Path(data.dataset).name}" if len(sets) > 1 else "")
         scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
-        if split == "test" and model.config.calibration is not None:
+        if split == "test":
             scores |= trainer.evaluate_open_set(splits[split], metric_key_prefix=prefix)
         trainer.log_metrics(prefix, scores)
         trainer.save_metrics(prefix, scores)
@@ -122,8 +125,6 @@ def run(model_arguments: ModelArguments, sets: list[DataArguments], args: CADATr
     with only_writer(args.output_dir) if args.process_index == 0 else nullcontext():
         set_seed(args.seed)
         model, processor = make_model_and_processor(model_arguments)
-        if args.do_train:
-            model.config.calibration = None  # that of the weights before
         if data.streaming:
             pairs, splits, held_out = load_stream(data, args, processor, model.config.use_ara), DatasetDict(), 0
             collator = StreamCollator(processor, mask=model.config.use_ara)

@@ -168,7 +168,7 @@ def main() -> None:
     train, test = splits["train"], splits["test"]
     with tempfile.TemporaryDirectory() as folder:
         train_model(train, test, Path(folder), options.steps)
-        model, processor, _ = load_model_and_processor(Path(folder) / "model")
+        model, processor = load_model_and_processor(Path(folder) / "model")
     model = model.to("cuda").eval()
     lines = [
         "# On an accelerator",

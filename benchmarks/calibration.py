@@ -42,7 +42,7 @@ def main() -> None:
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for folder in options.folders:
-        model, processor, _ = load_model_and_processor(folder / "model")
+        model, processor = load_model_and_processor(folder / "model")
         splits = load_from_disk(folder / "drawn")
         fitted = model.config.calibration = calibrate(model, processor, splits["val"], "drawn", progress=False)
         scores = evaluate_open_set(model, processor, splits["test"], progress=False)

@@ -46,7 +46,7 @@ from cada.hub.convert import load_model_and_processor
 
 splits = load_drawn(seed=0)
 build_start(splits, Path(sys.argv[1]), 0)
-model, processor, _ = load_model_and_processor(sys.argv[1])
+model, processor = load_model_and_processor(sys.argv[1])
 model.train().set_attn_implementation("eager")
 pairs = PairDataset(splits["train"], processor.image_size)
 size = int(RECIPE[RECIPE.index("--per_device_train_batch_size") + 1])

@@ -34,7 +34,7 @@ ROUNDS = ("first round", "one right image marked", "and the best wrong one")
 
 def rounds(folder: Path, split: str, rerank_k: int = 32) -> dict[str, dict[str, float]]:
     """mAP of the other images of the person, by stage and round."""
-    model, processor, _ = load_model_and_processor(folder / "model")
+    model, processor = load_model_and_processor(folder / "model")
     rows = load_from_disk(folder / "drawn")[split]
     captions = [caption for row in rows["captions"] for caption in row]
     gallery = encode_gallery(model, processor, rows, progress=False)

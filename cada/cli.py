@@ -24,9 +24,9 @@ from cada.data.images import open_file
 from cada.data.loading import load_pairs_dataset
 from cada.data.pedes import PEDES_SETS
 from cada.drawing import check_picture, draw_explanation, draw_results, save_picture
-from cada.evaluation.calibration import calibrate
+from cada.evaluation.calibration import calibrate, save_calibration
 from cada.explain import attribute_predictions, word_attention
-from cada.files import CADAError, counted, make_output_folder, printable, read_json, run_command, written_whole
+from cada.files import CADAError, counted, make_output_folder, printable, run_command, written_whole
 from cada.gallery.index import build_index, open_index
 from cada.gallery.store import parse_conditions, shard_files
 from cada.hub.convert import (
@@ -111,12 +111,11 @@ def calibrate_checkpoint(
 ) -> None:
     """Find out from a validation set how probable a match is, given its scores. A training does it by itself."""
     check_config(model)
-    network, processor, _ = load_model_and_processor(model)
+    network, processor = load_model_and_processor(model)
     rows = load_pairs_dataset(dataset, data_dir, splits=[split])[split]
     name = f"{Path(dataset).name if Path(dataset).exists() else dataset}, {split}"
     fitted = calibrate(network, processor, rows, name)
-    with written_whole(model / "config.json") as path:
-        path.write_text(json.dumps(read_json(model / "config.json") | {"calibration": fitted}, indent=2) + "\n")
+    save_calibration(model, fitted)
     error = fitted["expected_calibration_error"]
     print(f"{name}: {fitted['pairs']:,} pairs, expected calibration error {error:.4f}. Wrote {model / 'config.json'}.")
 
@@ -221,10 +220,11 @@ def search(
         raise CADAError("--rerank reads a sentence; with --image alone there is none. Leave it out.")
     else:
         rankings = [(str(image), gallery.search_image(photo, top, **marked))]
+    nobody = set()
     if min_probability is not None:
-        rankings = _above(rankings, min_probability, gallery.model_name)
+        rankings, nobody = _above(rankings, min_probability, gallery.model_name)
     if as_json:
-        _print_json(rankings)
+        _print_json(rankings, nobody)
     else:
         asked = dict.fromkeys(condition.column for condition in parse_conditions(where or (), gallery.columns))
         nothing = f"No image{f' fulfils {shlex.join(where)}' if where and not gallery.left_out else ''}."
@@ -242,25 +242,33 @@ def _read_sentences(file: Path) -> list[str]:
         raise CADAError(f"{file} cannot be read ({error}). Give a text file in UTF-8.") from error
 
 
-def _above(rankings: list, least: float, model: str) -> list:
-    """What is at least so probable. Where nothing is, a line says that nobody fits, and the best stay below it."""
+def _above(rankings: list, least: float, model: str) -> tuple[list, set[str]]:
+    """
+    What is at least so probable. Where nothing is, a line says that nobody fits, and the best stay; these queries are
+    the second value.
+    """
     if all(result.probability is None for _, results in rankings for result in results):
         raise CADAError(
             f"{model} gives no probabilities here. They are of a sentence alone, read by local matching, and of a "
             "model that was calibrated: cada calibrate MODEL. Leave --min-probability out."
         )
-    shown = []
+    shown, nobody = [], set()
     for query, results in rankings:
         kept = [result for result in results if (result.probability or 0) >= least]
         if not kept:
             print(f"Nobody fits {printable(query)!r} with a probability of {least:g}. The best:", file=sys.stderr)
+            nobody.add(query)
         shown.append((query, kept or results))
-    return shown
+    return shown, nobody
 
 
-def _print_json(rankings: list) -> None:
+def _print_json(rankings: list, nobody: set[str]) -> None:
     lists = [
-        {"query": query, "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(results, 1)]}
+        {
+            "query": query,
+            "nobody_fits": query in nobody,
+            "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(results, 1)],
+        }
         for query, results in rankings
     ]
     print(json.dumps(lists, indent=2, ensure_ascii=False, allow_nan=False))
@@ -326,7 +334,7 @@ def explain(
         if path is not None:
             make_output_folder(path.parent)
     photo = open_file(image)
-    network, processor, _ = load_model_and_processor(model, revision)
+    network, processor = load_model_and_processor(model, revision)
     attention = word_attention(network, processor, photo, text, layer, head)
     predictions = attribute_predictions(network, processor, photo, text) if network.config.use_ara else []
     with written_whole(out) as path:

@@ -7,12 +7,11 @@ from typing import BinaryIO
 
 from datasets import Dataset, Image
 from datasets.utils.file_utils import xopen
-from PIL import ExifTags
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from cada.files import CADAError, one_line
-from processing_cada import IMAGE_FORMATS, read_image
+from processing_cada import IMAGE_FORMATS, orientation, read_image
 
 
 def _image_problem(image: dict, decode: bool) -> str | None:
@@ -90,8 +89,7 @@ def image_size(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
     """Width and height of an image, upright. Nothing is decoded; a `CADAError` where it is none."""
     try:
         with PILImage.open(file, formats=IMAGE_FORMATS) as opened:
-            lies = opened.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
-            return opened.size[::-1] if lies else opened.size
+            return opened.size[::-1] if orientation(opened) in range(5, 9) else opened.size
     except Exception as error:  # as above
         raise CADAError(one_line(error)) from error
 

@@ -5,7 +5,10 @@ It is fitted on validation, by logistic regression (Platt, 1999) on what a searc
 of every caption, where half of the persons have no image in the gallery.
 """
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from cada.data.pairs import captions_and_persons
 from cada.evaluation.encoding import RERANK_MEMORY, encode_gallery, encode_queries
 from cada.evaluation.matching import score_candidates
 from cada.evaluation.metrics import top_candidates
-from cada.files import CADAError
+from cada.files import CADAError, read_json, written_whole
 
 
 FALSE_ALARMS = (0.01, 0.1)  # shares of the searches for somebody who is not there
@@ -141,6 +144,14 @@ def open_set_metrics(found: Candidates, probabilities: torch.Tensor) -> dict[str
 def calibrate(model, processor, dataset, name: str, **options) -> dict:
     """[`fit_calibration`] on a data set; `options` are those of [`open_set_candidates`]."""
     return fit_calibration(open_set_candidates(model, processor, dataset, **options), model.config, name)
+
+
+def save_calibration(checkpoint: str | os.PathLike, fitted: dict | None) -> None:
+    """Put the field `calibration` into the configuration in the folder of a checkpoint, whole or not at all."""
+    file = Path(checkpoint) / "config.json"
+    content = json.dumps(read_json(file) | {"calibration": fitted}, indent=2) + "\n"
+    with written_whole(file) as path:
+        path.write_text(content, encoding="utf-8")
 
 
 def evaluate_open_set(model, processor, dataset, **options) -> dict[str, float]:

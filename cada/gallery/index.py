@@ -61,7 +61,7 @@ from cada.gallery.store import (
     states_file,
 )
 from cada.gallery.update import Changes, IndexOptions, Update, encode_shards
-from cada.hub.convert import load_model_and_processor
+from cada.hub.convert import load_model_and_processor, origin_of
 from cada.hub.loading import commit_of
 from cada.hub.record import UNKNOWN_START, search_digest
 from configuration_cada import CADAConfig
@@ -100,13 +100,12 @@ class Result:
 
 def _load(name: str, revision: str | None, device, record: dict | None) -> tuple:
     """
-    Model (in evaluation mode, on `device`) and processor of a checkpoint, the origin of its weights, and the digest of
-    what scores depend on. A `CADAError` also where `record` has another digest, or the model is no longer where it
-    was, or for the device.
+    Model (in evaluation mode, on `device`) and processor of a checkpoint, and the digest of what scores depend on. A
+    `CADAError` also where `record` has another digest, or the model is no longer where it was, or for the device.
     """
     if record is not None and name == record["model"] and os.path.isabs(name) and not os.path.exists(name):
         raise CADAError(f"The model of this index was in {name}, which is not there. Say where it is: --model NAME.")
-    model, processor, origin = load_model_and_processor(name, revision)
+    model, processor = load_model_and_processor(name, revision)
     digest = search_digest(model, processor)
     if record is not None and digest != record["digest"]:
         raise CADAError(
@@ -115,7 +114,7 @@ def _load(name: str, revision: str | None, device, record: dict | None) -> tuple
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device), processor, origin, digest
+        return model.to(device), processor, digest
     except (AssertionError, RuntimeError) as error:  # PyTorch raises the first where it was built without CUDA
         raise CADAError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
 
@@ -153,10 +152,10 @@ def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str 
     check_output(index, place, record is None)
     images = open_source(place, index if record is not None and place == record["source"] else None)
     make_output_folder(index)  # what keeps from writing shows now, not after the work
-    network, processor, origin, digest = _load(settings["model"], settings["revision"], state.device, record)
+    network, processor, digest = _load(settings["model"], settings["revision"], state.device, record)
     for folder in (PENDING, PATCHES) if settings["keep_patches"] else (PENDING,):
         (index / folder).mkdir(exist_ok=True)
-    new = {**settings, "origin": origin, "digest": digest, "source": place}
+    new = {**settings, "origin": origin_of(settings["model"], settings["revision"]), "digest": digest, "source": place}
     with only_writer(index) if state.is_main_process else nullcontext():
         update, plan = None, None
         if state.is_main_process:

@@ -438,33 +438,44 @@ def save_converted(
         write_run(folder, describe_origin(source, checkpoint), None, [])
 
 
+def _is_blip(name: str | os.PathLike, revision: str | None) -> bool:
+    if os.path.isfile(name):
+        check_config(name)  # which says so
+    with in_one_line(f"The configuration of {name} cannot be used", name, "Give the folder of a checkpoint."):
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
+    return config.get("model_type") == BlipConfig.model_type
+
+
 def load_model_and_processor(
     name: str | os.PathLike, revision: str | None = None
-) -> tuple[CADAForTextToImageRetrieval, CADAProcessor, Origin | None]:
+) -> tuple[CADAForTextToImageRetrieval, CADAProcessor]:
     """
-    Model, in evaluation mode, and processor, which belong together, and where the weights come from: of a checkpoint
-    of CADA, or of a `BlipForImageTextRetrieval` of transformers, which is converted in memory and keeps its image
-    size. BLIP's cosine is S_G then, and its matching probability S_L.
+    Model, in evaluation mode, and processor, which belong together: of a checkpoint of CADA, or of a
+    `BlipForImageTextRetrieval` of transformers, which is converted in memory and keeps its image size. BLIP's cosine
+    is S_G then, and its matching probability S_L.
 
     Raises:
         CADAError: as [`load_model`], [`load_processor`] and [`convert`].
     """
-    if os.path.isfile(name):
-        check_config(name)  # which says so
-    with in_one_line(f"The configuration of {name} cannot be used", name, "Give the folder of a checkpoint."):
-        kind = PreTrainedConfig.get_config_dict(name, revision=revision or "main")[0].get("model_type")
-    if kind != BlipConfig.model_type:
+    if not _is_blip(name, revision):
         model, processor = load_model(name, revision), load_processor(name, revision)
         check_processor(processor, model.config)
-        return model, processor, after_training(read_start(name, revision))
+        return model, processor
     model, _ = convert("blip", name, config_overrides={"use_ara": False}, revision=revision)
     # Only training reads the head of groups. Equal weights at each loading make an equal digest.
     model.group_match_head.load_state_dict(model.match_head.state_dict())
     with in_one_line(f"The image processor of {name} cannot be loaded", name, "Save it with the model."):
-        images = ImageProcessingMixin.get_image_processor_dict(name, revision=revision or "main")[0]
+        images, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision or "main")
     names = ("resample", "image_mean", "image_std")
     image_processor = CADAImageProcessor(**{field: images[field] for field in names if field in images})
     processor = fitted_processor(image_processor, load_tokenizer(name, revision), model.config)
     size = "×".join(map(str, model.config.vision_config.image_height_width))
     logger.warning(f"{name} is BLIP, not trained on persons: converted in memory, reads images of {size}.")
-    return model, processor, describe_origin("blip", name)
+    return model, processor
+
+
+def origin_of(name: str | os.PathLike, revision: str | None = None) -> Origin | None:
+    """Where the weights of a checkpoint of CADA or BLIP come from, with their licence; `None` if unrecorded."""
+    if _is_blip(name, revision):
+        return describe_origin("blip", name)
+    return after_training(read_start(name, revision))

@@ -222,6 +222,7 @@ class CADATrainer(Trainer):
         wanted = "last" if resume_from_checkpoint is True else resume_from_checkpoint
         wanted = wanted or self.args.resume_from_checkpoint
         self.resumed_from = find_checkpoint(self.args, self.recipe, wanted)
+        self.model.config.calibration = None  # that of the weights before
         # `Trainer` deletes old checkpoints before the new one is complete: [`_save_checkpoint`] does it, and here.
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -380,18 +381,33 @@ class CADATrainer(Trainer):
             ) from error
 
     def calibrate(self, dataset, name: str) -> None:
-        """Fit `calibration` of the configuration on a validation set, see `cada.evaluation.calibration`."""
-        model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
-        model.config.calibration = self._measured(calibrate, dataset, name)
-        model.train(was_training)
+        """
+        Fit `calibration` of the configuration on a validation set of this `name`, see `cada.evaluation.calibration`;
+        on fewer than two persons it stays `None`, with a warning.
+        """
+        if self._has_two_persons(dataset):
+            model = self.accelerator.unwrap_model(self.model)
+            was_training = model.training
+            model.eval()
+            model.config.calibration = self._measured(calibrate, dataset, name)
+            model.train(was_training)
 
     def evaluate_open_set(self, dataset, metric_key_prefix: str = "test") -> dict[str, float]:
-        """Scores where half of the persons are absent, with the prefix, such as `test_open_AUROC`."""
-        self.accelerator.unwrap_model(self.model).eval()
+        """
+        Scores where half of the persons are absent, with the prefix, such as `test_open_AUROC`; none of a model
+        without calibration, and none, with a warning, for fewer than two persons.
+        """
+        model = self.accelerator.unwrap_model(self.model).eval()
+        if model.config.calibration is None or not self._has_two_persons(dataset):
+            return {}
         metrics = self._measured(evaluate_open_set, dataset)
         return {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+
+    def _has_two_persons(self, dataset) -> bool:
+        enough = len(set(dataset["person_id"])) > 1
+        if not enough:
+            logger.warning("The set has one person, so nobody can be absent: probabilities need two persons at least.")
+        return enough
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
         """The `metrics` of [`evaluate`]; the scores of all pairs are too many to keep."""

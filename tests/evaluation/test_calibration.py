@@ -100,7 +100,7 @@ def colours(tmp_path_factory):
 
 
 def test_every_second_person_is_absent(start, colours):
-    model, processor, _ = load_model_and_processor(start)
+    model, processor = load_model_and_processor(start)
     rows = load_from_disk(colours)["test"]
     found = open_set_candidates(model, processor, rows, progress=False)
     persons = sorted(set(rows["person_id"]))
@@ -130,9 +130,29 @@ def test_training_calibrates_and_the_test_is_open(start, colours, tmp_path):
     assert "Is the person there at all?" in card and "| colours (own data), val |" in card
 
 
+def test_a_set_of_one_person_calibrates_nothing_and_loses_nothing(start, colours, tmp_path, caplog):
+    splits = load_from_disk(colours)
+    for split in ("val", "test"):
+        splits[split] = splits[split].filter(lambda row: row["person_id"] == 0)
+    splits.save_to_disk(tmp_path / "one")
+    words = [
+        "--dataset",
+        str(tmp_path / "one"),
+        "--model_name_or_path",
+        str(start),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    words += ["--do_train", "--do_predict", "--max_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu"]
+    metrics = train_cada.main([*words, "--eval_strategy", "no", "--load_best_model_at_end", "false"])
+    assert metrics["test_global_R1"] == 100 and "test_open_ECE" not in metrics
+    assert CADAConfig.from_pretrained(tmp_path / "run").calibration is None
+    assert "probabilities need two persons at least" in caplog.text
+
+
 def test_search_says_how_probable_a_match_is(start, colours, tmp_path, capsys):
     folder, index = tmp_path / "model", tmp_path / "index"
-    model, processor, _ = load_model_and_processor(start)
+    model, processor = load_model_and_processor(start)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     build_index(colours, index, str(folder), split="test", progress=False)
@@ -160,4 +180,8 @@ def test_search_says_how_probable_a_match_is(start, colours, tmp_path, capsys):
     assert printed.out.splitlines()[1].split() == ["rank", "score", "probability", "stage", "path"]
     assert main(["search", str(index), "a red coat", "--top", "2", "--min-probability", "0", "--json"]) == 0
     printed = capsys.readouterr()
-    assert printed.err == "" and json.loads(printed.out)[0]["results"][0]["probability"] > 0
+    (found,) = json.loads(printed.out)
+    assert printed.err == "" and found["results"][0]["probability"] > 0 and not found["nobody_fits"]
+    assert main(["search", str(index), "a red coat", "--top", "2", "--min-probability", "1", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["nobody_fits"] and len(found["results"]) == 2
