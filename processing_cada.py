@@ -58,7 +58,7 @@ _TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTA
 
 
 def orientation(image: Image.Image) -> int:
-    """How the camera of a photograph was held, 1 to 8, by its EXIF tag; 1, upright, without one. Decodes nothing."""
+    """How the camera of a photograph was held, 1 to 8, by its EXIF tag; 1, upright, without one."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF turns nothing, as in any viewer; Pillow's reader raises many kinds

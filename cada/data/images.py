@@ -86,9 +86,11 @@ def cut_out(image: PILImage.Image, box: tuple[int, int, int, int]) -> PILImage.I
 
 
 def image_size(file: str | os.PathLike | BinaryIO) -> tuple[int, int]:
-    """Width and height of an image, upright. Nothing is decoded; a `CADAError` where it is none."""
+    """Width and height in pixels of an image, upright; only PNG is decoded. A `CADAError` where it is no image."""
     try:
         with PILImage.open(file, formats=IMAGE_FORMATS) as opened:
+            if opened.format == "PNG":
+                opened.load()  # the EXIF may stand behind the pixels
             return opened.size[::-1] if orientation(opened) in range(5, 9) else opened.size
     except Exception as error:  # as above
         raise CADAError(one_line(error)) from error
