@@ -212,7 +212,9 @@ class ImageRows:
 
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
-        others = self.dataset.remove_columns([c for c in ("image", "file_name") if c in self.dataset.column_names])
+        # Captions are for training: no search asks for them.
+        own = ("image", "file_name", "captions")
+        others = self.dataset.remove_columns([name for name in own if name in self.dataset.column_names])
         others = others.flatten()
         table = others.with_format("arrow")[:] if others.column_names else pa.table({})
         for number, name in enumerate(table.column_names):
