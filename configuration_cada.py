@@ -336,11 +336,14 @@ class CADAConfig(PreTrainedConfig):
                 f"CADAConfig: `calibration` is {self.calibration!r}. Give what `cada calibrate` writes, or `None`."
             )
         states = self.max_text_length - 1
-        if self.group_size > states or (states - self.group_size) % self.group_stride:
+        missing = self.group_size - states
+        missing = missing if missing > 0 else missing % self.group_stride
+        if missing:
             raise ValueError(
                 f"CADAConfig: groups of `group_size` {self.group_size} at `group_stride` {self.group_stride} do not "
                 f"fit the {states} token states (`max_text_length` - 1). Choose them so that group_size + "
-                f"n * group_stride = {states} for a whole n."
+                f"n * group_stride = {states} for a whole n, or raise `max_text_length` to "
+                f"{self.max_text_length + missing}."
             )
         positions = self.text_config.max_position_embeddings
         if self.max_text_length > positions:
