@@ -81,9 +81,9 @@ def report(folder: Path, seeds: list[int], steps: int, persons: int) -> str:
         "# Long captions",
         "",
         f"The drawn persons of the demo ({persons:,} to train on), described by captions joined to at least {WORDS} "
-        f"words: {words:.0f} words and {tokens.mean():.0f} tokens on average. {(tokens > 73).mean():.0%} have more than "
-        f"73 tokens, {(tokens > 145).mean():.0%} more than 145. {steps} steps with batches of 64 from random weights. "
-        "Scores on the test set (persons never seen), in percent, mean ± standard deviation over the seeds "
+        f"words: {words:.0f} words and {tokens.mean():.0f} tokens on average. {(tokens > 73).mean():.0%} have more "
+        f"than 73 tokens, {(tokens > 145).mean():.0%} more than 145. {steps} steps with batches of 64 from random "
+        "weights. Scores on the test set (persons never seen), in percent, mean ± standard deviation over the seeds "
         f"{', '.join(map(str, seeds))}.",
         "",
         "| | global Rank-1 | global mAP | local Rank-1 | local mAP |",

@@ -1,12 +1,17 @@
 """What a training starts from: longer texts than the start has read."""
 
+import random
+
 import pytest
 import torch
 from conftest import tiny_config
+from long_captions import lengthen
 
+from cada.data.drawn import draw_persons
 from cada.files import CADAError
 from cada.training.start import load_start
 from modeling_cada import CADAForTextToImageRetrieval
+from processing_cada import clean_caption
 
 
 WORDS = "cada.text_model.embeddings.position_embeddings.weight"
@@ -59,3 +64,16 @@ def test_a_longer_text_says_what_it_needs(start):
         load_start(start, {"max_text_length": 25})
     with pytest.raises(CADAError, match="do not fit the 19 token states .* or raise `max_text_length` to 25"):
         load_start(start, {"max_text_length": 20})
+
+
+def test_long_captions_of_the_benchmark():
+    """Each is of 80 words and of one person; what ARA masks are its phrases."""
+    person = draw_persons(1, random.Random(0))[0]
+    row = lengthen({"file_name": "a", "captions": ["", ""], "attributes": person}, words=80)
+    assert len(row["captions"]) == len(row["attribute_spans"]) == 2
+    for text, spans, named in zip(row["captions"], row["attribute_spans"], row["named_attributes"]):
+        assert 80 <= len(text.split()) < 160
+        phrases = [clean_caption(text)[start:end] for start, end in spans]
+        assert all(phrase == phrase.strip() and phrase for phrase in phrases)
+        assert any(person["upper_colour"] in phrase for phrase in phrases)
+        assert {"sex", "upper_colour"} <= set(named)
