@@ -211,7 +211,8 @@ class CADAConfig(PreTrainedConfig):
         projection_dim, temperature (`int` and `float`, *optional*, default to 256 and 0.02):
             Width d of the shared space of equation (1), and its temperature τ.
         max_text_length (`int`, *optional*, defaults to 73):
-            Longest text in tokens: the first token and M = 72 others, which equation (4) cuts in groups.
+            Longest text in tokens: the first token and M = 72 others, which equation (4) cuts in groups. For longer
+            captions add whole strides, as in 109 or 145.
         group_size, group_stride (`int`, *optional*, default to 36):
             Number s of token states in a group of equation (4), and step from one group to the next.
         pool_padding (`bool`, *optional*, defaults to `True`):
