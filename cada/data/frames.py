@@ -38,38 +38,28 @@ def read_frames(data_dir: str | os.PathLike | None) -> dict[str, list[dict]]:
         CADAError: names the file, the row or frame, and the remedy.
     """
     pedes = PEDES_SETS["prw_tbps"]
-    first, frames = find_files(pedes, data_dir)
-    splits, outside = {}, 0
+    file, folder = find_files(pedes, data_dir)
+    root, splits = file.parent, {}
     for split, name in zip(pedes.counts, pedes.annotations):
-        texts, rows = _read_texts(first.parent / name, frames), []
+        texts, rows = _read_texts(root / name, folder), []
         described = {person_id for _, person_id in texts}
-        names = [f"{frame}.jpg" for frame in _read_mat(first.parent / "frame_test.mat", ("img_index_test",)).flat]
-        for frame in names if split == "test" else dict.fromkeys(frame for frame, _ in texts):
-            for person_id, box in _boxes(first.parent, frame):
-                if box is None:
-                    outside += 1
-                    continue
-                captions = texts.pop((frame, person_id), [])
-                if captions or split == "test":
-                    rows.append(
-                        {
-                            "path": str(frames / frame),
-                            "box": box,
-                            "captions": captions,
-                            "person_id": person_id if person_id in described else -1 - len(rows),
-                            "file_name": frame,
-                            "row": len(rows),
-                        }
-                    )
+        if split == "test":
+            frames = [f"{frame}.jpg" for frame in _read_mat(root / "frame_test.mat", ("img_index_test",)).flat]
+        else:
+            frames = list(dict.fromkeys(frame for frame, _ in texts))
+        for frame, person_id, box in _persons(root, frames):
+            captions = texts.pop((frame, person_id), [])
+            if captions or split == "test":
+                row = {"path": str(folder / frame), "box": box, "captions": captions, "file_name": frame}
+                row |= {"person_id": person_id if person_id in described else -1 - len(rows), "row": len(rows)}
+                rows.append(row)
         if texts:
             frame, person_id = next(iter(texts))
             raise CADAError(
-                f"{first.parent / name} describes person {person_id} in {frame}, who has no box there "
-                f"({len(texts)} such). Are annotations/ and frame_test.mat those of PRW, all of them?"
+                f"{root / name} describes person {person_id} in {frame}, who has no box there ({len(texts)} such). Are "
+                "annotations/ and frame_test.mat those of PRW, all of them?"
             )
         splits[split] = rows
-    if outside:
-        logger.warning(f"{first.parent}: {outside} box(es) lie outside of their frame and are left out.")
     return splits
 
 
@@ -94,18 +84,27 @@ def _read_texts(file: Path, frames: Path) -> dict[tuple[str, int], list[str]]:
     return texts
 
 
-def _boxes(root: Path, frame: str) -> Iterator[tuple[int, Box | None]]:
-    """Person and box of everybody in a frame; several boxes of PRW reach beyond it, and end at its edge."""
-    file = root / "annotations" / f"{frame}.mat"
-    table = _read_mat(file, _TABLES)
-    if table.size % 5 or table.dtype.kind not in "iuf" or not np.isfinite(table).all():
-        raise CADAError(f"{file} should hold five numbers for each box: person, x, y, width, height. Fetch it again.")
-    try:
-        size = image_size(root / "frames" / frame)
-    except CADAError:  # the check of the images names it
-        size = _ANY_SIZE
-    for person_id, *box in table.reshape(-1, 5).tolist():
-        yield int(person_id), box_within(box, size)
+def _persons(root: Path, frames: list[str]) -> Iterator[tuple[str, int, Box]]:
+    """Frame, person and box of everybody. Several boxes of PRW reach beyond their frame; they end at its edge."""
+    outside = 0
+    for frame in frames:
+        file = root / "annotations" / f"{frame}.mat"
+        table = _read_mat(file, _TABLES)
+        if table.size % 5 or table.dtype.kind not in "iuf" or not np.isfinite(table).all():
+            raise CADAError(
+                f"{file} should hold five numbers for each box: person, x, y, width, height. Fetch it again."
+            )
+        try:
+            size = image_size(root / "frames" / frame)
+        except CADAError:  # the check of the images names it
+            size = _ANY_SIZE
+        for person_id, *corners in table.reshape(-1, 5).tolist():
+            box = box_within(corners, size)
+            outside += box is None
+            if box is not None:
+                yield frame, int(person_id), box
+    if outside:
+        logger.warning(f"{root}: {outside} box(es) lie outside of their frame and are left out.")
 
 
 def _read_mat(file: Path, names: tuple[str, ...]) -> np.ndarray:
