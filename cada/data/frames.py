@@ -56,8 +56,8 @@ def read_frames(data_dir: str | os.PathLike | None) -> dict[str, list[dict]]:
         if texts:
             frame, person_id = next(iter(texts))
             raise CADAError(
-                f"{root / name} describes person {person_id} in {frame}, who has no box there ({len(texts)} such). Are "
-                "annotations/ and frame_test.mat those of PRW, all of them?"
+                f"{root / name} describes person {person_id} in {frame}, who has no box there ({len(texts)} such). "
+                "Are annotations/ and frame_test.mat those of PRW, all of them?"
             )
         splits[split] = rows
     return splits
