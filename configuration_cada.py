@@ -211,7 +211,8 @@ class CADAConfig(PreTrainedConfig):
         projection_dim, temperature (`int` and `float`, *optional*, default to 256 and 0.02):
             Width d of the shared space of equation (1), and its temperature τ.
         max_text_length (`int`, *optional*, defaults to 73):
-            Longest text in tokens: the first token and M = 72 others, which equation (4) cuts in groups.
+            Longest text in tokens: the first token and M = 72 others, which equation (4) cuts in groups. For longer
+            captions add whole strides, as in 109 or 145.
         group_size, group_stride (`int`, *optional*, default to 36):
             Number s of token states in a group of equation (4), and step from one group to the next.
         pool_padding (`bool`, *optional*, defaults to `True`):
@@ -336,11 +337,14 @@ class CADAConfig(PreTrainedConfig):
                 f"CADAConfig: `calibration` is {self.calibration!r}. Give what `cada calibrate` writes, or `None`."
             )
         states = self.max_text_length - 1
-        if self.group_size > states or (states - self.group_size) % self.group_stride:
+        missing = self.group_size - states
+        missing = missing if missing > 0 else missing % self.group_stride
+        if missing:
             raise ValueError(
                 f"CADAConfig: groups of `group_size` {self.group_size} at `group_stride` {self.group_stride} do not "
                 f"fit the {states} token states (`max_text_length` - 1). Choose them so that group_size + "
-                f"n * group_stride = {states} for a whole n."
+                f"n * group_stride = {states} for a whole n, or raise `max_text_length` to "
+                f"{self.max_text_length + missing}."
             )
         positions = self.text_config.max_position_embeddings
         if self.max_text_length > positions:

@@ -59,7 +59,7 @@ Device = Annotated[str | None, Option(help="of the model, such as cpu or cuda:1"
 @app.command()
 def check(
     dataset: Annotated[str, Option(help=f"{', '.join(PEDES_SETS)}, or a folder written by `save_to_disk`")],
-    data_dir: Annotated[str | None, Option(help="folder with the authors' annotations and imgs/")] = None,
+    data_dir: Annotated[str | None, Option(help="folder with the authors' annotations and images")] = None,
     quick: Annotated[bool, Option("--quick", help="look for the image files without decoding them")] = False,
 ) -> None:
     """Find bad images in a data set, and compare it with the official numbers; exit status 1 where they differ."""
@@ -106,7 +106,7 @@ def convert_checkpoint(
 def calibrate_checkpoint(
     model: Annotated[Path, Argument(help="folder of a CADA checkpoint; its configuration is changed")],
     dataset: Annotated[str, Option(help=f"{', '.join(PEDES_SETS)}, a folder written by `save_to_disk`, or a name")],
-    data_dir: Annotated[str | None, Option(help="folder with the authors' annotations and imgs/")] = None,
+    data_dir: Annotated[str | None, Option(help="folder with the authors' annotations and images")] = None,
     split: Annotated[str, Option(help="persons that the model was not trained on")] = "val",
 ) -> None:
     """Find out from a validation set how probable a match is, given its scores. A training does it by itself."""

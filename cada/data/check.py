@@ -2,11 +2,12 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from itertools import combinations
 
 from cada.data.images import find_bad_images
 from cada.data.loading import DRAWN_SETS, open_splits
-from cada.data.pedes import PEDES_SETS
+from cada.data.pedes import PEDES_SETS, UNPUBLISHED, Counts
 from cada.files import CADAError
 
 
@@ -20,20 +21,22 @@ def check_dataset(dataset: str, data_dir: str | os.PathLike | None = None, quick
     """
     if dataset in DRAWN_SETS:
         raise CADAError(f"{dataset} is drawn by this program, so there is nothing to check.")
-    title, official = dataset, {}
-    if dataset in PEDES_SETS:
-        title, official = PEDES_SETS[dataset].title, PEDES_SETS[dataset].counts
+    pedes = PEDES_SETS.get(dataset)
+    title = pedes.title if pedes else dataset
     lines = [title if data_dir is None else f"{title} in {data_dir}", ""]
-    lines.append(f"{'split':6} {'':9} {'found':>8} {'official' if official else '':>9}".rstrip())
-    persons, problems, complete = {}, [], True
+    lines.append(f"{'split':6} {'':9} {'found':>8} {'official' if pedes else '':>9}".rstrip())
+    persons, problems, total, differs = {}, [], [0, 0, 0], False
     for split, (rows, images) in open_splits(dataset, data_dir, with_content=not quick).items():
-        persons[split] = Counter(rows["person_id"])
-        found = (len(persons[split]), len(rows), sum(map(len, rows["captions"])))
-        wanted = official.get(split, found)
-        complete &= found == wanted
-        for name, count, expected in zip(("persons", "images", "captions"), found, wanted):
-            beside = f" {expected:9,} {'' if count == expected else 'differs'}" if official else ""
-            lines.append(f"{split:6} {name:9} {count:8,}{beside}")
+        described = {person for person, captions in zip(rows["person_id"], rows["captions"]) if captions}
+        persons[split] = Counter(person for person in rows["person_id"] if person in described)
+        counts = (len(described), len(rows), sum(map(len, rows["captions"])))
+        total = [sum(pair) for pair in zip(total, counts)]
+        official = pedes.counts.get(split, UNPUBLISHED) if pedes else None
+        lines += _beside(split, counts, official)
+        differs |= _differ(counts, official)
+        others = len(rows) - persons[split].total()
+        if others:
+            lines.append(f"{split:6} {others:,} image(s) of persons whom no caption describes")
         single = list(persons[split].values()).count(1)
         if single:
             lines.append(f"{split:6} {single} person(s) with a single image")
@@ -42,9 +45,31 @@ def check_dataset(dataset: str, data_dir: str | os.PathLike | None = None, quick
     for first, second in combinations(persons, 2):
         count = len(persons[first].keys() & persons[second].keys())
         if count:
-            complete = False
+            differs = True
             lines.append(f"{count} person(s) are both in {first} and in {second}.")
+    if pedes and pedes.total:
+        lines += _beside("all", total, pedes.total)
+        differs |= _differ(total, pedes.total)
     verdict = f"{len(problems)} bad image file(s)."
-    if official:
-        verdict += " Numbers are official." if complete else " Numbers differ from the official ones."
-    return "\n".join([*lines, *problems, "", verdict]), complete and not problems
+    if pedes and differs:
+        verdict += " Numbers differ from the official ones."
+    elif pedes:
+        some = any(None in counts for counts in pedes.counts.values())
+        verdict += " Numbers that are published agree." if some else " Numbers are official."
+    return "\n".join([*lines, *problems, "", verdict]), not (differs or problems)
+
+
+def _differ(found: Sequence[int], official: Counts | None) -> bool:
+    return any(expected not in (None, count) for count, expected in zip(found, official or UNPUBLISHED))
+
+
+def _beside(split: str, found: Sequence[int], official: Counts | None) -> list[str]:
+    """Lines of persons, images and captions, beside the official numbers where the set has some."""
+    lines = []
+    for name, count, expected in zip(("persons", "images", "captions"), found, official or UNPUBLISHED):
+        line = f"{split:6} {name:9} {count:8,}"
+        if official:
+            line += f" {'-' if expected is None else f'{expected:,}':>9}"
+            line += "" if expected in (None, count) else " differs"
+        lines.append(line)
+    return lines

@@ -1,7 +1,7 @@
 """Images of a data set: opened in one place, with errors that name them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import BinaryIO
 
@@ -12,6 +12,9 @@ from tqdm.auto import tqdm
 
 from cada.files import CADAError, one_line
 from processing_cada import IMAGE_FORMATS, orientation, read_image
+
+
+Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the upright image
 
 
 def _image_problem(image: dict, decode: bool) -> str | None:
@@ -26,7 +29,7 @@ def _image_problem(image: dict, decode: bool) -> str | None:
             return "is empty"
     if decode:
         try:
-            open_image({"path": path, "bytes": content})
+            open_image({"path": path, "bytes": content}, box=image.get("box"))
         except CADAError as error:
             return f"cannot be decoded ({error})"
     return None
@@ -54,12 +57,10 @@ def undecoded(dataset: Dataset) -> Dataset:
     return dataset.cast_column("image", Image(decode=False)) if is_decoded else dataset
 
 
-def open_image(
-    image: dict, size: tuple[int, int] | None = None, box: tuple[int, int, int, int] | None = None
-) -> PILImage.Image:
+def open_image(image: dict, size: tuple[int, int] | None = None, box: Box | None = None) -> PILImage.Image:
     """
     The image of an undecoded row, read for a model that reads `size` (height, width), see [`read_image`]; or what is
-    in its `box` (x, y, width, height in pixels of the upright image).
+    in its `box`.
 
     Raises:
         CADAError: what is wrong with it; whoever calls names the row.
@@ -77,8 +78,16 @@ def open_image(
     return opened if box is None else cut_out(opened, box)
 
 
-def cut_out(image: PILImage.Image, box: tuple[int, int, int, int]) -> PILImage.Image:
-    """What is in a box (x, y, width, height) of an image; a `CADAError` where it lies outside."""
+def box_within(box: Sequence[float], size: tuple[int, int]) -> Box | None:
+    """What of a box (x, y, width, height) lies in an image of `size` (width, height); `None` where that is nothing."""
+    x, y, width, height = box
+    left, top = max(0, round(x)), max(0, round(y))
+    right, bottom = min(size[0], round(x + width)), min(size[1], round(y + height))
+    return (left, top, right - left, bottom - top) if right > left and bottom > top else None
+
+
+def cut_out(image: PILImage.Image, box: Box) -> PILImage.Image:
+    """What is in a box of an image; a `CADAError` where it lies outside."""
     x, y, width, height = box
     if x + width > image.width or y + height > image.height:
         raise CADAError(f"the box {x}, {y}, {width}, {height} is not inside of {image.width}×{image.height} pixels")

@@ -1,7 +1,8 @@
 """
-CUHK-PEDES, ICFG-PEDES and RSTPReid in their authors' layout, and any data set with the same columns, as `DatasetDict`.
+The sets of the field in their authors' layout, and any data set with the same columns, as `DatasetDict`.
 
-One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally `attribute_spans`.
+One row per image: `image`, `captions`, `person_id`, `file_name`, and optionally `attribute_spans`, and in whole frames
+the `box` of the person (x, y, width, height in pixels of the upright image).
 
     cada check --dataset cuhk_pedes --data-dir /data/CUHK-PEDES
     cada check --dataset path/to/own/data
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, config, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, config, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers.utils import logging
 
 from cada.data.drawn import FEATURES as DRAWN_FEATURES
 from cada.data.drawn import load_drawn
+from cada.data.frames import read_frames
 from cada.data.images import find_bad_images
 from cada.data.pedes import PEDES_SETS, check_captions, check_person, read_annotations
 from cada.files import CADAError, one_line
@@ -34,11 +36,13 @@ BUILDERS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")  # o
 DRAWN_SETS = {"demo": "day", "demo_night": "night"}  # name -> domain
 
 FEATURES = Features({name: DRAWN_FEATURES[name] for name in ("image", "captions", "person_id", "file_name")})
+BOX = Features({"box": List(Value("int64"))})
 
 
 def _rows(records: list[dict]) -> Iterator[dict]:
     for record in records:
-        yield {name: record["path" if name == "image" else name] for name in FEATURES}
+        row = {name: record["path" if name == "image" else name] for name in FEATURES}
+        yield row | {name: record[name] for name in BOX if name in record}
 
 
 def _needed_splits(dataset: str, there: Collection[str], splits: Collection[str] | None) -> list[str]:
@@ -76,12 +80,16 @@ def open_splits(
     of [`load_pairs_dataset`]. Without `with_content`, `b""` stands for the content of images in a table.
     """
     opened, is_pedes = {}, dataset in PEDES_SETS
-    there = read_annotations(dataset, data_dir) if is_pedes else _open_other(dataset, data_dir, revision)
+    if dataset == "prw_tbps":
+        there = read_frames(data_dir)
+    else:
+        there = read_annotations(dataset, data_dir) if is_pedes else _open_other(dataset, data_dir, revision)
     for split in _needed_splits(dataset, there, splits):
         if is_pedes:
             images = there[split]
+            features = Features({**FEATURES, **BOX}) if "box" in images[0] else FEATURES
             with _writing_to_the_cache(f"The table of split {split!r}"):
-                rows = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs={"records": images})
+                rows = Dataset.from_generator(_rows, features=features, gen_kwargs={"records": images})
         else:
             rows = _check_split(there[split], f"{dataset}, split {split!r}")
             images = _undecoded_images(rows, with_content)
@@ -110,10 +118,10 @@ def load_pairs_dataset(
     A data set as `DatasetDict` with one row per image.
 
     Args:
-        dataset: `"cuhk_pedes"`, `"icfg_pedes"`, `"rstp_reid"` (with `data_dir`), `"demo"` or `"demo_night"` (drawn),
-            a folder written by `save_to_disk`, or a name that `datasets.load_dataset` takes; the last
-            two must have the columns `image`, `captions`, `person_id`.
-        data_dir: the folder of the set, with the authors' annotation file and `imgs/`.
+        dataset: a key of [`PEDES_SETS`] (with `data_dir`), `"demo"` or `"demo_night"` (drawn), a folder written by
+            `save_to_disk`, or a name that `datasets.load_dataset` takes; the last two must have the columns `image`,
+            `captions`, `person_id`.
+        data_dir: the folder of the set, with the authors' annotation file and images.
         captions_per_image: use the first n captions of each image only. The paper uses two; `None` uses all.
         skip_unreadable: decode all images first, and leave out those that cannot be read, with a list.
         revision: tag, branch or commit of a set on the Hub.
@@ -218,20 +226,24 @@ def _check_split(rows: Dataset, where: str) -> Dataset:
 
 
 def _undecoded_images(rows: Dataset, with_content: bool) -> Iterator[dict]:
-    """`row`, `path`, `bytes` and `file_name` of every image. Without `with_content`, `b""` stands for the content."""
-    start, columns = 0, [name for name in ("image", "file_name") if name in rows.column_names]
+    """
+    `row`, `path`, `bytes`, `file_name` and `box` of every image. Without `with_content`, `b""` stands for the content.
+    """
+    start, columns = 0, [name for name in ("image", "file_name", "box") if name in rows.column_names]
     for table in rows.select_columns(columns).with_format("arrow").iter(1000):
         contents = pc.struct_field(table["image"], "bytes")
         paths = pc.struct_field(table["image"], "path").to_pylist()
-        names = table["file_name"].to_pylist() if "file_name" in columns else [None] * len(paths)
-        for row, (content, path, name) in enumerate(zip(contents, paths, names), start):
+        names, boxes = (
+            table[name].to_pylist() if name in columns else [None] * len(paths) for name in ("file_name", "box")
+        )
+        for row, (content, path, name, box) in enumerate(zip(contents, paths, names, boxes), start):
             content = content.as_py() if with_content or not content.is_valid else b""
-            yield {"row": row, "path": path, "bytes": content, "file_name": name}
+            yield {"row": row, "path": path, "bytes": content, "file_name": name, "box": box}
         start += len(paths)
 
 
 def _check_rows(rows: Dataset, where: str) -> None:
-    """Captions, person and, where the set brings them, attribute spans of every row."""
+    """Captions, person and, where the set brings them, attribute spans and box of every row."""
     brings_spans = "attribute_spans" in rows.column_names
     spans_of_rows = rows["attribute_spans"] if brings_spans else [None] * len(rows)
     for row, (captions, person_id, spans) in enumerate(zip(rows["captions"], rows["person_id"], spans_of_rows)):
@@ -241,6 +253,13 @@ def _check_rows(rows: Dataset, where: str) -> None:
             raise CADAError(
                 f"{where}, row {row}: `attribute_spans` should have, for every caption, a list of [start, end) inside "
                 "the cleaned caption. Correct the row, or leave the column out: the phrases are then found with NLTK."
+            )
+    for row, box in enumerate(rows["box"] if "box" in rows.column_names else ()):
+        is_whole = isinstance(box, list) and len(box) == 4 and all(isinstance(number, int) for number in box)
+        if not is_whole or min(box[:2]) < 0 or min(box[2:]) < 1:
+            raise CADAError(
+                f"{where}, row {row}: `box` is {box!r:.80}. Give x, y, width, height of the person in whole pixels, "
+                "or leave the column out where the images show one person each."
             )
 
 

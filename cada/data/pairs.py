@@ -131,7 +131,7 @@ class PairDataset(torch.utils.data.Dataset):
     number of a pair, or (pair, seed) from [`GlobalBatches`].
 
     Args:
-        dataset: rows with `image`, `captions`, `person_id`, and optionally `file_name`, `attribute_spans`.
+        dataset: rows with `image`, `captions`, `person_id`, and optionally `file_name`, `attribute_spans`, `box`.
         image_size: height and width that the model reads, see [`open_image`].
     """
 
@@ -180,15 +180,15 @@ def captions_and_persons(dataset: Dataset) -> tuple[list[list[str]], list[int]]:
 
 def read_row(dataset: Dataset, index: int, size: tuple[int, int] | None = None) -> dict:
     """
-    A row with its image decoded, see [`open_image`]; an image that cannot be decoded is reported with file, row and
-    remedy.
+    A row with its image decoded, or with what is in its `box`, see [`open_image`]; an image that cannot be decoded is
+    reported with file, row and remedy.
     """
     row = undecoded(dataset)[index]
     image = {"path": None, "bytes": None} if row["image"] is None else row["image"]
     if not isinstance(image, dict):
         return row
     try:
-        return {**row, "image": open_image(image, size)}
+        return {**row, "image": open_image(image, size, row.get("box"))}
     except CADAError as error:
         raise CADAError(
             f"The image {row.get('file_name') or image['path'] or ''!r} in row {index} cannot be decoded: "

@@ -1,4 +1,4 @@
-"""The three PEDES sets: their files, their rows, checked."""
+"""The sets of persons with captions: their files, their rows, checked."""
 
 import os
 from dataclasses import dataclass
@@ -11,8 +11,12 @@ from processing_cada import clean_caption
 
 
 logger = logging.get_logger(__name__)
-# The longest caption of the three sets has about a hundred words. More than this is a damaged file.
+# The longest captions, those of UFine6926, have some 80 words on average. More than this is a damaged file.
 MAX_CAPTION_WORDS, MAX_CAPTION_CHARACTERS = 500, 5000
+
+
+Counts = tuple[int | None, int | None, int | None]  # persons, images, captions; `None` where not published
+UNPUBLISHED = (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class PedesSet:
     title: str
     annotations: tuple[str, ...]  # names seen for the annotation file
     path_key: str
-    counts: dict[str, tuple[int, int, int]]  # split: persons, images, captions
+    counts: dict[str, Counts]  # by split
+    images: str = "imgs"  # the folder of the images
+    total: Counts | None = None  # of all splits, where the authors publish no more
 
 
 PEDES_SETS = {
@@ -44,27 +50,47 @@ PEDES_SETS = {
         "img_path",
         {"train": (3701, 18505, 37010), "val": (200, 1000, 2000), "test": (200, 1000, 2000)},
     ),
+    # Rows and counts: https://github.com/Zplusdragon/UFineBench. Name of the file, and paths from the set's folder:
+    # https://github.com/CLS-2001/DFLSG, datasets/ufine.py. Not run on the real files.
+    "ufine6926": PedesSet(
+        "UFine6926",
+        ("UFine6926_Annotations.json",),
+        "file_path",
+        {"train": UNPUBLISHED, "test": UNPUBLISHED},
+        images="images",
+        total=(6926, 26206, 52412),
+    ),
+    # See cada/data/frames.py. An image is the box of a person.
+    "prw_tbps": PedesSet(
+        "PRW-TBPS",
+        ("PRW-TBPS_train", "PRW-TBPS_test"),
+        "pic_path",
+        {"train": UNPUBLISHED, "test": (450, 25062, None)},
+        images="frames",
+    ),
 }
 
 
-def _files(pedes: PedesSet, data_dir: str | os.PathLike | None) -> tuple[Path, Path]:
-    """The annotation file and the folder of the images, whose name may be a link."""
+def find_files(pedes: PedesSet, data_dir: str | os.PathLike | None) -> tuple[Path, Path]:
+    """The annotation file and the folder of the images, whose name may be a link; a `CADAError` without them."""
     if data_dir is None:
-        raise CADAError(f"{pedes.title} needs --data-dir, the folder with its annotations and imgs/.")
+        raise CADAError(f"{pedes.title} needs --data-dir, the folder with its annotations and {pedes.images}/.")
     if not os.path.isdir(data_dir):
         raise CADAError(
             f"The data folder {data_dir} does not exist. Pass the folder of {pedes.title} that holds "
-            f"{pedes.annotations[0]} and imgs/ as --data-dir."
+            f"{pedes.annotations[0]} and {pedes.images}/ as --data-dir."
         )
     files = [Path(data_dir, name) for name in pedes.annotations if os.path.isfile(Path(data_dir, name))]
     if not files:
         raise CADAError(
             f"{data_dir} holds no annotation file of {pedes.title}: looked for {' and '.join(pedes.annotations)}. "
-            "Put the file of the set's authors there, next to imgs/."
+            f"Put the file of the set's authors there, next to {pedes.images}/."
         )
-    if not os.path.isdir(Path(data_dir, "imgs")):
-        raise CADAError(f"{data_dir} holds no folder imgs/ with the images of {pedes.title}. Put the images there.")
-    return files[0], Path(os.path.realpath(Path(data_dir, "imgs")))
+    if not os.path.isdir(Path(data_dir, pedes.images)):
+        raise CADAError(
+            f"{data_dir} holds no folder {pedes.images}/ with the images of {pedes.title}. Put the images there."
+        )
+    return files[0], Path(os.path.realpath(Path(data_dir, pedes.images)))
 
 
 def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[str, list[dict]]:
@@ -73,7 +99,7 @@ def read_annotations(dataset: str, data_dir: str | os.PathLike | None) -> dict[s
     "row"}, ...], ...}`. Image files are not opened. A `CADAError` names annotation file, row and remedy.
     """
     pedes = PEDES_SETS[dataset]
-    file, root = _files(pedes, data_dir)
+    file, root = find_files(pedes, data_dir)
     records = read_json(file)
     if not isinstance(records, list) or not records:
         raise CADAError(f"{file} should be a JSON list with one object per image. Fetch it again.")
@@ -115,7 +141,7 @@ def _checked(record, pedes: PedesSet, file: Path, row: int, root: Path) -> dict:
         raise CADAError(f"{where}: unknown split {record['split']!r}. {known}. Correct the row.")
     name = record[pedes.path_key]
     return {
-        "path": str(_image_path(name, root, where)),
+        "path": str(image_path(name, root, where, pedes.images)),
         "captions": check_captions(record["captions"], where),
         "person_id": check_person(record["id"], where),
         "file_name": name,
@@ -123,7 +149,8 @@ def _checked(record, pedes: PedesSet, file: Path, row: int, root: Path) -> dict:
     }
 
 
-def _image_path(name, root: Path, where: str) -> Path:
+def image_path(name, root: Path, where: str, folder: str) -> Path:
+    """The image file of the row `where`, below `root`, whose name `folder` the path may begin with; a `CADAError`."""
     if not isinstance(name, str) or not name:
         raise CADAError(f"{where}: the image path is {name!r:.80}, not a text. Correct the row.")
     if "\\" in name or not name.isprintable():
@@ -131,7 +158,7 @@ def _image_path(name, root: Path, where: str) -> Path:
             f"{where}: the image path {name!r:.200} holds a backslash or a control character. Write / between "
             "folders, and correct the row."
         )
-    path = root / name
+    path = root / name.removeprefix(f"{folder}/")
     if not Path(os.path.realpath(path)).is_relative_to(root):
         raise CADAError(f"{where}: the path {name!r:.200} leaves the data folder {root}. Correct the row.")
     return path

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from cada.data.images import Box, box_within
 from cada.files import CADAError, file_digest, one_line
 from cada.gallery.images import content_digest
-from cada.gallery.regions import Box, box_within
 from cada.hub.loading import commit_of
 
 

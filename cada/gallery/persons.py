@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from cada.data.images import open_image
+from cada.data.images import box_within, open_image
 from cada.files import CADAError, counted, parse_json, problem_of, written_whole
 from cada.gallery.boxes import Boxes, read_boxes
 from cada.gallery.detector import Detector, detector_version
 from cada.gallery.images import ImageFiles, ImageRows, metadata_columns
-from cada.gallery.regions import Region, box_within
+from cada.gallery.regions import Region
 from cada.gallery.store import FOUND
 from cada.gallery.video import picture, sample
 

@@ -1,11 +1,11 @@
 """What of a file is indexed: the whole image, or the box of a person, in a photo or in a frame of a video."""
 
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
+from cada.data.images import Box
 
-Box = tuple[int, int, int, int]  # x, y, width, height in pixels of the upright image
+
 _FRAGMENT = re.compile(r"#(?=.)(?:t=(\d{2,}):(\d\d):(\d\d\.\d{3}))?&?(?:xywh=(\d+),(\d+),(\d+),(\d+))?\Z")
 
 
@@ -46,11 +46,3 @@ def clock(time: float) -> str:
     """A time in seconds as `00:01:05.250`."""
     minutes, milliseconds = divmod(round(time * 1000), 60_000)
     return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds / 1000:06.3f}"
-
-
-def box_within(box: Sequence[float], size: tuple[int, int]) -> Box | None:
-    """What of a box (x, y, width, height) lies in an image of `size` (width, height); `None` where that is nothing."""
-    x, y, width, height = box
-    left, top = max(0, round(x)), max(0, round(y))
-    right, bottom = min(size[0], round(x + width)), min(size[1], round(y + height))
-    return (left, top, right - left, bottom - top) if right > left and bottom > top else None

@@ -59,7 +59,8 @@ def _departures(row: Evaluation) -> str:
     if row["dataset"] in PEDES_SETS:
         _, images, captions = PEDES_SETS[row["dataset"]].counts.get(row["split"], (0, 0, 0))
         queries, gallery = row["metrics"]["queries"], row["metrics"]["gallery"]
-        if gallery != images or (row["captions_per_image"] is None and queries != captions):
+        all_queries = row["captions_per_image"] is None
+        if images not in (None, gallery) or (all_queries and captions not in (None, queries)):
             words += f", NOT the official split ({gallery:,} of {images:,} images)"
     return words
 

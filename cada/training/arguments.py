@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
+from cada.data.pedes import PEDES_SETS
 from cada.evaluation.encoding import RERANK_MEMORY
 from cada.evaluation.metrics import METRICS
 from cada.files import CADAError, one_line, parse_json, read_json
@@ -142,13 +143,13 @@ class SeveralDataArguments(DataArguments):
     """The data set; for an evaluation, also several."""
 
     dataset: list[str] = HfArg(
-        help="cuhk_pedes, icfg_pedes, rstp_reid, demo or demo_night (drawn), a folder written by "
+        help=f"{', '.join(PEDES_SETS)}, demo or demo_night (drawn), a folder written by "
         "`save_to_disk`, or a name for `datasets.load_dataset`, with the columns image, captions, person_id. "
         "With --do_predict alone, also several."
     )
     data_dir: list[str] | None = HfArg(
         default=None,
-        help="Folder with the authors' annotations and imgs/, one for each --dataset ('' where it needs none); with "
+        help="Folder with the authors' annotations and images, one for each --dataset ('' where it needs none); with "
         "--streaming, of the image files.",
     )
 

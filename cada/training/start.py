@@ -20,24 +20,36 @@ from processing_cada import CADAImageProcessor, CADAProcessor
 
 
 logger = logging.get_logger(__name__)
+_PATCHES = "cada.vision_model.embeddings.position_embedding"
+_WORDS = "cada.text_model.embeddings.position_embeddings.weight"
 
 
 def load_start(path: str, overrides: dict, revision: str | None = None) -> CADAForTextToImageRetrieval:
-    """A CADA checkpoint with other fields of its configuration; positions are interpolated to another image size."""
+    """
+    A CADA checkpoint with other fields of its configuration. Positions are interpolated to another image size. Of a
+    longer `max_position_embeddings` the rows that are there stay, so short texts read as before, and further ones
+    begin as copies of them, from the first on (as in Longformer, arXiv 2004.05150, section 5).
+    """
     if not overrides:
         return load_model(path, revision)
-    old, config = load_config(path, revision).vision_config, load_config(path, revision, **overrides)
-    new = config.vision_config
-    if old.image_height_width == new.image_height_width:
+    old, config = load_config(path, revision), load_config(path, revision, **overrides)
+    vision, text = config.vision_config, config.text_config
+    size, rows = vision.image_size, text.max_position_embeddings
+    old_rows = old.text_config.max_position_embeddings
+    if vision.image_height_width == old.vision_config.image_height_width and rows == old_rows:
         return load_model(path, revision, config)
-    wanted, config.vision_config.image_size = new.image_size, old.image_size
+    vision.image_size, text.max_position_embeddings = old.vision_config.image_size, old_rows
     weights = load_model(path, revision, config).state_dict()
-    config.vision_config.image_size = wanted
-    name = "cada.vision_model.embeddings.position_embedding"
-    weights[name] = resize_positions(weights[name], old.grid_size, config.vision_config.grid_size)
+    vision.image_size, text.max_position_embeddings = size, rows
+    if vision.grid_size != old.vision_config.grid_size:
+        weights[_PATCHES] = resize_positions(weights[_PATCHES], old.vision_config.grid_size, vision.grid_size)
+        sides = "×".join(map(str, vision.image_height_width))
+        logger.warning(f"Position embeddings were interpolated to images of {sides}.")
+    if rows > old_rows:
+        logger.warning(f"The text positions from {old_rows} on, up to {rows}, begin as copies of the first ones.")
+    weights[_WORDS] = weights[_WORDS].repeat(-(-rows // old_rows), 1)[:rows]
     model = CADAForTextToImageRetrieval(config)
     model.load_state_dict(weights)
-    logger.warning(f"Position embeddings were interpolated to images of {'×'.join(map(str, new.image_height_width))}.")
     return model
 
 

@@ -1,4 +1,4 @@
-"""Readers of the three sets in their authors' layout, damaged data, the drawn set, pairs and batches."""
+"""Readers of the sets of the field in their authors' layout, damaged data, the drawn set, pairs and batches."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from processing_cada import AttributeMasker, clean_caption
 
 @pytest.fixture(scope="module")
 def laid_out(tmp_path_factory) -> dict[str, Path]:
-    """The three sets, undamaged; tests that damage one copy it."""
+    """The sets, undamaged; tests that damage one copy it."""
     return {name: lay_out(tmp_path_factory.mktemp(name)) for name, lay_out in LAYOUTS.items()}
 
 
@@ -58,6 +58,9 @@ def test_official_counts_are_those_of_the_publications():
         ("cuhk_pedes", {"train": 18, "val": 6, "test": 4}, {"train": 37, "val": 12, "test": 16}),
         ("icfg_pedes", {"train": 18, "test": 9}, {"train": 18, "test": 9}),
         ("rstp_reid", {"train": 18, "val": 6, "test": 6}, {"train": 36, "val": 12, "test": 12}),
+        ("ufine6926", {"train": 18, "test": 9}, {"train": 36, "test": 18}),
+        # Three frames of four persons are searched by two sentences for each of two persons, in two of the frames.
+        ("prw_tbps", {"train": 18, "test": 12}, {"train": 18, "test": 8}),
     ],
 )
 def test_each_layout_is_read_whole(laid_out, name, images, captions):
@@ -65,10 +68,11 @@ def test_each_layout_is_read_whole(laid_out, name, images, captions):
     assert {split: len(rows) for split, rows in splits.items()} == images
     assert {split: len(PairDataset(rows)) for split, rows in splits.items()} == captions
     row = splits["train"][0]
-    assert set(row) == {"image", "captions", "person_id", "file_name"}
+    assert set(row) == {"image", "captions", "person_id", "file_name"} | ({"box"} if name == "prw_tbps" else set())
     assert isinstance(row["image"], Image.Image)
-    assert row["person_id"] == (1 if name == "cuhk_pedes" else 0)
-    assert (laid_out[name] / "imgs" / row["file_name"]).is_file()
+    assert row["person_id"] == (0 if name in ("icfg_pedes", "rstp_reid") else 1)
+    folder = {"ufine6926": "", "prw_tbps": "frames"}.get(name, "imgs")
+    assert (laid_out[name] / folder / row["file_name"]).is_file()
 
 
 def test_rows_are_those_of_the_annotation_file(laid_out):
@@ -187,7 +191,9 @@ def test_missing_folders(tmp_path):
 
 
 def test_unknown_dataset():
-    with pytest.raises(CADAError, match="Unknown data set 'cuhk-pedes'.*cuhk_pedes, icfg_pedes, rstp_reid, demo"):
+    with pytest.raises(
+        CADAError, match="Unknown data set 'cuhk-pedes'.*cuhk_pedes, icfg_pedes, rstp_reid, ufine6926, prw_tbps, demo"
+    ):
         load_pairs_dataset("cuhk-pedes")
 
 

@@ -15,11 +15,12 @@ from PIL import Image
 from street import draw_people, draw_street
 
 from cada.cli import main
+from cada.data.images import box_within
 from cada.evaluation.encoding import encode_gallery, encode_queries
 from cada.evaluation.matching import score_gallery
 from cada.files import CADAError
 from cada.gallery.index import build_index, open_index
-from cada.gallery.regions import Region, box_within, clock
+from cada.gallery.regions import Region, clock
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor
 

@@ -243,14 +243,14 @@ def test_command_reports_an_error_in_one_line(tmp_path, capsys):
 
 
 def test_training_starts_from_blip_in_one_step(tmp_path):
-    """`--init_from`: the same weights as the converter's, at the image size of the overrides."""
+    """`--init_from`: the same weights as the converter's, at the image size and text length of the overrides."""
     random_blip().save_pretrained(tmp_path / "blip")
     bert_tokenizer().save_pretrained(tmp_path / "tokenizer")
     model, processor = make_model_and_processor(
         ModelArguments(
             init_from=str(tmp_path / "blip"),
             tokenizer_name=str(tmp_path / "tokenizer"),
-            config_overrides='{"vision_config": {"image_size": [64, 32]}, "ara_weight": 0.3, "mask_rate": 0.5}',
+            config_overrides='{"vision_config": {"image_size": [64, 32]}, "mask_rate": 0.5, "max_text_length": 145}',
         )
     )
     converted, _ = convert("blip", tmp_path / "blip", image_size=(64, 32))
@@ -260,7 +260,8 @@ def test_training_starts_from_blip_in_one_step(tmp_path):
         for name in ours
         if "group_match" not in name and "vocabulary" not in name
     )
-    assert model.config.ara_weight == 0.3 and processor.attribute_masker.rate == 0.5
+    assert processor.attribute_masker.rate == 0.5
+    assert model.config.num_groups == 4 and processor.tokenizer.model_max_length == 145
     assert processor.image_processor.size == {"height": 64, "width": 32}
     model, _ = make_model_and_processor(
         ModelArguments(init_from=str(tmp_path / "blip"), tokenizer_name=str(tmp_path / "tokenizer"))
