@@ -40,6 +40,7 @@ from transformers.utils import logging
 from cada.data.images import open_image
 from cada.evaluation.encoding import Gallery, Queries, encode_queries
 from cada.evaluation.matching import match_candidates
+from cada.export import is_export, load_export
 from cada.files import CADAError, counted, make_output_folder, only_writer, printable, problem_of, written_whole
 from cada.gallery.feedback import refine
 from cada.gallery.images import ImageFiles, ImageRows, content_digest, describe_source, open_source, source_arguments
@@ -105,8 +106,8 @@ def _load(name: str, revision: str | None, device, record: dict | None) -> tuple
     """
     if record is not None and name == record["model"] and os.path.isabs(name) and not os.path.exists(name):
         raise CADAError(f"The model of this index was in {name}, which is not there. Say where it is: --model NAME.")
-    model, processor = load_model_and_processor(name, revision)
-    digest = search_digest(model, processor)
+    model, processor = load_export(name) if is_export(name) else load_model_and_processor(name, revision)
+    digest = search_digest(model, processor, getattr(model, "weights", None))
     if record is not None and digest != record["digest"]:
         raise CADAError(
             f"The index holds features of {record['model']} as it was then, and {name} has other weights, or other "
