@@ -331,6 +331,8 @@ def export(
     if form is not Form.parquet:
         difference = export_model(source, out, str(form), revision)
         print(f"Wrote {out}. Its features and logits differ from PyTorch's by {difference:.1g} at most.")
+    elif revision is not None:
+        raise CADAError("--revision is of a checkpoint, which --format onnx or openvino exports. Leave it out.")
     elif Path(source, "config.json").is_file():
         raise CADAError(f"{source} is a checkpoint, no index. Give --format {' or '.join(PACKAGES)}.")
     else:

@@ -62,6 +62,7 @@ from cada.gallery.store import (
     states_file,
 )
 from cada.gallery.update import Changes, IndexOptions, Update, encode_shards
+from cada.hardware import cpu_has_bfloat16
 from cada.hub.convert import load_model_and_processor, origin_of
 from cada.hub.loading import commit_of
 from cada.hub.record import UNKNOWN_START, search_digest
@@ -115,9 +116,15 @@ def _load(name: str, revision: str | None, device, record: dict | None) -> tuple
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device), processor, digest
+        model.to(device)
     except (AssertionError, RuntimeError) as error:  # PyTorch raises the first where it was built without CUDA
         raise CADAError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not cpu_has_bfloat16():
+        logger.warning(
+            f"{name} is in bfloat16, which this processor has no instructions for: float32 is faster, so used."
+        )
+        model.float()
+    return model, processor, digest
 
 
 def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str | None = None, **options) -> Changes:
