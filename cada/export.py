@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -96,17 +97,19 @@ def _samples(model: CADAForTextToImageRetrieval, texts: int, length: int) -> dic
 def _quiet() -> Iterator[None]:
     """Without what the exporters print of their stages and of operators that this model does not have."""
     level = logging.get_verbosity()
-    torch_logger = logging.logging.getLogger("torch.onnx")
-    torch_level = torch_logger.level
+    others = [getLogger(name) for name in ("torch.onnx", "nncf")]
+    levels = [other.level for other in others]
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             logging.set_verbosity_error()
-            torch_logger.setLevel("ERROR")
+            for other in others:
+                other.setLevel("ERROR")
             yield
     finally:
         logging.set_verbosity(level)
-        torch_logger.setLevel(torch_level)
+        for other, old in zip(others, levels):
+            other.setLevel(old)
 
 
 def _check_packages(export_format: str) -> None:
@@ -118,7 +121,20 @@ def _check_packages(export_format: str) -> None:
         )
 
 
-def _trace(model: CADAForTextToImageRetrieval, export_format: str) -> ExportedModel:
+def _quantizer(export_format: str):
+    """
+    Weights become int8, without data to calibrate on. The runtimes round activations while they compute: ONNX Runtime
+    by a scale per tensor, OpenVINO by one per 32 numbers.
+    """
+    from transformers.exporters import quantizers  # looks for the packages
+
+    if export_format == "onnx":
+        settings = {"per_channel": True, "op_types_to_quantize": ["MatMul", "Gemm"]}  # convolutions become slower
+        return quantizers.OnnxRuntimeQuantizer(quantizers.OnnxRuntimeDynamicConfig(**settings))
+    return quantizers.NNCFOpenVINOQuantizer(quantizers.NNCFWeightCompressionConfig())
+
+
+def _trace(model: CADAForTextToImageRetrieval, export_format: str, int8: bool) -> ExportedModel:
     exporter_class = get_exporter_class(export_format)
     graphs = {"image": _ImageGraph, "text": _TextGraph} | ({"match": _MatchGraph} if model.config.use_atp else {})
     free = {"input_ids": (0, 1), "attention_mask": (0, 1)}  # sizes that are not fixed; of all others the first
@@ -126,14 +142,19 @@ def _trace(model: CADAForTextToImageRetrieval, export_format: str) -> ExportedMo
     for name, graph in graphs.items():
         inputs = _samples(model, texts=3, length=5)[name]
         shapes = {key: dict.fromkeys(free.get(key, (0,)), torch.export.Dim.AUTO) for key in inputs}
-        settings = exporter_class.config_class(dynamic_shapes=shapes)
+        quantizer = _quantizer(export_format) if int8 else None
+        settings = exporter_class.config_class(dynamic_shapes=shapes, quantizer=quantizer)
         components[name] = exporter_class().export(graph(model).eval(), inputs, settings).components["model"]
     return ExportedModel(components, export_format, config=model.config)
 
 
 @torch.no_grad()
 def export_model(
-    name: str | os.PathLike, out: str | os.PathLike, export_format: str, revision: str | None = None
+    name: str | os.PathLike,
+    out: str | os.PathLike,
+    export_format: str,
+    revision: str | None = None,
+    int8: bool = False,
 ) -> float:
     """
     Write the graphs of a checkpoint into the new folder `out`, with the configuration, the processor and the origin of
@@ -145,6 +166,7 @@ def export_model(
         out: folder that is new or empty.
         export_format: "onnx" or "openvino".
         revision: tag, branch or commit on the Hub.
+        int8: weights of 8 bits. Features are others then, so an index of these graphs is one of them alone.
 
     Returns:
         The largest difference to PyTorch in a feature or a logit.
@@ -157,17 +179,19 @@ def export_model(
         raise CADAError(f"{out} holds files already. Choose a new folder.")
     make_output_folder(out)
     model, processor = load_model_and_processor(name, revision)
-    weights = model_digest(model)
+    weights = model_digest(model) + (f" as int8 of {export_format}" if int8 else "")
     model.float().requires_grad_(False).set_attn_implementation("sdpa")
     with checkpoint_written_whole(out) as folder:
         try:
             with _quiet():
-                _trace(model, export_format).save_pretrained(folder)
+                _trace(model, export_format, int8).save_pretrained(folder)
             processor.save_pretrained(folder)
+            for unfit in ("modules.json", "sentence_bert_config.json"):
+                (folder / unfit).unlink()  # sentence-transformers looks for weights beside them
             write_run(folder, origin_of(name, revision), None, [])
             with written_whole(folder / EXPORT_FILE) as path:
                 path.write_text(json.dumps({"weights": weights}) + "\n", encoding="utf-8")
-            difference = _compare(model, CADAGraphs(folder))
+            difference = _compare(model, CADAGraphs(folder), torch.inf if int8 else TOLERANCE)
         except (CADAError, OSError):
             raise
         except Exception as error:  # of torch, an exporter or a runtime: each has classes of its own
@@ -175,8 +199,8 @@ def export_model(
     return difference
 
 
-def _compare(model: CADAForTextToImageRetrieval, graphs: "CADAGraphs") -> float:
-    """The largest difference; a `CADAError` where it is above the tolerance."""
+def _compare(model: CADAForTextToImageRetrieval, graphs: "CADAGraphs", tolerance: float = TOLERANCE) -> float:
+    """The largest difference; a `CADAError` where it is above the tolerance, or not a number."""
     inputs = _samples(model, texts=6, length=8)
     text, images, index = inputs["text"], inputs["image"]["pixel_values"], torch.arange(6)
     differences = {}
@@ -188,14 +212,15 @@ def _compare(model: CADAForTextToImageRetrieval, graphs: "CADAGraphs") -> float:
         known = model.match(**text, image_states=outputs.last_hidden_state, text_index=index, image_index=index % 2)
         found = graphs.match(**text, image_states=found.last_hidden_state, text_index=index, image_index=index % 2)
         differences["match"] = known - found
-    for name, difference in differences.items():
-        if not difference.abs().max() <= TOLERANCE:
+    largest = {name: difference.abs().max().item() for name, difference in differences.items()}
+    for name, difference in largest.items():
+        if not difference <= tolerance:
             raise CADAError(
-                f"The graph {name} differs from PyTorch by {float(difference.abs().max()):.2g}, more than "
-                f"{TOLERANCE:g}: this version of the exporter does not fit the model. Install the versions of "
+                f"The graph {name} differs from PyTorch by {difference:.2g}, more than "
+                f"{tolerance:g}: this version of the exporter does not fit the model. Install the versions of "
                 "constraints.txt."
             )
-    return max(float(difference.abs().max()) for difference in differences.values())
+    return max(largest.values())
 
 
 def is_export(name: str | os.PathLike) -> bool:
