@@ -145,7 +145,7 @@ def main() -> None:
         *ranking,
         "",
         "Speed of a model of base size (ViT-B/16, 224×224; BERT-base) with random weights: milliseconds per image, "
-        f"alone and in a batch of eight, and per pair of {PAIRS} texts of {LENGTH} tokens, each with its own image. The "
+        f"alone and in a batch of eight, and per pair of {PAIRS} texts of {LENGTH} tokens, each with its image. The "
         f"best of {ROUNDS} rounds, in which all take turns.",
         "",
         "| runtime | MB on disk | 1 image | 8 images | pair |",

@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from logging import getLogger
+from logging import NOTSET, WARNING, disable
 from pathlib import Path
 
 import torch
@@ -95,25 +95,18 @@ def _samples(model: CADAForTextToImageRetrieval, texts: int, length: int) -> dic
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters print of their stages and of operators that this model does not have."""
-    level = logging.get_verbosity()
-    others = [getLogger(name) for name in ("torch.onnx", "nncf")]
-    levels = [other.level for other in others]
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            logging.set_verbosity_error()
-            for other in others:
-                other.setLevel("ERROR")
+    """Without what the exporters say of their stages, and of operators and packages that this model does not need."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        disable(WARNING)
+        try:
             yield
-    finally:
-        logging.set_verbosity(level)
-        for other, old in zip(others, levels):
-            other.setLevel(old)
+        finally:
+            disable(NOTSET)
 
 
-def _check_packages(export_format: str) -> None:
-    missing = [name for name in PACKAGES[export_format] if importlib.util.find_spec(name) is None]
+def _check_packages(export_format: str, *further: str) -> None:
+    missing = [name for name in (*PACKAGES[export_format], *further) if importlib.util.find_spec(name) is None]
     if missing:
         raise CADAError(
             f"The format {export_format} needs {', '.join(missing)}. In a clone of this repository run: "
@@ -174,7 +167,7 @@ def export_model(
     Raises:
         CADAError: for a folder with files, a missing package, and a checkpoint that cannot be loaded or exported.
     """
-    _check_packages(export_format)
+    _check_packages(export_format, *["nncf"] * (int8 and export_format == "openvino"))
     if os.path.isdir(out) and os.listdir(out):
         raise CADAError(f"{out} holds files already. Choose a new folder.")
     make_output_folder(out)
