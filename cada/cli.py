@@ -26,6 +26,7 @@ from cada.data.pedes import PEDES_SETS
 from cada.drawing import check_picture, draw_explanation, draw_results, save_picture
 from cada.evaluation.calibration import calibrate, save_calibration
 from cada.explain import attribute_predictions, word_attention
+from cada.export import PACKAGES, export_model
 from cada.files import CADAError, counted, make_output_folder, printable, run_command, written_whole
 from cada.gallery.index import build_index, open_index
 from cada.gallery.store import parse_conditions, shard_files
@@ -49,9 +50,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Source = StrEnum("Source", {name: name for name in SOURCES})
+Form = StrEnum("Form", {name: name for name in ("parquet", *PACKAGES)})
 Index = Annotated[Path, Argument(help="folder of the index")]
 Model = Annotated[str, Option(help="folder or Hub name of a CADA checkpoint, or of BLIP")]
-OtherModel = Annotated[str | None, Option(help="the checkpoint; by default the one that the index was made with")]
+OtherModel = Annotated[
+    str | None, Option(help="the checkpoint, or its export; by default the one that the index was made with")
+]
 Revision = Annotated[str | None, Option(help="tag, branch or commit of the checkpoint on the Hub")]
 Device = Annotated[str | None, Option(help="of the model, such as cpu or cuda:1")]
 
@@ -311,9 +315,33 @@ def verify(index: Index) -> None:
 
 
 @app.command()
-def export(index: Index, path: Annotated[Path, Argument(help="a Parquet file")]) -> None:
-    """Write paths, metadata and features of an index as Parquet."""
-    print(f"Wrote {open_index(index).export(path):,} rows to {path}.")
+def export(
+    source: Annotated[str, Argument(help="folder of an index; of a checkpoint for graphs, or its Hub name")],
+    out: Annotated[Path, Argument(help="a Parquet file; a new folder for graphs")],
+    form: Annotated[
+        Form, Option("--format", help="parquet: of an index; the others: graphs of a checkpoint")
+    ] = Form.parquet,
+    revision: Revision = None,
+    int8: Annotated[
+        bool, Option("--int8", help="graphs with weights of 8 bits: smaller, and with VNNI faster")
+    ] = False,
+) -> None:
+    """
+    Write paths, metadata and features of an index as Parquet, or a checkpoint as graphs of ONNX or OpenVINO.
+
+    The folder of the graphs takes the place of the checkpoint as --model of index and search, on the CPU.
+    """
+    if form is not Form.parquet:
+        difference = export_model(source, out, str(form), revision, int8)
+        print(f"Wrote {out}. Its features and logits differ from PyTorch's by {difference:.1g} at most.")
+    elif int8 or revision is not None:
+        raise CADAError(
+            "--int8 and --revision are for a checkpoint: give --format onnx or openvino, or leave them out."
+        )
+    elif Path(source, "config.json").is_file():
+        raise CADAError(f"{source} is a checkpoint, no index. Give --format {' or '.join(PACKAGES)}.")
+    else:
+        print(f"Wrote {open_index(source).export(out):,} rows to {out}.")
 
 
 @app.command()

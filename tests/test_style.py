@@ -53,7 +53,7 @@ FLOORS = (
     ("cada.data",),
     ("cada.evaluation",),
     ("cada.hub",),
-    ("cada.explain",),
+    ("cada.explain", "cada.export"),
     ("cada.drawing",),
     ("cada.training", "cada.gallery"),
     ("cada.serve",),

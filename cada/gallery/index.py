@@ -40,6 +40,7 @@ from transformers.utils import logging
 from cada.data.images import open_image
 from cada.evaluation.encoding import Gallery, Queries, encode_queries
 from cada.evaluation.matching import match_candidates
+from cada.export import is_export, load_export
 from cada.files import CADAError, counted, make_output_folder, only_writer, printable, problem_of, written_whole
 from cada.gallery.feedback import refine
 from cada.gallery.images import ImageFiles, ImageRows, content_digest, describe_source, open_source, source_arguments
@@ -61,6 +62,7 @@ from cada.gallery.store import (
     states_file,
 )
 from cada.gallery.update import Changes, IndexOptions, Update, encode_shards
+from cada.hardware import cpu_has_bfloat16
 from cada.hub.convert import load_model_and_processor, origin_of
 from cada.hub.loading import commit_of
 from cada.hub.record import UNKNOWN_START, search_digest
@@ -105,8 +107,8 @@ def _load(name: str, revision: str | None, device, record: dict | None) -> tuple
     """
     if record is not None and name == record["model"] and os.path.isabs(name) and not os.path.exists(name):
         raise CADAError(f"The model of this index was in {name}, which is not there. Say where it is: --model NAME.")
-    model, processor = load_model_and_processor(name, revision)
-    digest = search_digest(model, processor)
+    model, processor = load_export(name) if is_export(name) else load_model_and_processor(name, revision)
+    digest = search_digest(model, processor, getattr(model, "weights", None))
     if record is not None and digest != record["digest"]:
         raise CADAError(
             f"The index holds features of {record['model']} as it was then, and {name} has other weights, or other "
@@ -114,9 +116,15 @@ def _load(name: str, revision: str | None, device, record: dict | None) -> tuple
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device), processor, digest
+        model.to(device)
     except (AssertionError, RuntimeError) as error:  # PyTorch raises the first where it was built without CUDA
         raise CADAError(f"The device {device} cannot be used: {error}. Give another --device, or none.") from error
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not cpu_has_bfloat16():
+        logger.warning(
+            f"{name} is in bfloat16, which this processor has no instructions for: float32 is faster, so used."
+        )
+        model.float()
+    return model, processor, digest
 
 
 def build_index(source: str | os.PathLike, index: str | os.PathLike, model: str | None = None, **options) -> Changes:

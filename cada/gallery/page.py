@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from cada.data.images import open_file
 from cada.drawing import draw_explanation, draw_frame
 from cada.explain import attribute_predictions, word_attention
+from cada.export import CADAGraphs
 from cada.files import CADAError, one_line
 from cada.gallery.index import GalleryIndex, LiveIndex, Result, open_index
 
@@ -232,6 +233,8 @@ class _Answers:
             said, picture = [f"{found.place}  {_metadata(found)}".strip()], None
             if self.config.use_atp and sentence is None:
                 said.append("It was found by an image. Search by a sentence to see where its words look.")
+            elif isinstance(gallery.model, CADAGraphs):
+                said.append("The model is an export, whose graphs do not say where words look.")
             elif self.config.use_atp:
                 inputs = gallery.model, gallery.processor, gallery.image(found.name), sentence
                 attention, predictions = word_attention(*inputs), []

@@ -20,6 +20,7 @@ from processing_cada import CADAImageProcessor, CADAProcessor
 
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+EXPORT_FILE = "cada_export.json"  # in a folder of graphs
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _WHERE = "Give a folder, or a name on the Hub, which has to be reachable."
 
@@ -46,6 +47,10 @@ def weight_files(folder: str | os.PathLike, shapes: dict[str, tuple[int, ...]] |
         files = [folder / WEIGHTS]
     elif (folder / WEIGHTS_INDEX).is_file():
         files = _indexed_files(folder)
+    elif (folder / EXPORT_FILE).is_file():
+        raise CADAError(
+            f"{folder} holds graphs, made by `cada export`, which only index and search. Give the checkpoint itself."
+        )
     else:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"{pickles[0]} is a pickle, which is not read. " if pickles else ""

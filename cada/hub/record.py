@@ -217,8 +217,11 @@ def model_digest(model: PreTrainedModel) -> str:
     return weights_digest((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
 
 
-def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
-    """SHA-256 of the weights and of the settings that change features or scores, those of training left out."""
+def search_digest(model, processor: CADAProcessor, weights: str | None = None) -> str:
+    """
+    SHA-256 of the weights and of the settings that change features or scores, those of training left out. `weights` is
+    the digest of the weights where the model, as graphs, no longer has them.
+    """
     config, tokenizer, images = model.config, processor.tokenizer, processor.image_processor.to_dict()
     training = ("initializer_range", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
     # Neither a field that a later version adds with a neutral default changes it, nor another form of tokenizer files.
@@ -240,7 +243,7 @@ def search_digest(model: PreTrainedModel, processor: CADAProcessor) -> str:
     settings["texts"] = [words, tokenizer(_PROBE)["input_ids"], tokenizer.get_vocab()]
     settings["texts"] += [tokenizer.model_max_length, tokenizer.init_kwargs.get("max_length")]
     text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(f"{model_digest(model)}{text}".encode()).hexdigest()
+    return hashlib.sha256(f"{weights or model_digest(model)}{text}".encode()).hexdigest()
 
 
 def checkpoint_digest(folder: str | os.PathLike) -> str:
