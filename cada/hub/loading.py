@@ -207,7 +207,7 @@ def load_model(
     """
     adapter = find_adapter(name, revision)
     if adapter is not None:
-        return _load_with_adapter(adapter, load_config(adapter) if config is None else config)
+        return _load_with_adapter(adapter, config)
     if os.path.exists(name):
         check_config(name)
     own = load_config(name, revision)
@@ -233,12 +233,13 @@ def load_model(
     return model
 
 
-def _load_with_adapter(adapter: Path, config: CADAConfig) -> CADAForTextToImageRetrieval:
+def _load_with_adapter(adapter: Path, config: CADAConfig | None) -> CADAForTextToImageRetrieval:
     if not is_peft_available():
         raise CADAError(f'{adapter} is an adapter, which needs PEFT. In a clone run: pip install -e ".[peft]"')
     weight_files(adapter)  # whole, and no pickle
     base, record = base_of(adapter), _adapter_record(adapter)
     try:
+        config = load_config(adapter) if config is None else config
         model = load_model(*base, config)
     except CADAError as error:
         raise CADAError(f"The base of the adapter {adapter} does not load: {error}") from error

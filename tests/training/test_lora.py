@@ -118,9 +118,8 @@ def test_an_interrupted_run_ends_with_the_same_adapter(folder):
     train_cada.main(arguments(folder, "stopped", "--resume_from_checkpoint", "last", "--activation_checkpointing"))
     whole, other = (load_file(folder / run / "adapter_model.safetensors") for run in ("run", "stopped"))
     assert all(torch.equal(whole[name], other[name]) for name in whole)
-    logs = [json.loads((folder / run / "trainer_state.json").read_text())["log_history"] for run in ("run", "stopped")]
-    assert [[entry["eval_local_R1"] for entry in log if "eval_local_R1" in entry] for log in logs][0]
-    assert logs[0][-2]["test_local_mAP"] == logs[1][-2]["test_local_mAP"]
+    states = [json.loads((folder / run / "trainer_state.json").read_text()) for run in ("run", "stopped")]
+    assert states[0]["best_global_step"] == states[1]["best_global_step"]
 
 
 READER = """
@@ -157,7 +156,8 @@ def test_others_load_it_as_any_adapter(folder, tmp_path):
     (run / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(start)}))
     code = f"import sys\nsys.argv[1:] = {[str(run), str(start)]}\n{READER}"
     by_auto, by_peft, calibration, by_sentence_transformers = run_code_of_a_reader(code, tmp_path)
-    assert by_auto == pytest.approx(by_peft, abs=1e-6) == pytest.approx(by_sentence_transformers, abs=1e-6)
+    assert by_auto == pytest.approx(by_peft, abs=1e-6)
+    assert by_auto == pytest.approx(by_sentence_transformers, abs=1e-6)
     assert calibration is None
     assert load_model(run).config.calibration["set"] == "data (own data), val"
 
