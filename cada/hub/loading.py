@@ -161,10 +161,14 @@ def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Path |
 
 def base_of(adapter: Path) -> tuple[str, str | None]:
     """The checkpoint that an adapter was trained on, and its commit on the Hub."""
-    settings = read_json(adapter / ADAPTER_CONFIG_NAME)
+    file = adapter / ADAPTER_CONFIG_NAME
+    settings = read_json(file)
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(base, str):
-        raise CADAError(f"{adapter / ADAPTER_CONFIG_NAME} names no base_model_name_or_path. Write its base there.")
+        raise CADAError(f"{file} names no base_model_name_or_path. Write its base there.")
+    # For the layers of Megatron, PEFT would import a module that the file names.
+    if settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
+        raise CADAError(f"{file} is of another adapter than LoRA. Merge it by PEFT, and save the model.")
     return base, settings.get("revision")
 
 

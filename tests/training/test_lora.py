@@ -205,6 +205,10 @@ def damaged(run: Path, start: Path, case: str) -> None:
         shutil.rmtree(start)
     elif case == "no name":
         (run / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    elif case == "code":
+        own = {"megatron_config": {"a": 1}, "megatron_core": "evil"}
+        settings = json.loads((run / "adapter_config.json").read_text())
+        (run / "adapter_config.json").write_text(json.dumps(settings | own))
     elif case == "pickle":
         (run / "adapter_model.safetensors").unlink()
         torch.save(weights, run / "adapter_model.bin")
@@ -227,6 +231,7 @@ def damaged(run: Path, start: Path, case: str) -> None:
         ("other base", "start holds other weights than those that .*run was trained on. Bring them back"),
         ("no base", "The base of the adapter .*run does not load: .*start"),
         ("no name", "adapter_config.json names no base_model_name_or_path"),
+        ("code", "adapter_config.json is of another adapter than LoRA. Merge it by PEFT"),
         ("pickle", "holds no weights in safetensors form. adapter_model.bin is a pickle, which is not read"),
         ("cut off", "adapter_model.safetensors is damaged"),
         ("lacking", "The adapter .*run does not fit .*start: .*lora_A.* is missing"),
