@@ -131,7 +131,8 @@ def report(results: dict, seconds: dict[str, float], steps: int, arguments: list
         f"{BATCH} pairs by AdamW. Scores on the test set, in percent, mean ± standard deviation over "
         f"{len(results['none'][1])} models. Of the learning rates tried, validation chose with the first model.",
         "",
-        "| | learning rate (tried) | trained weights | file (KB) | CPU seconds a step | global Rank-1 | local Rank-1 |",
+        "| | learning rate (tried) | trained weights | file (KB) | CPU seconds a step | global Rank-1 "
+        "| local Rank-1 |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name, (rate, rows) in results.items():
