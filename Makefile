@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 CONSTRAINTS := constraints.txt
-EXTRAS := [app,benchmarks,milvus,onnx,openvino,serve,video,test]
+EXTRAS := [app,benchmarks,milvus,onnx,openvino,peft,serve,video,test]
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # setuptools warns that a clone comes first on the path, which is what an editable installation is for.
@@ -31,7 +31,7 @@ test-newest:
 	rm -rf .venv-newest
 	printf 'torch==2.13.0\n' > .constraints-newest.txt
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=.constraints-newest.txt \
-		EXTRAS=[benchmarks,milvus,onnx,openvino,serve,video,test]
+		EXTRAS=[benchmarks,milvus,onnx,openvino,peft,serve,video,test]
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -572,6 +572,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         """As [`CADAModel.get_image_features`]."""
         return self.cada.get_image_features(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
 
+    def load_adapter(self, *args, **kwargs):
+        """As in every model; the calibration, which is that of the weights without the adapter, goes."""
+        self.config.calibration = None
+        return super().load_adapter(*args, **kwargs)
+
     def encode_images(self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
         """Patch states `(images, 1 + patches, hidden)` of `pixel_values`, the input of [`match`]."""
         return self.cada.vision_model(pixel_values, return_dict=True, **kwargs).last_hidden_state

@@ -40,6 +40,7 @@ from cada.training.arguments import (
     parse_arguments,
 )
 from cada.training.describe import check_hold_out, describe_evaluation, describe_start, describe_training, name_of_set
+from cada.training.lora import check_lora
 from cada.training.start import load_splits, load_stream, make_model_and_processor
 from cada.training.trainer import CADATrainer, check_processes
 from modeling_cada import CADAForTextToImageRetrieval
@@ -116,6 +117,7 @@ def run(model_arguments: ModelArguments, sets: list[DataArguments], args: CADATr
     if others and (args.do_train or args.do_eval):
         raise CADAError("--dataset names several sets: with --do_predict alone. A pattern of files goes in quotes.")
     check_processes(args)
+    check_lora(model_arguments, args)
     if args.mixed_precision == "bf16" and args.device.type == "cpu" and not cpu_has_bfloat16():
         logger.warning(
             "This processor has no instructions for bfloat16: --bf16 is slower than float32. Add --bf16 false; to "

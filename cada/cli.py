@@ -36,9 +36,10 @@ from cada.hub.convert import (
     convert,
     default_image_size,
     load_model_and_processor,
+    merge_adapter,
     save_converted,
 )
-from cada.hub.loading import check_config
+from cada.hub.loading import check_config, find_adapter
 from cada.hub.publish import evaluations_of_others, publish, release_files, write_card
 
 
@@ -106,6 +107,17 @@ def convert_checkpoint(
     print(f"{report}\nSaved to {out}.")
 
 
+@app.command()
+def merge(
+    adapter: Annotated[str, Argument(help="--output_dir of a training with --lora_rank, or name on the Hub")],
+    out: Annotated[Path, Option(help="folder of the whole checkpoint")],
+    revision: Revision = None,
+) -> None:
+    """Add an adapter (LoRA) to the weights of its base: a checkpoint like any other, which needs no PEFT."""
+    merge_adapter(adapter, out, revision)
+    print(f"Saved to {out}.")
+
+
 @app.command("calibrate")
 def calibrate_checkpoint(
     model: Annotated[Path, Argument(help="folder of a CADA checkpoint; its configuration is changed")],
@@ -114,14 +126,15 @@ def calibrate_checkpoint(
     split: Annotated[str, Option(help="persons that the model was not trained on")] = "val",
 ) -> None:
     """Find out from a validation set how probable a match is, given its scores. A training does it by itself."""
-    check_config(model)
+    if find_adapter(model) is None:
+        check_config(model)
     network, processor = load_model_and_processor(model)
     rows = load_pairs_dataset(dataset, data_dir, splits=[split])[split]
     name = f"{Path(dataset).name if Path(dataset).exists() else dataset}, {split}"
     fitted = calibrate(network, processor, rows, name)
-    save_calibration(model, fitted)
+    file = save_calibration(model, fitted)
     error = fitted["expected_calibration_error"]
-    print(f"{name}: {fitted['pairs']:,} pairs, expected calibration error {error:.4f}. Wrote {model / 'config.json'}.")
+    print(f"{name}: {fitted['pairs']:,} pairs, expected calibration error {error:.4f}. Wrote {file}.")
 
 
 @app.command()

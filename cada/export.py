@@ -37,8 +37,8 @@ from cada.files import (
     written_whole,
 )
 from cada.hub.convert import load_model_and_processor, origin_of
-from cada.hub.loading import EXPORT_FILE, check_processor, in_one_line, load_config, load_processor
-from cada.hub.record import model_digest, write_run
+from cada.hub.loading import EXPORT_FILE, check_processor, in_one_line, load_config, load_processor, model_digest
+from cada.hub.record import write_run
 from modeling_cada import CADAForTextToImageRetrieval, CADAImages
 from processing_cada import CADAProcessor
 

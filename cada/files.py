@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 
 
 LOCK = ".lock"
-# The names that `save_pretrained` gives; other files of a folder are not ours to remove.
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+ADAPTER_RECORD = "cada_adapter.json"  # beside an adapter of PEFT: the digest of its base, and its calibration
+# The names that `save_pretrained` gives; other files of a folder are not ours to remove. By `adapter_config.json` a
+# folder is an adapter, so it goes with the weights.
+_WEIGHTS = re.compile(r"(adapter_)?(config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?)|cada_adapter\.json")
 
 
 class CADAError(ValueError):

@@ -17,7 +17,7 @@ from cada.data.pairs import captions_and_persons
 from cada.evaluation.encoding import RERANK_MEMORY, encode_gallery, encode_queries
 from cada.evaluation.matching import score_candidates
 from cada.evaluation.metrics import top_candidates
-from cada.files import CADAError, read_json, written_whole
+from cada.files import ADAPTER_RECORD, CADAError, read_json, written_whole
 
 
 FALSE_ALARMS = (0.01, 0.1)  # shares of the searches for somebody who is not there
@@ -146,12 +146,14 @@ def calibrate(model, processor, dataset, name: str, **options) -> dict:
     return fit_calibration(open_set_candidates(model, processor, dataset, **options), model.config, name)
 
 
-def save_calibration(checkpoint: str | os.PathLike, fitted: dict | None) -> None:
-    """Put the field `calibration` into the configuration in the folder of a checkpoint, whole or not at all."""
-    file = Path(checkpoint) / "config.json"
+def save_calibration(checkpoint: str | os.PathLike, fitted: dict | None) -> Path:
+    """Put `calibration` into a configuration, or beside an adapter, whole or not at all. Returns the file."""
+    beside = Path(checkpoint) / ADAPTER_RECORD
+    file = beside if beside.exists() else Path(checkpoint) / "config.json"
     content = json.dumps(read_json(file) | {"calibration": fitted}, indent=2) + "\n"
     with written_whole(file) as path:
         path.write_text(content, encoding="utf-8")
+    return file
 
 
 def evaluate_open_set(model, processor, dataset, **options) -> dict[str, float]:

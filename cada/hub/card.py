@@ -11,7 +11,7 @@ from transformers.utils import logging
 from cada.data.pedes import PEDES_SETS
 from cada.evaluation.metrics import METRICS
 from cada.files import CADAError
-from cada.hub.loading import load_config
+from cada.hub.loading import base_of, find_adapter, load_config
 from cada.hub.record import (
     DRAWN_TITLES,
     RANDOM_START,
@@ -98,7 +98,9 @@ def _results(evaluations: list[Evaluation]) -> list[EvalResult]:
     ]
 
 
-def _metadata(repo_id: str, evaluations: list[Evaluation], open_licence: bool, restricted: bool) -> ModelCardData:
+def _metadata(
+    repo_id: str, evaluations: list[Evaluation], open_licence: bool, restricted: bool, base: str | None
+) -> ModelCardData:
     """What the Hub reads of a card, to list the model and its scores."""
     return ModelCardData(
         language="en",
@@ -106,7 +108,8 @@ def _metadata(repo_id: str, evaluations: list[Evaluation], open_licence: bool, r
         license_name="research-only" if restricted else None,
         # The Hub knows a file LICENSE and addresses here; what may be done says the card itself.
         license_link=f"https://huggingface.co/{repo_id}#origin-and-licence" if restricted else None,
-        library_name="transformers",
+        library_name="transformers" if base is None else "peft",
+        base_model=base,
         pipeline_tag="feature-extraction",  # what the Hub calls a model of embeddings; it has no task of retrieval
         tags=TAGS,
         model_name=repo_id.split("/")[-1],
@@ -143,12 +146,16 @@ def model_card(
         origin = {**origin, "start": f"{origin['start']}, then trained on {', '.join(map(set_title, earlier))}"}
     if training:
         training = {**training, "title": set_title(dataset)}
-    data = _metadata(repo_id, evaluations, open_licence, restricted=not sets.isdisjoint(PEDES_SETS))
+    adapter = find_adapter(folder)
+    base, base_revision = (None, None) if adapter is None else base_of(adapter)
+    data = _metadata(repo_id, evaluations, open_licence, not sets.isdisjoint(PEDES_SETS), base)
     template = TEMPLATES.get(dataset, "base.md") if open_licence or dataset not in DRAWN_TITLES else "base.md"
     body = _ENVIRONMENT.get_template(template).render(
         name=data.model_name,
         repo_id=repo_id,
         revision=revision,
+        base=base,
+        base_revision=base_revision or "main",
         training=training,
         captions=_captions(training) if training else None,
         origin=origin,

@@ -12,6 +12,7 @@ files are read with `weights_only=True`.
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -31,10 +32,13 @@ from transformers.utils import logging
 
 from cada.files import CADAError, checkpoint_written_whole, make_output_folder, one_line
 from cada.hub.loading import (
+    base_of,
     check_config,
     check_processor,
+    find_adapter,
     fitted_processor,
     in_one_line,
+    load_config,
     load_model,
     load_processor,
     load_tokenizer,
@@ -441,6 +445,8 @@ def save_converted(
 def _is_blip(name: str | os.PathLike, revision: str | None) -> bool:
     if os.path.isfile(name):
         check_config(name)  # which says so
+    if find_adapter(name, revision) is not None:
+        return False
     with in_one_line(f"The configuration of {name} cannot be used", name, "Give the folder of a checkpoint."):
         config, _ = PreTrainedConfig.get_config_dict(name, revision=revision or "main")
     return config.get("model_type") == BlipConfig.model_type
@@ -472,6 +478,34 @@ def load_model_and_processor(
     size = "×".join(map(str, model.config.vision_config.image_height_width))
     logger.warning(f"{name} is BLIP, not trained on persons: converted in memory, reads images of {size}.")
     return model, processor
+
+
+def merge_adapter(name: str | os.PathLike, out: str | os.PathLike, revision: str | None = None) -> None:
+    """
+    Add an adapter to the weights of its base, and save the whole checkpoint, which needs no PEFT, with the record of
+    the training. Evaluations are of other weights: the sums round differently.
+
+    Raises:
+        CADAError: as [`load_model`]; where there is no adapter, or `out` is the adapter or its base.
+    """
+    adapter = find_adapter(name, revision)
+    if adapter is None:
+        raise CADAError(f"{name} is no adapter: it has no adapter_config.json. Give the folder of one, or its name.")
+    base, run = base_of(adapter), read_start(name, revision)
+    if make_output_folder(out).resolve() in (adapter.resolve(), Path(base[0]).resolve()):
+        raise CADAError(f"--out {out} would overwrite what is merged. Choose another folder.")
+    _, processor = load_model_and_processor(name, revision)  # which looks at all files
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT, which asks transformers by an old name
+        model = PeftModel.from_pretrained(load_model(*base, load_config(adapter)), adapter).merge_and_unload()
+    if run["training"] is not None:
+        run["training"]["recipe"]["lora_merged"] = True
+    with checkpoint_written_whole(out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_run(folder, run["origin"], run["training"], [])
 
 
 def origin_of(name: str | os.PathLike, revision: str | None = None) -> Origin | None:

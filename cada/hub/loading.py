@@ -2,18 +2,22 @@
 Checkpoints, loaded whole or not at all, from a folder or the Hub. Nothing is unpickled, and no code of theirs is run.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.image_utils import SizeDict
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file, is_peft_available
 from transformers.utils.hub import resolve_revision
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from cada.files import CADAError, one_line, read_json
+from cada.files import ADAPTER_RECORD, CADAError, one_line, read_json
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
@@ -51,6 +55,8 @@ def weight_files(folder: str | os.PathLike, shapes: dict[str, tuple[int, ...]] |
         raise CADAError(
             f"{folder} holds graphs, made by `cada export`, which only index and search. Give the checkpoint itself."
         )
+    elif (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+        files = [folder / ADAPTER_SAFE_WEIGHTS_NAME]
     else:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"{pickles[0]} is a pickle, which is not read. " if pickles else ""
@@ -97,6 +103,28 @@ def _indexed_files(folder: Path) -> list[Path]:
     return files
 
 
+def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """SHA-256 over names and values of weights, in the order of their names. Ties an evaluation to its model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """[`weights_digest`] of a model in memory; tied weights count once, as in its file."""
+    tied = model.all_tied_weights_keys
+    return weights_digest((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+def base_digest(model: PreTrainedModel) -> str:
+    """[`model_digest`] of a model without the adapter `default` in it."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".default" not in name}
+    names = {re.sub(r"\.(base_layer|original_module)\b", "", name): name for name in tensors}
+    return weights_digest((name, tensors[names[name]]) for name in names.keys() - model.all_tied_weights_keys.keys())
+
+
 def check_config(folder: str | os.PathLike, model_type: str = CADAConfig.model_type) -> dict:
     """The content of `config.json` in the folder of a checkpoint; a `CADAError` where it is not of `model_type`."""
     folder = Path(folder)
@@ -124,13 +152,48 @@ def commit_of(name: str | os.PathLike, revision: str | None = None) -> str | Non
     return getattr(resolve_revision(name, revision), "resolved", revision)
 
 
+def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Path | None:
+    """The folder of an adapter of PEFT, fetched from the Hub; `None` for a whole checkpoint, and for none at all."""
+    try:
+        path = None if os.path.isfile(name) else find_adapter_config_file(os.fspath(name), revision=revision)
+        if path is not None and not os.path.isdir(name):
+            for file in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_RECORD):
+                cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no such repository, no connection: who loads a checkpoint next says so
+        return None
+    return None if path is None else Path(path).parent
+
+
+def base_of(adapter: Path) -> tuple[str, str | None]:
+    """The checkpoint that an adapter was trained on, and its commit on the Hub."""
+    file = adapter / ADAPTER_CONFIG_NAME
+    settings = read_json(file)
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(base, str):
+        raise CADAError(f"{file} names no base_model_name_or_path. Write its base there.")
+    # For the layers of Megatron, PEFT would import a module that the file names.
+    if settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
+        raise CADAError(f"{file} is of another adapter than LoRA. Merge it by PEFT, and save the model.")
+    return base, settings.get("revision")
+
+
+def _adapter_record(adapter: Path) -> dict:
+    """What `CADATrainer` wrote beside an adapter; nothing of one that was trained in another way."""
+    return read_json(adapter / ADAPTER_RECORD) if (adapter / ADAPTER_RECORD).exists() else {}
+
+
 def load_config(name: str | os.PathLike, revision: str | None = None, **overrides) -> CADAConfig:
     """
-    The configuration of a checkpoint, with other values for the fields in `overrides`.
+    The configuration of a checkpoint, with other values for the fields in `overrides`; of an adapter, that of its base
+    with its own calibration.
 
     Raises:
         CADAError: where it cannot be read, or does not hold together.
     """
+    adapter = find_adapter(name, revision)
+    if adapter is not None:
+        overrides = {"calibration": _adapter_record(adapter).get("calibration"), **overrides}
+        return load_config(*base_of(adapter), **overrides)
     remedy = "Do the fields of --config_overrides fit it?" if overrides else "Correct the file."
     with in_one_line(f"The configuration of {name} cannot be used", name, remedy):
         return CADAConfig.from_pretrained(name, revision=revision or "main", **overrides)
@@ -140,8 +203,8 @@ def load_model(
     name: str | os.PathLike, revision: str | None = None, config: CADAConfig | None = None
 ) -> CADAForTextToImageRetrieval:
     """
-    The model of a checkpoint, in evaluation mode. Weights that another `config` asks for and the checkpoint never had
-    are random, with a warning; all others have to be there.
+    The model of a checkpoint, in evaluation mode; of an adapter, its base with the adapter in its layers. Weights that
+    another `config` asks for and the checkpoint never had are random, with a warning; all others have to be there.
 
     Args:
         name: folder, or name on the Hub.
@@ -151,6 +214,9 @@ def load_model(
     Raises:
         CADAError: names what is missing, damaged, or not a number.
     """
+    adapter = find_adapter(name, revision)
+    if adapter is not None:
+        return _load_with_adapter(adapter, config)
     if os.path.exists(name):
         check_config(name)
     own = load_config(name, revision)
@@ -172,12 +238,40 @@ def load_model(
         raise CADAError(
             f"The weights of {name} lack {_some(missing)}. The checkpoint is not complete: save or fetch it again."
         )
+    _check_finite(model, name)
+    return model
+
+
+def _load_with_adapter(adapter: Path, config: CADAConfig | None) -> CADAForTextToImageRetrieval:
+    if not is_peft_available():
+        raise CADAError(f'{adapter} is an adapter, which needs PEFT. In a clone run: pip install -e ".[peft]"')
+    weight_files(adapter)  # whole, and no pickle
+    base, record = base_of(adapter), _adapter_record(adapter)
+    try:
+        config = load_config(adapter) if config is None else config
+        model = load_model(*base, config)
+    except CADAError as error:
+        raise CADAError(f"The base of the adapter {adapter} does not load: {error}") from error
+    if model_digest(model) != record.get("base", model_digest(model)):
+        raise CADAError(
+            f"{base[0]} holds other weights than those that {adapter} was trained on. Bring them back, or train again."
+        )
+    with in_one_line(f"The adapter {adapter} does not fit {base[0]}", adapter, "Save it again by PEFT."):
+        report = model.load_adapter(str(adapter))
+        lacking = {*report.missing_keys, *report.unexpected_keys, *report.mismatched_keys}
+        if lacking:
+            raise CADAError(f"{_some(map(str, lacking))} is missing, or has no place.")
+    model.config.calibration = config.calibration
+    _check_finite(model, adapter)
+    return model.eval()
+
+
+def _check_finite(model: CADAForTextToImageRetrieval, name: str | os.PathLike) -> None:
     broken = [key for key, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CADAError(
             f"The weights of {name} hold NaN or infinite numbers in {_some(broken)}. Take an earlier checkpoint."
         )
-    return model
 
 
 def _some(names) -> str:

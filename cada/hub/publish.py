@@ -16,16 +16,18 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import ADAPTER_CONFIG_NAME
 
-from cada.files import CADAError, one_line, written_whole
+from cada.files import ADAPTER_RECORD, CADAError, one_line, written_whole
 from cada.hub.card import model_card
-from cada.hub.loading import check_config, weight_files
+from cada.hub.loading import base_of, check_config, find_adapter, weight_files
 from cada.hub.record import NO_LICENCE, RUN_FILE, checkpoint_digest, evaluations_of, read_run
 
 
 CODE = tuple(f"{name}_cada.py" for name in ("configuration", "losses", "modeling", "pipeline", "processing"))
 SETTINGS = ("config.json", "modules.json", "processor_config.json", "sentence_bert_config.json", "tokenizer.json")
-OPTIONAL = ("README.md", RUN_FILE, "model.safetensors.index.json", "tokenizer_config.json")
+OPTIONAL = ("README.md", RUN_FILE, ADAPTER_RECORD, "model.safetensors.index.json", "tokenizer_config.json")
+AUTO_MODEL = "modeling_cada.CADAForTextToImageRetrieval"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -35,7 +37,14 @@ def release_files(folder: str | os.PathLike) -> list[str]:
     if not folder.is_dir():
         raise CADAError(f"The folder {folder} does not exist. Give the --output_dir of a training run.")
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    for needed in SETTINGS:
+    adapter = find_adapter(folder)
+    settings = SETTINGS if adapter is None else (ADAPTER_CONFIG_NAME, *SETTINGS[1:])
+    if adapter is not None and os.path.isdir(base_of(adapter)[0]):
+        raise CADAError(
+            f"The adapter {folder} rests on {base_of(adapter)[0]}, which nobody else has. Publish what `cada merge` "
+            "makes of it; or publish the base, and write its name on the Hub into adapter_config.json."
+        )
+    for needed in settings:
         if needed not in names:
             raise CADAError(
                 f"{folder} holds no {needed}. Save model and processor there: model.save_pretrained, "
@@ -43,15 +52,15 @@ def release_files(folder: str | os.PathLike) -> list[str]:
             )
     weights = [path.name for path in weight_files(folder)]
     missing = [name for name in CODE if name not in names]
-    auto_map = check_config(folder).get("auto_map")
-    if not isinstance(auto_map, dict) or auto_map.get("AutoModel") != "modeling_cada.CADAForTextToImageRetrieval":
+    auto_map = check_config(folder).get("auto_map") if adapter is None else {"AutoModel": AUTO_MODEL}  # of the base
+    if not isinstance(auto_map, dict) or auto_map.get("AutoModel") != AUTO_MODEL:
         missing.append("auto_map in config.json")
     if missing:
         raise CADAError(
             f"{folder} lacks {', '.join(missing)}, so nobody can load the model without this package. Save it again "
             "with model.save_pretrained and processor.save_pretrained."
         )
-    return sorted([*SETTINGS, *CODE, *weights, *names.intersection(OPTIONAL)])
+    return sorted([*settings, *CODE, *weights, *names.intersection(OPTIONAL)])
 
 
 def check_names(repo_id: str, tag: str | None = None) -> None:
@@ -131,9 +140,10 @@ def publish(
     check_licence(read_run(folder)["origin"], licence_granted)
     model_card(folder, repo_id, tag or "main", evaluations)  # what is wrong with the record shows before the push
     repo_id, present = open_repository(repo_id, tag, private, token, overwrite)
-    pickles = [name for name in present if name.endswith(PICKLES)]
+    # Pickles, and what would make an adapter of a whole checkpoint.
+    old = [name for name in present if name.endswith(PICKLES) or name == ADAPTER_CONFIG_NAME]
     try:
-        return _push(HfApi(token=token), folder, repo_id, tag, evaluations, pickles)
+        return _push(HfApi(token=token), folder, repo_id, tag, evaluations, old)
     except CADAError:
         raise
     except Exception as error:  # the client raises its own errors and those of its HTTP library
@@ -152,16 +162,15 @@ def check_licence(origin: dict | None, licence_granted: bool) -> None:
         )
 
 
-def _push(api: HfApi, folder: Path, repo_id: str, tag: str | None, evaluations: list[dict], pickles: list[str]) -> str:
+def _push(api: HfApi, folder: Path, repo_id: str, tag: str | None, evaluations: list[dict], old: list[str]) -> str:
     """Upload, tag; returns the revision that the card pins."""
     revision, upload = tag, partial(api.upload_folder, repo_id=repo_id, folder_path=folder)
     if tag is None:  # the card names the commit that holds the weights, so they go first
         files = [name for name in release_files(folder) if name != "README.md"]
         revision = upload(allow_patterns=files, commit_message="Model and processor").oid
     write_card(folder, repo_id, revision, evaluations)
-    # Weights in the old form, pickled arguments: nothing of a release is unpickled.
     message = f"Release {tag}" if tag else "Model card"
-    release = upload(allow_patterns=release_files(folder), delete_patterns=pickles, commit_message=message)
+    release = upload(allow_patterns=release_files(folder), delete_patterns=old, commit_message=message)
     if tag is not None:
         api.create_tag(repo_id, tag=tag, revision=release.oid)  # this state, whatever main has become since
     return revision

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from types import UnionType
@@ -14,13 +13,12 @@ from typing import NotRequired, TypedDict, get_args, get_origin, get_type_hints,
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from cada.data.pedes import PEDES_SETS
 from cada.evaluation.metrics import METRICS
 from cada.files import CADAError, counted, one_line, read_json, written_whole
-from cada.hub.loading import weight_files
+from cada.hub.loading import find_adapter, load_model, model_digest, weight_files, weights_digest
 from processing_cada import CADAProcessor
 
 
@@ -202,21 +200,6 @@ def evaluations_of(digest: str, folder: str | os.PathLike) -> list[Evaluation]:
     return own
 
 
-def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names and values of weights, in the order of their names. Ties an evaluation to its model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """[`weights_digest`] of a model in memory; tied weights count once, as in its file."""
-    tied = model.all_tied_weights_keys
-    return weights_digest((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
-
-
 def search_digest(model, processor: CADAProcessor, weights: str | None = None) -> str:
     """
     SHA-256 of the weights and of the settings that change features or scores, those of training left out. `weights` is
@@ -247,7 +230,9 @@ def search_digest(model, processor: CADAProcessor, weights: str | None = None) -
 
 
 def checkpoint_digest(folder: str | os.PathLike) -> str:
-    """[`weights_digest`] of the files of a checkpoint."""
+    """[`weights_digest`] of the files of a checkpoint; of an adapter, [`model_digest`] with its base."""
+    if find_adapter(folder) is not None:
+        return model_digest(load_model(folder))
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         tensors |= load_file(path)

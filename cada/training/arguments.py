@@ -78,6 +78,11 @@ class ModelArguments:
     model_revision: str | None = HfArg(
         default=None, help="Tag, branch or commit of --model_name_or_path or --init_from on the Hub."
     )
+    lora_rank: int | None = HfArg(
+        default=None,
+        help="Train an adapter of this rank, such as 16, by LoRA (extra `peft`), and freeze the model. It wants a "
+        "higher --learning_rate. By default all weights are trained.",
+    )
     config_overrides: dict | str | None = HfArg(
         default=None,
         help="Fields of CADAConfig as JSON, or a JSON file: "
@@ -91,6 +96,8 @@ class ModelArguments:
         for name in ("init_source", "vocabulary_head"):
             if getattr(self, name) is not None and self.init_from is None:
                 raise CADAError(f"--{name} goes with --init_from, which is not given.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise CADAError(f"--lora_rank is {self.lora_rank}. Give 1 or more, such as 16.")
         if self.tokenizer_name is not None and self.model_name_or_path is not None:
             raise CADAError("--model_name_or_path brings a tokenizer of its own: leave --tokenizer_name out.")
         self.tokenizer_name = self.tokenizer_name or "bert-base-uncased"

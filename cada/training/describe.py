@@ -5,6 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from transformers import TrainerState
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from cada.data.loading import shared_persons
 from cada.data.pedes import PEDES_SETS
@@ -64,7 +65,7 @@ def describe_start(arguments: ModelArguments, args: CADATrainingArguments, model
     if args.do_train:
         return {"origin": after_training(start), "training": None, "evaluations": []}
     earlier = read_run(args.output_dir)
-    if any((Path(args.output_dir) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+    if any((Path(args.output_dir) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX, ADAPTER_SAFE_WEIGHTS_NAME)):
         if checkpoint_digest(args.output_dir) != model_digest(model):
             raise CADAError(
                 f"--output_dir {args.output_dir} holds other weights than the evaluated ones, with a record of their "
@@ -145,6 +146,7 @@ def describe_training(
     if args.negative_sampling == "annealed":
         recipe["negative_temperature"] = f"{args.negative_temperature_start} to {args.negative_temperature_end}"
     given = {**{name: getattr(args, name) for name in WHERE_GIVEN}, "config_overrides": model.config_overrides}
+    given["lora_rank"] = model.lora_rank
     recipe |= {name: value for name, value in given.items() if value not in (None, "", {})}
     return {
         "dataset": name_of_set(data, rows),

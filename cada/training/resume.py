@@ -68,6 +68,7 @@ def recipe_of(args: TrainingArguments, model: CADAForTextToImageRetrieval, split
     }.items():
         fields = set(type(part).__annotations__) - {"vision_config", "text_config"}
         recipe |= {f"{prefix}{name}": getattr(part, name) for name in sorted(fields)}
+    recipe["lora_rank"] = getattr(model, "peft_config", None) and model.peft_config["default"].r
     recipe["weights at the start"] = model_digest(model)[:16]
     for split, rows in splits.items():
         if rows is not None:

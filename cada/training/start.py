@@ -14,6 +14,7 @@ from cada.files import CADAError
 from cada.hub.convert import convert, convert_processor, default_image_size
 from cada.hub.loading import fitted_processor, load_config, load_model, load_processor, load_tokenizer
 from cada.training.arguments import CADATrainingArguments, DataArguments, ModelArguments, made_of_arguments
+from cada.training.lora import add_lora
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval, resize_positions
 from processing_cada import CADAImageProcessor, CADAProcessor
@@ -71,6 +72,8 @@ def make_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
             model, processor = _random(arguments)
     except StrictDataclassError as error:
         raise CADAError(f"The configuration does not hold together. {error}") from error
+    if arguments.lora_rank is not None:
+        add_lora(model, arguments)
     if arguments.attn_implementation is not None:
         with made_of_arguments("The attention"):
             model.set_attn_implementation(arguments.attn_implementation)

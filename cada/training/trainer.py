@@ -3,6 +3,7 @@ The `Trainer` of CADA: every loss part in the log, evaluation by retrieval, chec
 works with any data set of pairs ([`PairDataset`]); the command is train_cada.py.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from cada.data.pairs import GlobalBatches, outlive_sigterm
 from cada.data.streams import StreamBatches, StreamPairs, Unreadable
 from cada.evaluation.calibration import calibrate, evaluate_open_set
 from cada.evaluation.matching import evaluate_retrieval
-from cada.files import CADAError, checkpoint_written_whole, one_line
-from cada.hub.loading import check_processor
+from cada.files import ADAPTER_RECORD, CADAError, checkpoint_written_whole, one_line
+from cada.hub.loading import base_digest, check_processor
 from cada.hub.publish import publish
 from cada.training.arguments import made_of_arguments
+from cada.training.lora import load_lora
 from cada.training.muon import muon_for
 from cada.training.resume import (
     SaveOnSigterm,
@@ -304,11 +306,31 @@ class CADATrainer(Trainer):
             if Path(path).name not in kept:
                 delete_checkpoint(Path(path))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """As in `Trainer`, which knows adapters only in a wrapper of PEFT around the model."""
+        if self.model._hf_peft_config_loaded:
+            load_lora(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.model._hf_peft_config_loaded:
+            load_lora(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in `Trainer`, without its pickle of the arguments: nothing of a release is unpickled."""
+        """
+        As in `Trainer`, without its pickle of the arguments: nothing of a release is unpickled. Of a model with an
+        adapter the adapter is saved, and what tells its base from another.
+        """
         super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.args.should_save and self.model._hf_peft_config_loaded:
+            record = {"base": base_digest(self.model), "calibration": self.model.config.calibration}
+            (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of each loss part since the last line, over all processes."""

@@ -1,14 +1,17 @@
 """The real client of the Hub against a server on the loopback address: what is pushed is what a user loads."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import bert_tokenizer, save_checkpoint, save_colour_set, tiny_processor
 from datasets import Dataset, load_from_disk
 from hub_stand_in import HubStandIn
+from huggingface_hub import ModelCard
 from pedes_layout import lay_out_rstp
 from PIL import Image
 from test_travelling_code import expected_of
@@ -314,6 +317,67 @@ def test_trainer_pushes_a_checkpoint_that_loads(released):
     for name in (*CODE, *MODEL, *PROCESSOR):
         assert files[name] == (folder / "trained" / name).read_bytes()
     assert trained == expected_in(folder / "trained")
+    assert hub.unknown == []
+
+
+ADAPTER = """
+import contextlib, sys
+from transformers import AutoModel, AutoProcessor
+import train_cada
+from cada import cli
+
+first, second, merged, *training = sys.argv[1:]
+AutoModel.from_pretrained(first).push_to_hub("tester/base")
+AutoProcessor.from_pretrained(first).push_to_hub("tester/base")
+with contextlib.redirect_stdout(sys.stderr):
+    train_cada.main(training)
+    AutoModel.from_pretrained(second).push_to_hub("tester/base")  # the base moves on
+    assert cli.main(["merge", "tester/adapter", "--revision", "v1.0", "--out", merged]) == 0
+    assert cli.main(["merge", "tester/adapter", "--revision", "v2.0", "--out", merged]) == 1
+"""
+
+SNIPPET = """
+import json, sys
+from PIL import Image
+
+sys.stdout = sys.stderr
+for name, colour in (("first", "red"), ("second", "blue"), ("third", "green")):
+    Image.new("RGB", (20, 40), colour).save(f"{name}.jpg")
+CODE
+with open("results.json", "w") as file:
+    json.dump(scores.tolist(), file)
+"""
+
+
+def test_a_published_adapter_loads_on_the_commit_of_its_base(hub, processor, tmp_path):
+    """By the snippet of its card, as a visitor; and it is merged from there."""
+    for seed, name in enumerate(("first", "second")):
+        save_checkpoint(tmp_path / name, processor, seed)
+    save_colour_set(tmp_path / "data", train=14, val=7, test=7)
+    training = ["--model_name_or_path", "tester/base", "--dataset", tmp_path / "data", "--lora_rank", "2"]
+    training += ["--output_dir", tmp_path / "run", "--num_train_epochs", "1", "--per_device_train_batch_size", "7"]
+    training += ["--learning_rate", "1e-2", "--do_train", "--do_predict", "--disable_tqdm", "true"]
+    training += ["--push_to_hub", "--hub_model_id", "tester/adapter", "--hub_tag", "v1.0"]
+    places = [tmp_path / name for name in ("first", "second", "merged")]
+    run(hub, tmp_path, ADAPTER, *places, *training, modules=True)
+    files = hub.files("tester/adapter", "v1.0")
+    own = ["adapter_config.json", "adapter_model.safetensors", "cada_adapter.json", "cada_run.json"]
+    assert set(files) == {".gitattributes", "README.md", *own, *CODE, *PROCESSOR, *SENTENCE_TRANSFORMERS}
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.base_model, card.data.library_name) == ("tester/base", "peft")
+    assert "**An adapter** (LoRA, rank 2) for [tester/base]" in card.content
+    assert len(card.data.eval_results) == 2 * 2 * 5  # val and test, both matchings
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.content, flags=re.DOTALL)
+    scores = run(hub, tmp_path, SNIPPET.replace("CODE", snippet), token="")
+    model = CADAForTextToImageRetrieval.from_pretrained(tmp_path / "merged").eval()
+    images = [Image.open(next(tmp_path.glob(f"place-*/{name}.jpg"))) for name in ("first", "second", "third")]
+    inputs = processor(images=images, text=["a woman with long black hair in a red coat"], return_tensors="pt")
+    with torch.no_grad():
+        outputs, rows = model(**inputs), torch.arange(3)
+        states = model.encode_images(inputs["pixel_values"])
+        match = model.match(inputs["input_ids"], inputs["attention_mask"], states, torch.zeros_like(rows), rows)
+    expected = (outputs.text_embeds @ outputs.image_embeds.T)[0] + model.local_score(match)
+    assert scores == pytest.approx(expected.tolist(), abs=1e-5)
     assert hub.unknown == []
 
 
