@@ -29,6 +29,7 @@ from cada.explain import attribute_predictions, word_attention
 from cada.export import PACKAGES, export_model
 from cada.files import CADAError, counted, make_output_folder, printable, run_command, written_whole
 from cada.gallery.index import build_index, open_index
+from cada.gallery.search import Ranking
 from cada.gallery.store import parse_conditions, shard_files
 from cada.hub.convert import (
     SOURCES,
@@ -230,23 +231,27 @@ def search(
     photo = None if image is None else open_file(image)
     marked = {"where": where or (), "like": like or (), "unlike": unlike or ()}
     if queries:
-        rankings = list(zip(queries, gallery.search(queries, top, rerank, image=photo, **marked)))
+        options = {"image": photo, "min_probability": min_probability, **marked}
+        rankings = list(zip(queries, gallery.search(queries, top, rerank, **options)))
     elif photo is None:
         raise CADAError("Give sentences, a --file with sentences, or an --image.")
-    elif rerank:
-        raise CADAError("--rerank reads a sentence; with --image alone there is none. Leave it out.")
+    elif rerank or min_probability is not None:
+        name = "rerank" if rerank else "min-probability"
+        raise CADAError(f"--{name} is of a sentence, and with --image alone there is none. Leave it out.")
     else:
         rankings = [(str(image), gallery.search_image(photo, top, **marked))]
-    nobody = set()
-    if min_probability is not None:
-        rankings, nobody = _above(rankings, min_probability, gallery.model_name)
+    for query, ranking in rankings:
+        if ranking and ranking.nobody_fits:
+            least = f"a probability of {min_probability:g}"
+            print(f"Nobody fits {printable(query)!r} with {least}. The best:", file=sys.stderr)
     if as_json:
-        _print_json(rankings, nobody)
+        _print_json(rankings)
     else:
         asked = dict.fromkeys(condition.column for condition in parse_conditions(where or (), gallery.columns))
-        nothing = f"No image{f' fulfils {shlex.join(where)}' if where and not gallery.left_out else ''}."
-        _print_rankings(rankings, asked, nothing)
-    if picture is not None:  # after the results, which are there then even where it cannot be written
+        _print_rankings(rankings, asked, where or [])
+    if picture is not None and not any(ranking for _, ranking in rankings):
+        print(f"There is nothing to draw, so {picture} is not written.", file=sys.stderr)
+    elif picture is not None:  # after the results, which are there then even where it cannot be written
         save_picture(draw_results(gallery, dict(rankings), columns=3 if frames else 10, frames=frames), picture)
         if not as_json:
             print(f"Wrote {picture}.")
@@ -259,43 +264,23 @@ def _read_sentences(file: Path) -> list[str]:
         raise CADAError(f"{file} cannot be read ({error}). Give a text file in UTF-8.") from error
 
 
-def _above(rankings: list, least: float, model: str) -> tuple[list, set[str]]:
-    """
-    What is at least so probable. Where nothing is, a line says that nobody fits, and the best stay; these queries are
-    the second value.
-    """
-    if all(result.probability is None for _, results in rankings for result in results):
-        raise CADAError(
-            f"{model} gives no probabilities here. They are of a sentence alone, read by local matching, and of a "
-            "model that was calibrated: cada calibrate MODEL. Leave --min-probability out."
-        )
-    shown, nobody = [], set()
-    for query, results in rankings:
-        kept = [result for result in results if (result.probability or 0) >= least]
-        if not kept:
-            print(f"Nobody fits {printable(query)!r} with a probability of {least:g}. The best:", file=sys.stderr)
-            nobody.add(query)
-        shown.append((query, kept or results))
-    return shown, nobody
-
-
-def _print_json(rankings: list, nobody: set[str]) -> None:
+def _print_json(rankings: list[tuple[str, Ranking]]) -> None:
     lists = [
         {
             "query": query,
-            "nobody_fits": query in nobody,
-            "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(results, 1)],
+            "nobody_fits": ranking.nobody_fits,
+            "results": [{"rank": rank, **asdict(result)} for rank, result in enumerate(ranking, 1)],
         }
-        for query, results in rankings
+        for query, ranking in rankings
     ]
     print(json.dumps(lists, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _print_rankings(rankings: list, columns: dict, nothing: str) -> None:
+def _print_rankings(rankings: list[tuple[str, Ranking]], columns: dict, where: list[str]) -> None:
     for query, results in rankings:
         print(printable(query))
         if not results:
-            print(nothing)
+            print(f"No image{f' fulfils {shlex.join(where)}' if where and not results.left_out else ''}.")
             continue
         calibrated = any(result.probability is not None for result in results)
         print(f"rank   score  {'probability  ' * calibrated}stage   path")

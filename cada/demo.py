@@ -20,7 +20,8 @@ import train_cada
 from cada.data.drawn import IMAGE_SIZE, ideal_scores, load_drawn
 from cada.drawing import draw_results
 from cada.evaluation.metrics import METRICS, retrieval_metrics
-from cada.gallery.index import Result, build_index, open_index
+from cada.gallery.index import build_index, open_index
+from cada.gallery.search import Result
 from cada.hub.record import RANDOM_START, write_run
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval

@@ -9,7 +9,7 @@ import cada.demo
 from cada import cli
 from cada.data.drawn import ATTRIBUTES, IMAGE_SIZE, load_drawn
 from cada.demo import SENTENCES, build_start, compare, search, what_is_wrong
-from cada.gallery.index import Result
+from cada.gallery.search import Result
 from cada.hub.publish import release_files
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAProcessor

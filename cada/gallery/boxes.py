@@ -95,15 +95,16 @@ def _read_coco(file: Path) -> dict[str, list]:
         )
     try:
         names = {category["id"]: str(category["name"]) for category in content.get("categories", [])}
-        persons = {key for key, name in names.items() if name.lower() == "person"}
-        if len(names) > 1 and not persons:
+        kinds = {name.lower() for name in names.values()}
+        persons = kinds if len(kinds) == 1 else kinds & {"person"}
+        if names and not persons:
             raise CADAError(f"{file} has no category `person`, but {', '.join(names.values())}. Rename one of them.")
         path_of = {image["id"]: image["file_name"] for image in content["images"]}
         rows = [
             {"path": path_of[each["image_id"]], "box": each["bbox"]}
             | {name: value for name, value in each.items() if name not in _OF_COCO}
             for each in content["annotations"]
-            if not each.get("iscrowd") and (len(names) < 2 or each["category_id"] in persons)
+            if not each.get("iscrowd") and (not names or names[each["category_id"]].lower() in persons)
         ]
     except (KeyError, TypeError, AttributeError) as error:
         raise CADAError(f"{file} is not as COCO JSON is: {type(error).__name__} {error}. Export it again.") from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from cada.data.images import Box, box_within
 from cada.files import CADAError, file_digest, one_line
@@ -15,7 +15,8 @@ from cada.hub.loading import commit_of
 
 def detector_version(name: str, revision: str | None) -> str | None:
     """What tells the version of a detector: the commit on the Hub, or a digest of the files in a folder."""
-    if os.path.isabs(name) and not os.path.isdir(name):
+    folder_like = os.path.isabs(name) or name.startswith(".") or name.count("/") > 1
+    if folder_like and not os.path.isdir(name):
         raise CADAError(f"The detector {name} is not there. Say where it is: --detector NAME.")
     if not Path(name).is_dir():
         return commit_of(name, revision)
@@ -38,13 +39,14 @@ class Detector:
         if not Path(name).is_dir():
             options["revision"] = settings["detector_version"] or "main"
         try:
+            options["config"] = AutoConfig.from_pretrained(name, **options)  # one file tells whether it is there
             self.processor = AutoImageProcessor.from_pretrained(name, **options)
             self.model = AutoModelForObjectDetection.from_pretrained(name, use_safetensors=True, **options)
             self.model.to(device).eval()
         except Exception as error:  # transformers raises many kinds, also where a package is missing
             raise CADAError(
-                f"--detector {name} cannot be loaded ({one_line(error)}). Give a checkpoint of "
-                "AutoModelForObjectDetection, such as hustvl/yolos-tiny."
+                f"--detector {name} cannot be loaded. Give a checkpoint of AutoModelForObjectDetection, such as "
+                f"hustvl/yolos-tiny. {one_line(error)}"
             ) from error
         labels = self.model.config.id2label
         self.person = next((number for number, label in labels.items() if str(label).lower() == "person"), None)

@@ -58,6 +58,11 @@ class ImageFiles:
         self.root, self.with_hidden, self.hidden = folder.resolve(), with_hidden, 0
         self.videos = VideoReader()
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder is."""
+        return self.root.is_dir()
+
     def listing(self) -> tuple[pa.Table, list[tuple[str, str]]]:
         """`path`, `stamp` and metadata of the images in the order of their paths, and what cannot be read."""
         problems = []
@@ -175,7 +180,7 @@ class ImageFiles:
 class ImageRows:
     """The column `image` of a data set: a folder written by `save_to_disk`, or a name on the Hub."""
 
-    hidden = 0  # see [`ImageFiles`]
+    hidden, is_there = 0, True  # see [`ImageFiles`]
 
     def __init__(self, location: str, split: str | None = None):
         self.name = location

@@ -27,7 +27,8 @@ from cada.drawing import draw_explanation, draw_frame
 from cada.explain import attribute_predictions, word_attention
 from cada.export import CADAGraphs
 from cada.files import CADAError, one_line
-from cada.gallery.index import GalleryIndex, LiveIndex, Result, open_index
+from cada.gallery.index import LiveIndex, open_index
+from cada.gallery.search import GalleryIndex, Result
 
 
 try:
@@ -171,7 +172,7 @@ class _Answers:
             results = gallery.search([sentence], _number(top), **options)[0]
         gallery.source  # noqa: B018  # where no image is there any more, that is one error
         images, shown = [], []
-        missing = dict(gallery.left_out)  # gone, or changed since they were indexed
+        missing = dict(results.left_out)  # gone, or changed since they were indexed
         for result in results:
             try:
                 image = gallery.image(result.name)
@@ -187,8 +188,8 @@ class _Answers:
             said += " Click one to see why." if sentence and self.config.use_atp else " Click one to mark it."
         for what, paths in (("Like", asked.like), ("Not like", asked.unlike)):
             said += f" {what} {', '.join(paths)}." if paths else ""
-        if sentence in gallery.cut:
-            said += f" The sentence is too long: it was read up to “{gallery.cut[sentence]}”."
+        if results.read_up_to:
+            said += f" The sentence is too long: it was read up to “{results.read_up_to}”."
         if missing:
             path, problem = next(iter(missing.items()))
             said += f" Left out: {len(missing)}, such as {path} ({problem}). Bring the index up to date."

@@ -23,7 +23,7 @@ from cada.gallery.video import picture, sample
 
 _OF_DETECTOR = {"min_score": 0.5, "min_height": 32, "margin": 0.0}
 _FRAMES_AT_ONCE = 8
-NOBODY = "Lower --min-score or --min-height, or take another --detector."
+_LIMITS = {"min_score": (0, 1), "min_height": (0, 100_000), "margin": (0, 10), "fps": (0.001, 1000)}
 
 
 def person_settings(given: dict, recorded: dict | None) -> dict:
@@ -44,11 +44,9 @@ def person_settings(given: dict, recorded: dict | None) -> dict:
     named = [name for name in _OF_DETECTOR if given[name] is not None]
     if named and settings["detector"] is None:
         raise CADAError(f"--{named[0].replace('_', '-')} is for a --detector, and there is none. Leave it out.")
-    if not (0 <= settings["min_score"] <= 1 and settings["margin"] >= 0 and settings["fps"] > 0):
-        raise CADAError(
-            f"--min-score is {settings['min_score']}, --margin {settings['margin']}, --fps {settings['fps']}. Give 0 "
-            "to 1, 0 or more, and more than 0."
-        )
+    for name, (least, most) in _LIMITS.items():
+        if not least <= settings[name] <= most:
+            raise CADAError(f"--{name.replace('_', '-')} is {settings[name]}. Give a number from {least} to {most}.")
     version = None
     if settings["detector"] is not None:
         same = settings["detector"] == old["detector"]
@@ -70,6 +68,13 @@ class Persons:
     ):
         self.images, self.settings, self.device, self.check_content = images, settings, device, check_content
         self.file, self.empty = index / FOUND, 0
+
+    @property
+    def remedy(self) -> str:
+        """What to do where nobody was found."""
+        if self.settings["boxes"]:
+            return f"Are the boxes of {self.settings['boxes']} x, y, width and height in pixels?"
+        return "Lower --min-score or --min-height, or take another --detector."
 
     def entries(self, files: pa.Table, problems: list[tuple[str, str]]) -> pa.Table:
         """

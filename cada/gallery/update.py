@@ -22,7 +22,7 @@ from transformers.utils import logging
 from cada.data.images import cut_out, open_image
 from cada.files import CADAError, counted, problem_of, written_whole
 from cada.gallery.images import ImageFiles, ImageRows, content_digest
-from cada.gallery.persons import NOBODY, Persons
+from cada.gallery.persons import Persons
 from cada.gallery.regions import Region
 from cada.gallery.store import (
     FOUND,
@@ -110,7 +110,8 @@ class Update:
         if not len(self.listing):
             problems = "".join(f" {path} {problem}." for path, problem in self.unreadable[:1])
             if self.persons.empty:
-                raise CADAError(f"Nobody was found in {counted(self.persons.empty, 'file')}.{problems} {NOBODY}")
+                empty = counted(self.persons.empty, "file")
+                raise CADAError(f"Nobody was found in {empty}.{problems} {self.persons.remedy}")
             if self.images.hidden:
                 problems += f" {counted(self.images.hidden, 'hidden image')}: --hidden takes them."
             raise CADAError(f"{self.record['source']['location']} holds no image that Pillow reads.{problems}")

@@ -10,13 +10,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 
-from cada.evaluation.encoding import Gallery
+from cada.evaluation.encoding import Gallery, Queries
 from cada.evaluation.matching import match_candidates
 from cada.files import CADAError
-from cada.gallery.index import GalleryIndex, LiveIndex, Result
+from cada.gallery.index import LiveIndex
+from cada.gallery.search import GalleryIndex, Ranking
 
 
 MAX_BATCH = 64  # texts and images that wait for one batch; a request with more is a batch of its own
@@ -27,35 +29,25 @@ class RequestError(CADAError):
     """A request is wrong; any other error is the service's."""
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """The answer to a search; for the fields see `GalleryIndex.search`."""
-
-    results: list[Result]
-    read_up_to: str | None
-    left_out: dict[str, str]
-
-
 def search_sentences(
-    gallery: GalleryIndex, asked: Sequence[tuple[str, int]], rerank: int | None, where: tuple[str, ...]
+    gallery: GalleryIndex,
+    asked: Sequence[tuple[str, int]],
+    rerank: int | None,
+    where: tuple[str, ...],
+    min_probability: float | None,
 ) -> list[Ranking]:
-    """Rankings for sentences, each with the number of images wanted."""
+    """Rankings for sentences; with each the number of images wanted, and perhaps more are given."""
     sentences, tops = zip(*asked)
-    rankings = gallery.search(sentences, max(tops), rerank, where)
-    return [
-        Ranking(ranking[:top], gallery.cut.get(sentence), gallery.left_out)
-        for sentence, top, ranking in zip(sentences, tops, rankings)
-    ]
+    return gallery.search(sentences, max(tops), rerank, where, min_probability=min_probability)
 
 
 def search_images(
     gallery: GalleryIndex, asked: Sequence[tuple[torch.Tensor, int]], where: tuple[str, ...]
 ) -> list[Ranking]:
-    """Rankings for images, as pixel values `(1, 3, height, width)`, each with the number of images wanted."""
+    """As [`search_sentences`] for images, as pixel values `(1, 3, height, width)`."""
     pixel_values, tops = zip(*asked)
     features, _ = _encoded_images(gallery, torch.cat(pixel_values))
-    rankings = gallery.search_features(features, max(tops), where)
-    return [Ranking(ranking[:top], None, {}) for top, ranking in zip(tops, rankings)]
+    return gallery.search_features(features, max(tops), where)
 
 
 def embed_sentences(gallery: GalleryIndex, asked: Sequence[list[str]]) -> list[tuple[torch.Tensor, int]]:
@@ -63,8 +55,7 @@ def embed_sentences(gallery: GalleryIndex, asked: Sequence[list[str]]) -> list[t
     Features `(texts, d)` of lists of sentences, and the number of their word pieces. A `RequestError` for a sentence
     that the model does not read to its end.
     """
-    queries = gallery.encode_sentences([sentence for sentences in asked for sentence in sentences])
-    _refuse_cuts(gallery)
+    queries = _encoded_sentences(gallery, [sentence for sentences in asked for sentence in sentences])
     counts = [len(sentences) for sentences in asked]
     lengths = queries.attention_mask.sum(dim=1).split(counts)
     return [(features, int(length.sum())) for features, length in zip(queries.embeds.split(counts), lengths)]
@@ -84,8 +75,7 @@ def rank_images(
     the best first, and the number of word pieces. The score is S_G + S_L, S_G of a model without match heads.
     """
     sentences, pixel_values = zip(*asked)
-    queries = gallery.encode_sentences(sentences)
-    _refuse_cuts(gallery)
+    queries = _encoded_sentences(gallery, sentences)
     features, states = _encoded_images(gallery, torch.cat(pixel_values))
     counts = [len(images) for images in pixel_values]
     numbers = torch.arange(len(features)).split(counts)  # each sentence has images of its own
@@ -101,11 +91,13 @@ def rank_images(
     return answers
 
 
-def _refuse_cuts(gallery: GalleryIndex) -> None:
-    for sentence, words in gallery.cut.items():
-        raise RequestError(
-            f"The sentence {sentence!r:.60} is too long: the model reads it up to {words!r}. Shorten it."
-        )
+def _encoded_sentences(gallery: GalleryIndex, sentences: Sequence[str]) -> Queries:
+    queries, ends = gallery.encode_sentences(sentences)
+    for sentence, words in zip(sentences, ends):
+        if words is not None:
+            shown = shorten(sentence, 60, placeholder=" ...")
+            raise RequestError(f"The sentence {shown!r} is too long: the model reads it up to {words!r}. Shorten it.")
+    return queries
 
 
 def _encoded_images(gallery: GalleryIndex, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,7 +42,6 @@ import cada.gallery.page
 from cada.data.images import open_image
 from cada.files import CADAError, counted, one_line, printable
 from cada.gallery.index import LiveIndex, open_index
-from cada.gallery.store import parse_conditions
 from cada.serve.batches import (
     Batcher,
     RequestError,
@@ -116,17 +115,12 @@ class Service:
                 f"The model {name!r:.200} is not here. Ask for {self.model_name!r}, or leave `model` out."
             )
 
-    def check_search(self, rerank: int | None, where: list[str], min_probability: float | None) -> None:
-        """A `RequestError` for conditions that the index does not know, and for what the model cannot do."""
-        gallery = self.live.gallery
+    def check_search(self, *question) -> None:
+        """A `RequestError` for what the index, or its model, cannot answer; see [`GalleryIndex.check`]."""
         try:
-            parse_conditions(where, gallery.columns)
+            self.live.gallery.check(*question)
         except CADAError as error:
             raise RequestError(str(error)) from error
-        if rerank and not gallery.model.config.use_atp:
-            raise RequestError("This model has no match heads, which `rerank` needs. Leave it out.")
-        if min_probability is not None and gallery.model.config.calibration is None:
-            raise RequestError("This model is not calibrated, which `min_probability` needs. Leave it out.")
 
     async def pixel_values(self, **urls: str) -> torch.Tensor:
         """Images `(images, 3, height, width)` from data URLs; a `RequestError` names what is wrong."""
@@ -287,16 +281,18 @@ def _add_search(keyed: APIRouter, service: Service) -> None:
     @keyed.post("/search", responses=_BUSY)
     async def search(body: SearchRequest) -> SearchAnswer:
         """Rank the images of the index for a sentence, or for the image of a person."""
-        service.check_search(body.rerank, body.where, body.min_probability)
+        is_sentence = body.image is None
+        rerank = body.rerank if is_sentence else 0
+        service.check_search(body.top, rerank, body.where, body.min_probability, is_sentence)
         ask, where = service.batcher.ask, tuple(body.where)
-        if body.image is None:
-            ranking = await ask(search_sentences, (body.sentence, body.top), body.rerank, where)
+        if is_sentence:
+            question = (body.sentence, body.top)
+            ranking = await ask(search_sentences, question, rerank, where, body.min_probability)
         else:
             pixel_values = await service.pixel_values(image=body.image)
             ranking = await ask(search_images, (pixel_values, body.top), where)
-        least, results = body.min_probability, [Found(**asdict(result)) for result in ranking.results]
-        if least is not None:
-            results = [found for found in results if (found.probability or 0) >= least]
+        found = [] if ranking.nobody_fits else ranking[: body.top]
+        results = [Found(**asdict(result)) for result in found]
         return SearchAnswer(results=results, read_up_to=ranking.read_up_to, left_out=ranking.left_out)
 
 

@@ -157,7 +157,7 @@ def test_search_says_how_probable_a_match_is(start, colours, tmp_path, capsys):
     processor.save_pretrained(folder)
     build_index(colours, index, str(folder), split="test", progress=False)
     assert main(["search", str(index), "a red coat", "--min-probability", "0.5"]) == 1
-    assert "gives no probabilities here" in capsys.readouterr().err
+    assert "is not calibrated, so there are no probabilities" in capsys.readouterr().err
     assert open_index(index).search("a red coat")[0][0].probability is None
 
     assert main(["calibrate", str(folder), "--dataset", str(colours)]) == 0
@@ -173,6 +173,23 @@ def test_search_says_how_probable_a_match_is(start, colours, tmp_path, capsys):
     assert [result.probability for result in results[3:]] == [None, None]  # the decoder has not read them
     marked = gallery.search("a red coat", top=1, like=[results[0].path])[0]
     assert marked[0].probability is None  # it is of a sentence alone
+
+    # All that the decoder reads count, also behind the first: the ranking is by S_G + S_L, not by the probability.
+    chances = {result.path: result.probability for result in gallery.search("a red coat", top=50, rerank=10)[0][:10]}
+    for least in sorted(chances.values())[-3:]:
+        [fitting] = gallery.search("a red coat", top=1, rerank=10, min_probability=least)
+        assert len(fitting) == 1 and fitting[0].probability >= least and not fitting.nobody_fits
+    for options, problem in (
+        ({"rerank": 0}, "what the decoder has read"),
+        ({"like": [results[0].path]}, "of a sentence alone"),
+    ):
+        with pytest.raises(CADAError, match=problem):
+            gallery.search("a red coat", min_probability=0.5, **options)
+    photo = str(tmp_path / "photo.png")
+    gallery.image(results[0].name).save(photo)
+    for arguments in (["--image", photo, "--min-probability", "0.5"], ["--image", photo, "--rerank", "3"]):
+        assert main(["search", str(index), *arguments]) == 1
+        assert "is of a sentence, and with --image alone there is none" in capsys.readouterr().err
 
     assert main(["search", str(index), "a red coat", "--top", "2", "--min-probability", "1"]) == 0
     printed = capsys.readouterr()

@@ -1,5 +1,6 @@
 """Persons that a detector of transformers finds: small detectors, random or trained on drawn streets."""
 
+import math
 import random
 from pathlib import Path
 
@@ -181,7 +182,10 @@ def test_wrong_detectors_are_explained(detector, checkpoint, photos, tmp_path):
     )
     assert problem(min_height=9) == "--min-height is for a --detector, and there is none. Leave it out."
     assert "--min-score is 1.5" in problem(detector=detector, min_score=1.5)
-    assert "--fps 0" in problem(fps=0)
+    for value in (0, math.inf, math.nan):
+        assert f"--fps is {value}. Give a number from 0.001 to 1000." in problem(fps=value)
+    assert "--min-height is -5. Give a number from 0" in problem(detector=detector, min_height=-5)
+    assert "The detector ./nope is not there." in problem(detector="./nope")
     assert problem(detector=detector, min_score=1) == (
         "Nobody was found in 11 files. Lower --min-score or --min-height, or take another --detector."
     )

@@ -23,6 +23,7 @@ from transformers.testing_utils import CaptureLogger
 
 import cada.drawing
 import cada.gallery.index
+import cada.gallery.search
 import cada.gallery.update
 from cada.cli import main
 from cada.drawing import draw_results
@@ -136,6 +137,8 @@ def test_a_photo_and_marked_results_move_the_question(checkpoint, folder, tmp_pa
     local = {result.path: result.score for result in gallery.search(SENTENCES[0], top=12, rerank=12)[0]}
     for result in again[:3]:
         assert result.score - found[result.path] == pytest.approx(local[result.path] - plain[result.path], abs=1e-3)
+    with pytest.raises(CADAError, match=f"'{right}' is marked as right and as wrong"):
+        gallery.search(SENTENCES[0], like=[right], unlike=[right])
     alone = gallery.search_image(photo, top=12, like=[right])
     scores = {path: (features["03.png"] + features[right]) @ feature for path, feature in features.items()}
     assert {result.path: result.score for result in alone} == pytest.approx(scores, abs=2e-3)
@@ -378,11 +381,12 @@ def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, cap
     (folder / gone).unlink()
     assert open_index(tmp_path / "kept").search(SENTENCES, top=3) == kept
     left = open_index(tmp_path / "plain")
-    for before, after in zip(plain, left.search(SENTENCES, top=3), strict=True):  # another takes the gone one's place
+    rankings = left.search(SENTENCES, top=3)
+    for before, after in zip(plain, rankings, strict=True):  # another takes the gone one's place
         kept_paths = [result.path for result in before if result.path != gone]
         assert [result.path for result in after][: len(kept_paths)] == kept_paths
         assert len(after) == 3 and gone not in {result.path for result in after}
-    assert left.left_out == {gone: "No such file or directory"}
+    assert rankings[0].left_out == {gone: "No such file or directory"}
     with pytest.raises(CADAError, match=f"{gone} cannot be shown: No such file.*cada index"):
         left.image(gone)
     # An update drops the states of images that are gone.
@@ -573,14 +577,14 @@ def test_an_exchange_of_two_files_is_noticed(copied, encoded):
     # A file system that tells nothing: only the content does.
     stamps = {name: row[0] for name, row in after.items()}
     (folder / "a.png").write_bytes((folder / "b.png").read_bytes())
-    listing = cada.gallery.index.ImageFiles.listing
+    listing = cada.gallery.images.ImageFiles.listing
 
     def stale(self):
         table, problems = listing(self)
         return table.set_column(1, "stamp", [[stamps[path] for path in table["path"].to_pylist()]]), problems
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cada.gallery.index.ImageFiles, "listing", stale)
+        patch.setattr(cada.gallery.images.ImageFiles, "listing", stale)
         assert build(folder, index).changed == 0
         assert build(folder, index, check_content=True).changed == 1
     assert contents(index)["a.png"][1:] == close(contents(index))["b.png"][1:]
@@ -590,12 +594,14 @@ def test_changed_and_lost_images_are_left_out_with_a_warning(copied, capsys):
     index, folder = copied
     gallery = open_index(index)
     save_images(folder, ["a.png"], seed=5)
-    with CaptureLogger(cada.gallery.index.logger) as captured:
-        assert [result.path for result in gallery.search("a man")[0]] == ["b.png"]
-    assert gallery.left_out == {"a.png": "has changed since it was indexed"}
+    with CaptureLogger(cada.gallery.search.logger) as captured:
+        [ranking] = gallery.search("a man")
+    assert [result.path for result in ranking] == ["b.png"]
+    assert ranking.left_out == {"a.png": "has changed since it was indexed"}
     assert "1 image left out: a.png (has changed since it was indexed). Bring the index up to date" in captured.out
     assert f"cada index {folder} --out {index}" in captured.out
-    assert len(gallery.search_image(Image.open(folder / "b.png"))) == 2 and gallery.left_out == {}  # no file is read
+    alike = gallery.search_image(Image.open(folder / "b.png"))
+    assert len(alike) == 2 and alike.left_out == {}  # no file is read
     with pytest.raises(CADAError, match="a.png cannot be shown: has changed"):
         gallery.image("a.png")
     grey = np.asarray(draw_results(gallery, {"x": gallery.search("a man", rerank=0)[0]}))
@@ -645,9 +651,8 @@ def test_damaged_tables_and_patch_states_are_mended(checkpoint, small_index, tmp
     lost, cut = sorted((index / "patches").iterdir())
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:100])
-    gallery = open_index(index)
-    assert gallery.search("a man", rerank=2) == [[]]
-    assert len(gallery.left_out) == 2
+    [nothing] = open_index(index).search("a man", rerank=2)
+    assert nothing == [] and len(nothing.left_out) == 2
     assert build(folder, index).changed == 2
     assert (sum(encoded), contents(index)) == (2, close(whole))
     (table,) = index.glob("table-*")
@@ -659,38 +664,32 @@ def test_damaged_tables_and_patch_states_are_mended(checkpoint, small_index, tmp
 
 
 def test_others_take_the_places_of_images_that_are_gone(checkpoint, folder, tmp_path):
-    """The two best of re-ranking are deleted: the answer has as many images as asked for, without these."""
-    build(folder, tmp_path / "index", checkpoint)
-    before = [result.path for result in open_index(tmp_path / "index").search("a man", top=2, rerank=2)[0]]
-    for path in before:
-        (folder / path).unlink()
-    gallery = open_index(tmp_path / "index")
-    [after] = gallery.search("a man", top=2, rerank=2)
-    assert set(gallery.left_out) == set(before)
-    assert len(after) == 2 and not {result.path for result in after} & set(before)
-
-
-def test_scores_stay_with_their_images_where_a_wider_search_has_another_order(
-    checkpoint, folder, tmp_path, monkeypatch
-):
-    """As of an approximate index, which visits other images for more hits."""
+    """The two best of re-ranking are deleted: the decoder reads the next two in their places."""
     build(folder, tmp_path / "index", checkpoint)
     [before] = open_index(tmp_path / "index").search("a man", top=12, rerank=4)
-    (folder / before[0].path).unlink()
-    gallery = open_index(tmp_path / "index")
-    search = gallery.store.search
-    monkeypatch.setattr(
-        gallery.store,
-        "search",
-        lambda queries, k, *more: [hits[:: 1 if k == 12 else -1] for hits in search(queries, k, *more)],
-    )
-    [after] = gallery.search("a man", top=12, rerank=4)
-    assert {result.path: result for result in after} == {result.path: result for result in before[1:]}
-    assert after[:3] == before[1:4]
+    best = {result.path for result in open_index(tmp_path / "index").search("a man", top=2, rerank=2)[0]}
+    for path in best:
+        (folder / path).unlink()
+    [after] = open_index(tmp_path / "index").search("a man", top=3, rerank=2)
+    assert set(after.left_out) == best
+    assert [result.stage for result in after] == ["local", "local", "global"]
+    assert after[:2] == [result for result in before[:4] if result.path not in best]
 
 
-def test_an_image_that_is_gone_is_left_out_for_every_sentence(checkpoint, folder, tmp_path, monkeypatch):
-    """For the second sentence it is no candidate of re-ranking, so its file is not looked at for that one."""
+def test_the_folder_of_the_images_is_gone_while_an_index_is_open(copied):
+    """An error of all, not of each image."""
+    index, folder = copied
+    gallery = open_index(index)
+    assert gallery.search("a man")[0]
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(CADAError, match="which is not there. Is its disk mounted"):
+        gallery.search("a man")
+    folder.with_name("elsewhere").rename(folder)
+    assert gallery.search("a man")[0]
+
+
+def test_an_answer_does_not_depend_on_the_other_sentences(checkpoint, folder, tmp_path, monkeypatch):
+    """For the second sentence the image that is gone is no candidate of re-ranking: nobody looks at its file."""
     build(folder, tmp_path / "index", checkpoint)
     gallery = open_index(tmp_path / "index")
     search = gallery.store.search
@@ -701,16 +700,15 @@ def test_an_image_that_is_gone_is_left_out_for_every_sentence(checkpoint, folder
     gone = first[0].path
     assert second[-1].path == gone
     (folder / gone).unlink()
-    rankings = gallery.search(["a man", "a man"], top=12, rerank=1)
-    paths = [[result.path for result in ranking] for ranking in rankings]
-    assert list(gallery.left_out) == [gone]
-    assert all(gone not in ranking and len(ranking) == 11 for ranking in paths)
+    without, same = gallery.search(["a man", "a man"], top=12, rerank=1)
+    assert list(without.left_out) == [gone] and len(without) == 11 and gone not in {each.path for each in without}
+    assert same == second and same.left_out == {}
 
 
 def test_an_index_that_another_run_changes_meanwhile_is_left_alone(copied, monkeypatch):
     """The other run ends while this one loads the model."""
     index, folder = copied
-    load, other = cada.gallery.index._load, []
+    load, other = cada.gallery.index.load_model_of_index, []
 
     def slowly(*arguments):
         if not other:
@@ -719,7 +717,7 @@ def test_an_index_that_another_run_changes_meanwhile_is_left_alone(copied, monke
             build_index(folder, index, progress=False)
         return load(*arguments)
 
-    monkeypatch.setattr(cada.gallery.index, "_load", slowly)
+    monkeypatch.setattr(cada.gallery.index, "load_model_of_index", slowly)
     with pytest.raises(CADAError, match="Another process has changed .* meanwhile. Run the command again"):
         build_index(folder, index, progress=False)
     assert "new.png" in {result.path for result in open_index(index).search("a man", top=99)[0]}
@@ -845,13 +843,12 @@ def test_a_long_sentence_is_searched_and_said_where_it_is_cut(copied):
     gallery = open_index(copied[0])
     words = ["man", "red", "coat"] * 40
     long, short = " ".join(words), " ".join(words[:11])
-    with CaptureLogger(cada.gallery.index.logger) as captured:
-        results = gallery.search([long, short])
-    assert results[0] == results[1]
-    assert gallery.cut == {long: " ".join(words[8:11])}
-    assert f"is too long: the model reads it up to '{' '.join(words[8:11])}'" in captured.out
-    gallery.search(short)
-    assert gallery.cut == {}
+    with CaptureLogger(cada.gallery.search.logger) as captured:
+        cut, whole = gallery.search([long, short])
+    assert cut == whole
+    assert (cut.read_up_to, whole.read_up_to) == (" ".join(words[8:11]), None)
+    assert "'man red coat man red coat man red coat man red coat man ...' is too long: the model reads" in captured.out
+    assert f"reads it up to '{' '.join(words[8:11])}'" in captured.out
 
 
 def test_a_missing_model_is_told(copied, tmp_path):

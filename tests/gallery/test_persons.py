@@ -251,6 +251,13 @@ def test_odd_boxes_are_cut_or_named(checkpoint, photos, tmp_path):
             '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]}',
             "has no category `person`, but cat, dog.",
         ),
+        (
+            "b.json",
+            '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "category_id": 7, '
+            '"bbox": [1, 1, 9, 9]}], "categories": [{"id": 1, "name": "pedestrian"}]}',
+            "is not as COCO JSON is: KeyError 7.",
+        ),
+        ("b.csv", "path,x,y,width,height\na.png,0.1,0.1,0.2,0.3\n", "b.csv x, y, width and height in pixels?"),
     ],
 )
 def test_wrong_files_of_boxes_are_explained(checkpoint, photos, tmp_path, name, text, message):

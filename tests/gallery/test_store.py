@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import cada.gallery.store
 from cada.files import CADAError
-from cada.gallery.index import GalleryIndex
+from cada.gallery.search import GalleryIndex
 from cada.gallery.store import (
     ArrowStore,
     Condition,
