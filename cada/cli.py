@@ -186,7 +186,7 @@ def index(
         return
     for path, problem in changes.unreadable:
         print(f"unreadable: {printable(path)}: {printable(problem)}", file=sys.stderr)
-    images = counted(changes.added + changes.changed + changes.unchanged, "image")
+    images = counted(changes.added + changes.changed + changes.unchanged, changes.kind)
     counts = [f"{getattr(changes, name):,} {name}" for name in ("added", "changed", "removed", "unchanged")]
     print(f"{out}: {images}; {', '.join(counts)}, {len(changes.unreadable):,} unreadable.")
     if changes.hidden:
@@ -338,6 +338,8 @@ def export(
         )
     elif Path(source, "config.json").is_file():
         raise CADAError(f"{source} is a checkpoint, no index. Give --format {' or '.join(PACKAGES)}.")
+    elif out.suffix.lower() != ".parquet":
+        raise CADAError(f"{out} should end in .parquet.")
     else:
         print(f"Wrote {open_index(source).export(out):,} rows to {out}.")
 

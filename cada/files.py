@@ -133,7 +133,7 @@ def flush(path: Path) -> None:
 
 def _not_written(path: Path, error: Exception) -> CADAError:
     return CADAError(
-        f"{path} cannot be written: {problem_of(error)}. Nothing was replaced. Free some space, or choose another."
+        f"{path} cannot be written: {problem_of(error)}. Nothing was replaced. Is its folder there, and room?"
     )
 
 

@@ -70,6 +70,11 @@ class Persons:
         self.file, self.empty = index / FOUND, 0
 
     @property
+    def kind(self) -> str:
+        """What a row of the index is: an image, or a frame of a video, or a person in one."""
+        return "person" if self.settings["boxes"] or self.settings["detector"] else "image"
+
+    @property
     def remedy(self) -> str:
         """What to do where nobody was found."""
         if self.settings["boxes"]:

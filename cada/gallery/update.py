@@ -83,8 +83,8 @@ class IndexOptions:
 @dataclass
 class Changes:
     """
-    What [`build_index`] did: numbers of images; of hidden files that were left out, and of files that show nobody;
-    `(path, problem)` of all that cannot be read.
+    What [`build_index`] did: numbers of images, or of persons, as `kind` says; of hidden files that were left out, and
+    of files that show nobody; `(path, problem)` of all that cannot be read.
     """
 
     added: int = 0
@@ -94,6 +94,7 @@ class Changes:
     hidden: int = 0
     empty: int = 0
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    kind: str = "image"
 
 
 class Update:
@@ -180,7 +181,7 @@ class Update:
         there, unreadable = set(self.listing["path"].to_pylist()), {path for path, _ in self.unreadable}
         removed = sum(name not in there and Region.of(name).path not in unreadable for name in self.known)
         left_out = {"hidden": self.images.hidden, "empty": self.persons.empty, "unreadable": sorted(self.unreadable)}
-        changes = Changes(**numbers, removed=removed, **left_out)
+        changes = Changes(**numbers, removed=removed, **left_out, kind=self.persons.kind)
         if not len(kept):
             path, problem = changes.unreadable[0]
             raise CADAError(
@@ -204,7 +205,8 @@ def _columns(table: pa.Table, *names: str) -> Iterator[tuple]:
 def announce_states(index: Path, config: CADAVisionConfig, count: int) -> None:
     """Say how much disk the patch states of `count` images take. A `CADAError` for too much."""
     needed, free = 2 * config.sequence_length * config.hidden_size * count, shutil.disk_usage(index).free
-    print(f"Patch states of {counted(count, 'image')} will take {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free.")
+    takes, free_now = f"{max(needed / 1e9, 0.01):.2f} GB", f"{free / 1e9:.2f} GB"
+    print(f"Patch states of {counted(count, 'image')} will take {takes}; {free_now} are free.")
     if needed > free:
         raise CADAError(f"{index}: the disk is too small for --keep-patches. Leave it out, or choose another.")
 

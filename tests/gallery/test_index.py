@@ -370,7 +370,7 @@ def test_kept_patch_states_need_no_image_files(checkpoint, folder, tmp_path, cap
     build(folder, tmp_path / "plain", checkpoint)
     build(folder, tmp_path / "kept", checkpoint, keep_patches=True, shard_size=5)
     # (1 + 8) states of 16 numbers of 2 bytes for 12 images.
-    assert "Patch states of 12 images will take 0.00 GB" in capsys.readouterr().out
+    assert "Patch states of 12 images will take 0.01 GB" in capsys.readouterr().out
     plain = open_index(tmp_path / "plain").search(SENTENCES, top=3)
     kept = open_index(tmp_path / "kept").search(SENTENCES, top=3)
     for first, second in zip(plain, kept, strict=True):

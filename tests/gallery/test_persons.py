@@ -283,7 +283,7 @@ def test_commands_show_crop_and_frame(checkpoint, drawn, photos, tmp_path, capsy
     assert main(["index", str(photos), "--model", str(checkpoint), "--out", index, "--boxes", str(boxes)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [
-        f"{index}: 5 images; 5 added, 0 changed, 0 removed, 0 unchanged, 0 unreadable.",
+        f"{index}: 5 persons; 5 added, 0 changed, 0 removed, 0 unchanged, 0 unreadable.",
         "Nobody is in 1 file.",
     ]
     expected = open_index(index).search(SENTENCE, top=2)[0]
