@@ -60,8 +60,8 @@ PEDES_SETS = {
         images="images",
         total=(6926, 26206, 52412),
     ),
-    # See cada/data/frames.py. An image is the box of a person. Query persons and boxes of PRW's test, as others counted
-    # them: https://github.com/FarhadBayrami/faster-rcnn-oim-person-search. Counts of the descriptions were not found.
+    # See cada/data/frames.py. An image is the box of a person. Of PRW's test, persons and boxes as others counted them:
+    # https://github.com/FarhadBayrami/faster-rcnn-oim-person-search. Counts of the descriptions were not found.
     "prw_tbps": PedesSet(
         "PRW-TBPS",
         ("PRW-TBPS_train", "PRW-TBPS_test"),
