@@ -60,7 +60,7 @@ PEDES_SETS = {
         images="images",
         total=(6926, 26206, 52412),
     ),
-    # See cada/data/frames.py. An image is the box of a person. Of PRW's test, persons and boxes as others counted them:
+    # See cada/data/frames.py. An image is the box of a person. The counts are of PRW's test, as others counted it:
     # https://github.com/FarhadBayrami/faster-rcnn-oim-person-search. Counts of the descriptions were not found.
     "prw_tbps": PedesSet(
         "PRW-TBPS",
