@@ -60,7 +60,8 @@ PEDES_SETS = {
         images="images",
         total=(6926, 26206, 52412),
     ),
-    # See cada/data/frames.py. An image is the box of a person.
+    # See cada/data/frames.py. An image is the box of a person. The counts are of PRW's test, as others counted it:
+    # https://github.com/FarhadBayrami/faster-rcnn-oim-person-search. Counts of the descriptions were not found.
     "prw_tbps": PedesSet(
         "PRW-TBPS",
         ("PRW-TBPS_train", "PRW-TBPS_test"),

@@ -1,12 +1,15 @@
 """What a training starts from: longer texts than the start has read."""
 
+import json
 import random
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import save_colour_set, save_tiny_start, tiny_config
+from datasets import load_from_disk
 from long_captions import lengthen
 
+import train_cada
 from cada.data.drawn import draw_persons
 from cada.files import CADAError
 from cada.training.start import load_start
@@ -77,3 +80,25 @@ def test_long_captions_of_the_benchmark():
         assert all(phrase == phrase.strip() and phrase for phrase in phrases)
         assert any(person["upper_colour"] in phrase for phrase in phrases)
         assert {"sex", "upper_colour"} <= set(named)
+
+
+def test_what_stands_late_in_a_long_caption_is_learned(tmp_path):
+    """Of 80 words the last ones name the colour. Cut at 72 tokens, one sentence in seven would be right by chance."""
+    start = save_tiny_start(tmp_path / "start", initializer_range=0.2)
+    splits = load_from_disk(save_colour_set(tmp_path / "short", train=35, test=14))
+    late = "a person of whom we say many things that are not to be seen at all " * 5
+    splits.map(lambda row: {"captions": [late + text for text in row["captions"]]}).save_to_disk(tmp_path / "data")
+    longer = {"max_text_length": 145, "group_size": 36, "group_stride": 36}
+    longer["text_config"] = {"max_position_embeddings": 145}
+    metrics = train_cada.main(
+        [
+            *("--model_name_or_path", str(start), "--config_overrides", json.dumps(longer)),
+            *("--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")),
+            *("--do_train", "--do_predict", "--disable_tqdm", "true"),
+            *("--num_train_epochs", "25", "--per_device_train_batch_size", "7", "--logging_steps", "5"),
+            *("--learning_rate", "5e-3", "--warmup_steps", "0.1", "--max_grad_norm", "5"),
+            *("--negative_sampling", "annealed", "--eval_strategy", "no", "--holdout_persons", "0"),
+            *("--load_best_model_at_end", "false", "--save_strategy", "no"),
+        ]
+    )
+    assert min(metrics["test_global_R1"], metrics["test_local_R1"]) > 50
