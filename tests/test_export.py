@@ -183,13 +183,14 @@ def test_without_match_heads_and_in_half_precision(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("export_format", PACKAGES)
-def test_int8_is_close_and_no_substitute(export_format, small, tmp_path, capsys):
+def test_int8_is_close_and_no_substitute(small, tmp_path, capsys):
     """Its features are others, so an index belongs to it alone."""
-    for package in (*PACKAGES[export_format], *["nncf"] * (export_format == "openvino")):
+    for package in PACKAGES["openvino"]:
         pytest.importorskip(package)
-    arguments = ["export", str(small), str(tmp_path / "graphs"), "--format", export_format, "--int8"]
-    assert main(arguments) == 0
+    arguments = ["export", str(small), str(tmp_path / "graphs"), "--int8", "--format"]
+    assert main([*arguments, "onnx"]) == 1
+    assert "int8 is of the format openvino" in capsys.readouterr().err
+    assert main([*arguments, "openvino"]) == 0
     difference = float(re.search(r"differ from PyTorch's by ([\d.e-]+) at most", capsys.readouterr().out)[1])
     assert 1e-4 < difference < 0.1
     source = str(photos(tmp_path / "photos"))
