@@ -45,7 +45,7 @@ from processing_cada import CADAProcessor
 
 logger = logging.get_logger(__name__)
 
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino", "nncf")}  # of each format
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}  # of each format
 TOLERANCE = 1e-4  # between a graph and PyTorch, both in float32
 
 
@@ -105,8 +105,8 @@ def _quiet() -> Iterator[None]:
             disable(NOTSET)
 
 
-def _check_packages(export_format: str) -> None:
-    missing = [name for name in PACKAGES[export_format] if importlib.util.find_spec(name) is None]
+def _check_packages(export_format: str, *further: str) -> None:
+    missing = [name for name in (*PACKAGES[export_format], *further) if importlib.util.find_spec(name) is None]
     if missing:
         raise CADAError(
             f"The format {export_format} needs {', '.join(missing)}. In a clone of this repository run: "
@@ -165,7 +165,7 @@ def export_model(
     """
     if int8 and export_format != "openvino":
         raise CADAError(f"int8 is of the format openvino: in {export_format} it changes the ranking. Leave it out.")
-    _check_packages(export_format)
+    _check_packages(export_format, *["nncf"] * int8)
     if os.path.isdir(out) and os.listdir(out):
         raise CADAError(f"{out} holds files already. Choose a new folder.")
     make_output_folder(out)

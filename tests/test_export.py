@@ -185,8 +185,8 @@ def test_without_match_heads_and_in_half_precision(small, tmp_path):
 @pytest.mark.slow
 def test_int8_is_close_and_no_substitute(small, tmp_path, capsys):
     """Its features are others, so an index belongs to it alone."""
-    for package in PACKAGES["openvino"]:
-        pytest.importorskip(package)
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
     arguments = ["export", str(small), str(tmp_path / "graphs"), "--int8", "--format"]
     assert main([*arguments, "onnx"]) == 1
     assert "int8 is of the format openvino" in capsys.readouterr().err
