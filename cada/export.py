@@ -28,14 +28,7 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE, ExportedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from cada.files import (
-    CADAError,
-    checkpoint_written_whole,
-    make_output_folder,
-    one_line,
-    read_json,
-    written_whole,
-)
+from cada.files import CADAError, checkpoint_written_whole, make_output_folder, one_line, read_json
 from cada.hub.convert import load_model_and_processor, origin_of
 from cada.hub.loading import EXPORT_FILE, check_processor, in_one_line, load_config, load_processor
 from cada.hub.record import model_digest, write_run
@@ -180,8 +173,7 @@ def export_model(
             for unfit in ("modules.json", "sentence_bert_config.json"):
                 (folder / unfit).unlink()  # sentence-transformers looks for weights beside them
             write_run(folder, origin_of(name, revision), None, [])
-            with written_whole(folder / EXPORT_FILE) as path:
-                path.write_text(json.dumps({"weights": weights}) + "\n", encoding="utf-8")
+            (folder / EXPORT_FILE).write_text(json.dumps({"weights": weights}) + "\n", encoding="utf-8")
             difference = _compare(model, CADAGraphs(folder), torch.inf if int8 else TOLERANCE)
         except (CADAError, OSError):
             raise
