@@ -35,8 +35,11 @@ from processing_cada import CADAImageProcessor
 
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPORTS = {"ONNX Runtime": ("onnx", False), "OpenVINO": ("openvino", False)}
-EXPORTS |= {"ONNX Runtime, int8": ("onnx", True), "OpenVINO, int8": ("openvino", True)}
+EXPORTS = {
+    "ONNX Runtime": ("onnx", False),
+    "OpenVINO": ("openvino", False),
+    "OpenVINO, int8": ("openvino", True),
+}
 PAIRS, LENGTH = 32, 24  # of local matching, as one search reads them
 ROUNDS = 5
 

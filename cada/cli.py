@@ -320,9 +320,7 @@ def export(
         Form, Option("--format", help="parquet: of an index; the others: graphs of a checkpoint")
     ] = Form.parquet,
     revision: Revision = None,
-    int8: Annotated[
-        bool, Option("--int8", help="graphs with weights of 8 bits: smaller, and with VNNI faster")
-    ] = False,
+    int8: Annotated[bool, Option("--int8", help="with --format openvino: weights of 8 bits")] = False,
 ) -> None:
     """
     Write paths, metadata and features of an index as Parquet, or a checkpoint as graphs of ONNX or OpenVINO.

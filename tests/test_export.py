@@ -24,11 +24,24 @@ from modeling_cada import CADAForTextToImageRetrieval, CADAImages
 SENTENCES = ["a man", "A woman in a long red coat and white shoes, with a bag.", "somebody"]
 
 
+def save(folder, **changes):
+    """A tiny model of one layer of vision, with lively random weights, and its processor. Tracing takes its time."""
+    torch.manual_seed(0)
+    spread, processor = {"initializer_range": 0.5}, tiny_processor(bert_tokenizer())
+    text = {"vocab_size": 30524, "enc_token_id": 30523, **spread}
+    config = tiny_config(vision_config={"num_hidden_layers": 1, **spread}, text_config=text, **changes)
+    model = CADAForTextToImageRetrieval(config).eval()
+    processor.save_pretrained(folder)
+    return model, processor
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Folder of a checkpoint, its model and its processor."""
-    folder, processor = tmp_path_factory.mktemp("checkpoint"), tiny_processor(bert_tokenizer())
-    return folder, save_checkpoint(folder, processor, seed=0), processor
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model, processor = save(folder)
+    model.save_pretrained(folder)
+    return folder, model, processor
 
 
 @pytest.fixture(scope="module", params=PACKAGES)
@@ -149,18 +162,38 @@ def test_a_damaged_graph_is_named(exported, tmp_path):
         load_export(folder)
 
 
-def test_without_match_heads_and_in_half_precision(tmp_path, processor, caplog):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Folder of a checkpoint in bfloat16, of global matching alone."""
+    folder = tmp_path_factory.mktemp("small")
+    save(folder, use_atp=False)[0].bfloat16().save_pretrained(folder)
+    return folder
+
+
+def test_without_match_heads_and_in_half_precision(small, tmp_path):
     """A model of global matching alone has two graphs. What is exported is float32."""
     pytest.importorskip("onnxscript")
-    words = {"vocab_size": 30524, "enc_token_id": 30523}
-    config = tiny_config(text_config={**words, "num_hidden_layers": 1}, use_atp=False)
-    model = CADAForTextToImageRetrieval(config).bfloat16()
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    assert export_model(tmp_path / "model", tmp_path / "graphs", "onnx") < 1e-5
+    assert export_model(small, tmp_path / "graphs", "onnx") < 1e-5
     graphs, _ = load_export(tmp_path / "graphs")
     assert set(graphs.runners) == {"image", "text"}
     assert graphs.encode_images(torch.zeros(1, 3, 32, 16)).dtype == torch.float32
     index = ["index", str(photos(tmp_path / "photos")), "--model", str(tmp_path / "graphs")]
     assert main([*index, "--out", str(tmp_path / "index")]) == 0
     assert {result.stage for result in open_index(tmp_path / "index").search("a man")[0]} == {"global"}
+
+
+@pytest.mark.slow
+def test_int8_is_close_and_no_substitute(small, tmp_path, capsys):
+    """Its features are others, so an index belongs to it alone."""
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    arguments = ["export", str(small), str(tmp_path / "graphs"), "--int8", "--format"]
+    assert main([*arguments, "onnx"]) == 1
+    assert "int8 is of the format openvino" in capsys.readouterr().err
+    assert main([*arguments, "openvino"]) == 0
+    difference = float(re.search(r"differ from PyTorch's by ([\d.e-]+) at most", capsys.readouterr().out)[1])
+    assert 1e-4 < difference < 0.1
+    source = str(photos(tmp_path / "photos"))
+    assert main(["index", source, "--model", str(small), "--out", str(tmp_path / "index")]) == 0
+    assert main(["search", str(tmp_path / "index"), "a man", "--model", str(tmp_path / "graphs")]) == 1
+    assert "has other weights" in capsys.readouterr().err
