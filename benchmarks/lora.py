@@ -35,7 +35,7 @@ from cada.training.start import make_model_and_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64
-ATTENTION = [name for name in cada.training.lora.TARGETS if name.endswith("_proj")]
+TARGETS = cada.training.lora.TARGETS
 
 
 class Way(NamedTuple):
@@ -49,8 +49,8 @@ class Way(NamedTuple):
 
 WAYS = {
     "none": Way("no fine-tuning", None, [], ()),
-    "lora_4": Way("LoRA, rank 4", 4, cada.training.lora.TARGETS, (2e-3, 5e-3, 1e-2)),
-    "lora_4_attention": Way("LoRA, rank 4, attention only", 4, ATTENTION, (1e-2,)),
+    "lora": Way("LoRA, rank 4", 4, TARGETS, (1e-2,)),
+    "lora_mlp": Way("LoRA, rank 4, MLPs too", 4, [*TARGETS, "fc1", "fc2"], (2e-3, 5e-3, 1e-2)),
     "full": Way("all weights", None, [], (5e-4, 1e-3, 2e-3)),
 }
 

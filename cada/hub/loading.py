@@ -179,7 +179,10 @@ def base_of(adapter: Path) -> tuple[str, str | None]:
 
 def _adapter_record(adapter: Path) -> dict:
     """What `CADATrainer` wrote beside an adapter; nothing of one that was trained in another way."""
-    return read_json(adapter / ADAPTER_RECORD) if (adapter / ADAPTER_RECORD).exists() else {}
+    record = read_json(adapter / ADAPTER_RECORD) if (adapter / ADAPTER_RECORD).exists() else {}
+    if not isinstance(record, dict):
+        raise CADAError(f"{adapter / ADAPTER_RECORD} is damaged. Fetch or save the adapter again.")
+    return record
 
 
 def load_config(name: str | os.PathLike, revision: str | None = None, **overrides) -> CADAConfig:

@@ -12,8 +12,8 @@ from cada.training.arguments import CADATrainingArguments, ModelArguments
 from modeling_cada import CADAForTextToImageRetrieval
 
 
-# The linear maps of every layer, of both towers and of the cross-attention: benchmarks/lora.md compares.
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+# The attention of both towers and the cross-attention. The MLPs too brought no more: benchmarks/lora.md.
+TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 # The heads are small, and a converted BLIP has new ones: trained whole. The words and the output tied to them stay.
 HEADS = ["visual_projection", "text_projection", "match_head", "group_match_head", "vocabulary_head.dense"]
 

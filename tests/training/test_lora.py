@@ -209,6 +209,8 @@ def damaged(run: Path, start: Path, case: str) -> None:
         own = {"megatron_config": {"a": 1}, "megatron_core": "evil"}
         settings = json.loads((run / "adapter_config.json").read_text())
         (run / "adapter_config.json").write_text(json.dumps(settings | own))
+    elif case == "record":
+        (run / "cada_adapter.json").write_text("[]")
     elif case == "pickle":
         (run / "adapter_model.safetensors").unlink()
         torch.save(weights, run / "adapter_model.bin")
@@ -232,6 +234,7 @@ def damaged(run: Path, start: Path, case: str) -> None:
         ("no base", "The base of the adapter .*run does not load: .*start"),
         ("no name", "adapter_config.json names no base_model_name_or_path"),
         ("code", "adapter_config.json is of another adapter than LoRA. Merge it by PEFT"),
+        ("record", "cada_adapter.json is damaged. Fetch or save"),
         ("pickle", "holds no weights in safetensors form. adapter_model.bin is a pickle, which is not read"),
         ("cut off", "adapter_model.safetensors is damaged"),
         ("lacking", "The adapter .*run does not fit .*start: .*lora_A.* is missing"),
