@@ -106,8 +106,8 @@ class SearchRequest(Message):
             raise ValueError("`rerank` reads a sentence, and with an `image` there is none; leave it out")
         if self.min_probability is not None and (self.image is not None or self.rerank == 0):
             raise ValueError(
-                "`min_probability` needs the decoder, which reads nothing for an `image`, or with `rerank` 0; leave one "
-                "of them out"
+                "`min_probability` needs the decoder, which reads nothing for an `image`, or with `rerank` 0; leave "
+                "one of them out"
             )
         return self
 

@@ -169,7 +169,7 @@ def test_more_like_this_and_not_this(address, gallery):
     assert message["value"].endswith(f"Not like {wrong}.")
     assert find(address)[1] == "The best 6 of 6 images. Click one to see why."
     for number in (MORE, LESS):
-        answer = call(address, number, [None, "", 6], session="nothing was clicked")
+        answer = call(address, number, [None, "", 6], session="unclicked")
         assert answer[0] == UNCHANGED and answer[-1] == line("Click an image first.")
 
 
