@@ -199,13 +199,15 @@ class _Gate:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        path, begin, status, size = scope["path"], time.monotonic(), 500, 0
+        path, begin, status = scope["path"], time.monotonic(), 500
+        headers = dict(scope["headers"])
+        announced, size = int(headers.get(b"content-length", b"0")), 0
 
         async def limited():
             nonlocal size
-            message = await receive()
+            message = await receive() if announced <= MAX_BODY else {}
             size += len(message.get("body", b""))
-            if size > MAX_BODY:
+            if max(announced, size) > MAX_BODY:
                 raise HTTPException(
                     413, f"The body has more than {MAX_BODY:,} bytes. Send less at once, or smaller images."
                 )
@@ -217,7 +219,7 @@ class _Gate:
                 status = message["status"]
             await send(message)
 
-        refusal = self._refusal(path, dict(scope["headers"]))
+        refusal = self._refusal(path, headers)
         waits = refusal is None and path in _ASKING
         self.service.waiting += waits
         try:
