@@ -18,6 +18,7 @@ _PIXEL = (  # a PNG of one red pixel, for the examples
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 )
 DATA_URL = "data:image/"
+_VLLM = '`{"content": [{"type": "image_url", "image_url": {"url": "data:image/..."}}]}`'
 
 
 def _has_words(text: str) -> str:
@@ -39,10 +40,12 @@ def _in_a_list(given):
 
 
 def _address(document):
-    """Of an image in vLLM's form its data URL."""
+    """Of an image in the form `_VLLM` its data URL."""
     match document:
         case {"content": [{"type": "image_url", "image_url": {"url": url}}]}:
             return url
+        case dict():
+            raise ValueError(f"it is no image; one has the form {_VLLM}")
     return document
 
 
@@ -181,25 +184,6 @@ class EmbeddingAnswer(Message):
     usage: Usage
 
 
-class URL(BaseModel):
-    """Where an image is: in the message itself. OpenAI's `detail` is not used."""
-
-    url: ImageURL
-
-
-class ImagePart(BaseModel):
-    """An image, in OpenAI's form."""
-
-    type: Literal["image_url"]
-    image_url: URL
-
-
-class Document(BaseModel):
-    """An image, in vLLM's form."""
-
-    content: Annotated[list[ImagePart], Field(min_length=1, max_length=1)]
-
-
 class RerankRequest(Message):
     """A sentence, and the images that are ranked by it."""
 
@@ -207,8 +191,8 @@ class RerankRequest(Message):
 
     query: Text
     documents: Annotated[
-        list[Annotated[ImageURL, BeforeValidator(_address, json_schema_input_type=ImageURL | Document)]],
-        Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True),
+        list[Annotated[ImageURL, BeforeValidator(_address, json_schema_input_type=ImageURL | dict)]],
+        Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True, description=f"Also in vLLM's form: {_VLLM}."),
     ]
     top_n: Annotated[int | None, Field(ge=1, description="Results in the answer; all by default.")] = None
     model: Name = None

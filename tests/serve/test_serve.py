@@ -340,7 +340,12 @@ def png(size) -> str:
             },
             f"documents.0: {NO_IMAGE}",
         ),
-        ("/rerank", {"query": RED, "documents": [{"text": "a text"}]}, "documents.0: Input should be a valid string."),
+        (
+            "/rerank",
+            {"query": RED, "documents": [{"text": "a text"}]},
+            'documents.0: it is no image; one has the form `{"content": [{"type": "image_url", ',
+        ),
+        ("/rerank", {"query": RED, "documents": [3]}, "documents.0: Input should be a valid string."),
         ("/rerank", {"query": RED, "documents": [png((2, 2)), png((2, 2))[:62]]}, "documents.1: the image"),
     ],
 )
