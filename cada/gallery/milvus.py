@@ -112,7 +112,7 @@ class MilvusStore:
             hits = self.client.search(self.name, queries.tolist(), search_params={"params": visited}, **options)
             if (fewest := min(map(len, hits))) == k or fewest >= self._count(options["filter"]):
                 break
-        rows = [[(hit["distance"], self._row(hit["entity"])) for hit in row] for row in hits]
+        rows = [[(min(hit["distance"], 1.0), self._row(hit["entity"])) for hit in row] for row in hits]  # a cosine
         return [sorted(row, key=lambda pair: (-pair[0], pair[1]["path"])) for row in rows]
 
     def write(self, listing: pa.Table, encoded: pa.Table) -> dict:

@@ -216,6 +216,8 @@ class _Answers:
 
         def question(gallery):
             path = searched.chosen
+            if path is None:
+                raise CADAError("Click an image first.")
             like, unlike = (
                 [other for other in marked if other != path] for marked in (searched.like, searched.unlike)
             )
@@ -338,7 +340,9 @@ def mounted(app: "FastAPI", live: LiveIndex) -> Iterator[Callable[[], None]]:
     """The page at `/` of another application, behind its routes. Gives what ends the page's open connections."""
     with _prepared(live) as (page, options):
         gr.mount_gradio_app(app, page, "/", **options)
-        yield app.routes[-1].app.stop_event.set
+        mount = app.routes[-1]  # of all paths, and so that the others are answered by `app`, of these alone
+        mount.path_regex = re.compile(rf"(?=({_ROUTES.pattern}|{_FILE}.*)$){mount.path_regex.pattern}")
+        yield mount.app.stop_event.set
 
 
 @contextmanager

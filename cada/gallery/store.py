@@ -333,7 +333,7 @@ class _Features:
                     kept = scores[number] >= floors[number]
                     near[number], scores[number] = near[number][kept.numpy()], scores[number][kept]
         for query, found in zip(queries, near):
-            exact = (self.take(found).float() * query).sum(dim=1)
+            exact = (self.take(found).float() * query).sum(dim=1).clamp(max=1)  # a cosine, but for the rounding
             order = exact.argsort(descending=True, stable=True)[:k]
             yield exact[order].tolist(), found[order.numpy()].tolist()
 

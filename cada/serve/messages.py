@@ -5,7 +5,7 @@ again that of Cohere and vLLM. Errors have OpenAI's form everywhere.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from processing_cada import clean_caption
 
@@ -18,6 +18,7 @@ _PIXEL = (  # a PNG of one red pixel, for the examples
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 )
 DATA_URL = "data:image/"
+_VLLM = '`{"content": [{"type": "image_url", "image_url": {"url": "data:image/..."}}]}`'
 
 
 def _has_words(text: str) -> str:
@@ -26,18 +27,47 @@ def _has_words(text: str) -> str:
     return text
 
 
+def _text_or_image(text: str) -> str:
+    if text.startswith(DATA_URL):
+        return text
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"a text should have at most {MAX_TEXT} characters")
+    return _has_words(text)
+
+
+def _in_a_list(given):
+    return [given] if isinstance(given, str) else given
+
+
+def _address(document):
+    """Of an image in the form `_VLLM` its data URL."""
+    match document:
+        case {"content": [{"type": "image_url", "image_url": {"url": url}}]}:
+            return url
+        case dict():
+            raise ValueError(f"it is no image; one has the form {_VLLM}")
+    return document
+
+
 Text = Annotated[
     str,
-    Field(min_length=1, max_length=MAX_TEXT, description="A sentence, with a letter or digit."),
+    Field(
+        min_length=1,
+        max_length=MAX_TEXT,
+        description='A sentence: more than spaces and the characters . ! " ( ) * # : ; ~, which are not read.',
+    ),
     AfterValidator(_has_words),
 ]
 ImageURL = Annotated[
     str,
     Field(pattern=r"^data:image/", description="An image as `data:image/jpeg;base64,...`. Addresses are not fetched."),
 ]
+Input = Annotated[str, Field(min_length=1), AfterValidator(_text_or_image)]
+Inputs = Annotated[list[Input], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 Name = Annotated[
     str | None, Field(description="Of the model, as `/v1/models` tells. Another one than the service has is an error.")
 ]
+_UNUSED = Field(description="Is not used.")
 
 
 class Message(BaseModel):
@@ -78,7 +108,10 @@ class SearchRequest(Message):
         if self.image is not None and self.rerank:
             raise ValueError("`rerank` reads a sentence, and with an `image` there is none; leave it out")
         if self.min_probability is not None and (self.image is not None or self.rerank == 0):
-            raise ValueError("`min_probability` is of images that were read with a sentence; leave it out")
+            raise ValueError(
+                "`min_probability` needs the decoder, which reads nothing for an `image`, or with `rerank` 0; leave "
+                "one of them out"
+            )
         return self
 
 
@@ -115,15 +148,16 @@ class EmbeddingRequest(Message):
     model_config = _example(input=["a man in a red coat", _PIXEL])
 
     input: Annotated[
-        Text | ImageURL | Annotated[list[Text | ImageURL], Field(min_length=1, max_length=MAX_INPUTS)],
-        Field(description="What begins with `data:image/` is an image."),
+        Inputs,
+        BeforeValidator(_in_a_list, json_schema_input_type=Input | Inputs),
+        Field(description=f"Texts of at most {MAX_TEXT} characters. What begins with `data:image/` is an image."),
     ]
     model: Name = None
     encoding_format: Annotated[
         Literal["float", "base64"], Field(description="base64: of the numbers as float32, little-endian.")
     ] = "float"
     dimensions: Annotated[int | None, Field(ge=1, description="Only the model's own number.")] = None
-    user: Annotated[str | None, Field(description="Is not used.")] = None
+    user: Annotated[str | None, _UNUSED] = None
 
 
 class Embedding(Message):
@@ -150,34 +184,25 @@ class EmbeddingAnswer(Message):
     usage: Usage
 
 
-class URL(Message):
-    """Where an image is: in the message itself."""
-
-    url: ImageURL
-
-
-class ImagePart(Message):
-    """An image, in OpenAI's form."""
-
-    type: Literal["image_url"]
-    image_url: URL
-
-
-class Document(Message):
-    """An image, in vLLM's form."""
-
-    content: Annotated[list[ImagePart], Field(min_length=1, max_length=1)]
-
-
 class RerankRequest(Message):
     """A sentence, and the images that are ranked by it."""
 
     model_config = _example(query="a man in a red coat", documents=[_PIXEL], top_n=1)
 
     query: Text
-    documents: Annotated[list[ImageURL | Document], Field(min_length=1, max_length=MAX_DOCUMENTS)]
+    documents: Annotated[
+        list[Annotated[ImageURL, BeforeValidator(_address, json_schema_input_type=ImageURL | dict)]],
+        Field(min_length=1, max_length=MAX_DOCUMENTS, fail_fast=True, description=f"Also in vLLM's form: {_VLLM}."),
+    ]
     top_n: Annotated[int | None, Field(ge=1, description="Results in the answer; all by default.")] = None
     model: Name = None
+    return_documents: Annotated[bool | None, Field(description="Only false: a result names its document.")] = None
+    truncate_prompt_tokens: Annotated[
+        int | None, Field(description="Is not used: a query that is too long is an error.")
+    ] = None
+    max_tokens_per_doc: Annotated[int | None, _UNUSED] = None
+    priority: Annotated[int | None, _UNUSED] = None
+    user: Annotated[str | None, _UNUSED] = None
 
 
 class Relevance(Message):
@@ -231,3 +256,23 @@ class ErrorAnswer(Message):
     """An error, in OpenAI's form."""
 
     error: Problem
+
+
+_SAID = {  # in place of pydantic's words
+    "extra_forbidden": "there is no such field",
+    "missing": "it is missing",
+    "model_attributes_type": "it is no JSON object; send one, with the header `Content-Type: application/json`",
+    "string_pattern_mismatch": (
+        "it is no image; addresses are not fetched, so send the image itself as `data:image/jpeg;base64,...`"
+    ),
+}
+
+
+def told(problem: dict) -> tuple[str | None, str]:
+    """The name of the field that is wrong, `None` for the body, and a sentence, from a `problem` of pydantic's."""
+    kind, (_, *path) = problem["type"], problem["loc"]
+    said = _SAID.get(kind) or problem["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    if kind == "json_invalid":
+        path, said = [], f"it is no JSON: {problem['ctx']['error']} at character {path[0]}"
+    name = ".".join(map(str, path)) or None
+    return name, f"{name or 'The body'}: {said}."

@@ -14,6 +14,7 @@ import hmac
 import ipaddress
 import math
 import os
+import re
 import signal
 import socket
 import time
@@ -35,8 +36,6 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import cada.gallery.page
 from cada.data.images import open_image
@@ -68,6 +67,7 @@ from cada.serve.messages import (
     SearchAnswer,
     SearchRequest,
     Usage,
+    told,
 )
 
 
@@ -109,10 +109,10 @@ class Service:
         self._latest = 1.0  # seconds that the request took which was answered last
 
     def check_model(self, name: str | None) -> None:
-        """A `RequestError` for another model than the one that is here."""
+        """Status 404, as of OpenAI and vLLM, for another model than the one that is here."""
         if name not in (None, self.model_name):
-            raise RequestError(
-                f"The model {name!r:.200} is not here. Ask for {self.model_name!r}, or leave `model` out."
+            raise HTTPException(
+                404, f"The model {name!r:.200} is not here. Ask for {self.model_name!r}, or leave `model` out."
             )
 
     def check_search(self, *question) -> None:
@@ -171,19 +171,20 @@ def _error(status: int, message: str, kind: str = "invalid_request_error", param
 
 
 class _Gate:
-    """What a request passes first: the key, and the number of those that wait. It counts the answers."""
+    """What a request passes first: key or host, the number of those that wait, its size. It counts the answers."""
 
     def __init__(self, app, service: Service):
         self.app, self.service = app, service
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> Response | None:
-        service = self.service
+        service, host = self.service, headers.get(b"host", b"").decode("latin-1")
+        if not service.key and not _is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
+            # A page of another name that points to this machine, say.
+            return _error(400, f"The host {host!r:.200} is not served without a key. Call 127.0.0.1, or set {KEY}.")
         if service.key and path != "/health":
             if not service.knows_key(headers.get(b"authorization", b"")):
                 message = f"The key is missing or wrong. Send the header `Authorization: Bearer KEY` (see {KEY})."
                 return _error(401, message, WWW_Authenticate='Basic realm="cada", charset="UTF-8"')
-        if int(headers.get(b"content-length", b"0")) > MAX_BODY:
-            return _error(413, f"The body has more than {MAX_BODY:,} bytes. Send less at once, or smaller images.")
         if path in _ASKING and service.waiting >= service.max_waiting:
             message = f"{service.waiting} requests wait already. Come again later."
             return _error(503, message, "overloaded_error", Retry_After=str(service.retry_after))
@@ -193,6 +194,18 @@ class _Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path, begin, status = scope["path"], time.monotonic(), 500
+        headers = dict(scope["headers"])
+        announced, size = int(headers.get(b"content-length", b"0")), 0
+
+        async def limited():
+            nonlocal size
+            message = await receive() if announced <= MAX_BODY else {}
+            size += len(message.get("body", b""))
+            if max(announced, size) > MAX_BODY:
+                raise HTTPException(
+                    413, f"The body has more than {MAX_BODY:,} bytes. Send less at once, or smaller images."
+                )
+            return message
 
         async def noting(message):
             nonlocal status
@@ -200,25 +213,18 @@ class _Gate:
                 status = message["status"]
             await send(message)
 
-        refusal = self._refusal(path, dict(scope["headers"]))
+        refusal = self._refusal(path, headers)
         waits = refusal is None and path in _ASKING
         self.service.waiting += waits
         try:
-            await (refusal or self.app)(scope, receive, noting)
+            await (refusal or self.app)(scope, limited, noting)
         finally:
             self.service.waiting -= waits
             self.service.count(path, status, time.monotonic() - begin)
 
 
-def build_app(service: Service, hosts: list[str]) -> FastAPI:
-    """
-    The routes.
-
-    Args:
-        service: what they share.
-        hosts: names by which the service may be called, `["*"]` for all; a page of another name that points to this
-            machine is sent away.
-    """
+def build_app(service: Service) -> FastAPI:
+    """The routes."""
 
     @asynccontextmanager
     async def lifespan(app):
@@ -236,9 +242,7 @@ def build_app(service: Service, hosts: list[str]) -> FastAPI:
         lifespan=lifespan,
         responses=errors,
     )
-    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)  # of a size that no header tells
     app.add_middleware(_Gate, service=service)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     _answer_errors(app)
     keyed = APIRouter(dependencies=[Depends(HTTPBearer(auto_error=False, description=f"{KEY}, where it is set"))])
     _add_search(keyed, service)
@@ -260,17 +264,23 @@ _BUSY = {503: {"model": ErrorAnswer, "description": "Too many requests wait: com
 def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error: RequestValidationError):
-        problems = {".".join(map(str, each["loc"])): each["msg"] for each in error.errors()[:5]}
-        message = "; ".join(f"{where}: {problem}" for where, problem in problems.items())
-        return _error(400, message, param=next(iter(problems)))
+        names, sentences = zip(*map(told, error.errors()[:5]))
+        return _error(400, " ".join(sentences), param=names[0])
 
     @app.exception_handler(RequestError)
     async def wrong(request, error: RequestError):
         return _error(400, one_line(error))
 
+    @app.exception_handler(CADAError)
+    async def broken(request, error: CADAError):  # the index or its images are gone, say
+        return _error(500, one_line(error), "server_error")
+
     @app.exception_handler(HTTPException)
     async def refused(request, error: HTTPException):
-        return _error(error.status_code, str(error.detail), **(error.headers or {}))
+        message = str(error.detail)
+        if message in ("Not Found", "Method Not Allowed"):
+            message = f"{request.method} {request.url.path}: {message}. GET /openapi.json tells what there is."
+        return _error(error.status_code, message, **(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def failed(request, error: Exception):
@@ -302,6 +312,12 @@ def _add_models(keyed: APIRouter, service: Service) -> None:
         """The model, in OpenAI's form."""
         return Models(data=[Model(id=service.model_name)])
 
+    @keyed.get("/v1/models/{name:path}")  # a name on the Hub has a slash
+    async def model(name: str) -> Model:
+        """The model by its name, in OpenAI's form."""
+        service.check_model(name)
+        return Model(id=name)
+
     @keyed.post("/v1/embeddings", responses=_BUSY)
     async def embeddings(body: EmbeddingRequest) -> EmbeddingAnswer:
         """Normalised features of sentences and images, in OpenAI's form."""
@@ -309,11 +325,10 @@ def _add_models(keyed: APIRouter, service: Service) -> None:
         dimension = service.live.gallery.record["dimension"]
         if body.dimensions not in (None, dimension):
             raise RequestError(f"`dimensions` is {body.dimensions}, and the model has {dimension}. Leave it out.")
-        inputs = [body.input] if isinstance(body.input, str) else body.input
-        images = {f"input.{place}": url for place, url in enumerate(inputs) if url.startswith(DATA_URL)}
-        texts = [text for text in inputs if not text.startswith(DATA_URL)]
-        features = torch.empty(len(inputs), dimension)
-        is_image = torch.tensor([text.startswith(DATA_URL) for text in inputs])
+        images = {f"input.{place}": url for place, url in enumerate(body.input) if url.startswith(DATA_URL)}
+        texts = [text for text in body.input if not text.startswith(DATA_URL)]
+        features = torch.empty(len(body.input), dimension)
+        is_image = torch.tensor([text.startswith(DATA_URL) for text in body.input])
         tokens = 0
         if texts:
             features[~is_image], tokens = await service.batcher.ask(embed_sentences, texts, size=len(texts))
@@ -332,8 +347,10 @@ def _add_models(keyed: APIRouter, service: Service) -> None:
     async def rerank(body: RerankRequest) -> RerankAnswer:
         """Rank images for a sentence by both matchings, in the form of Cohere and vLLM."""
         service.check_model(body.model)
-        urls = [each if isinstance(each, str) else each.content[0].image_url.url for each in body.documents]
-        pixel_values = await service.pixel_values(**{f"documents.{place}": url for place, url in enumerate(urls)})
+        if body.return_documents:
+            raise RequestError("`return_documents`: a result tells the `index` of its document. Leave it out.")
+        urls = {f"documents.{place}": url for place, url in enumerate(body.documents)}
+        pixel_values = await service.pixel_values(**urls)
         ranking, tokens = await service.batcher.ask(rank_images, (body.query, pixel_values), size=len(urls))
         results = [Relevance(index=place, relevance_score=score) for place, score in ranking[: body.top_n]]
         usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
@@ -366,7 +383,21 @@ class _Server(uvicorn.Server):
 def _is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+    return host.lower() == "localhost"
+
+
+def _check_host(host: str, key: str | None) -> None:
+    """A `CADAError` for what is no address, and without a key for one of the network."""
+    if ":" in host or not any(map(str.isalpha, host)):  # a name has letters
+        try:
+            ipaddress.ip_address(host)
+        except ValueError as error:
+            raise CADAError(f"--host {host!r} is no address. Give one such as 0.0.0.0, or leave it out.") from error
+    if not key and not _is_loopback(host):
+        raise CADAError(
+            f"--host {host} is for other machines, too. Set {KEY} to a key that they have to send, or leave --host "
+            "out."
+        )
 
 
 def serve_until_stopped(index: Path, model: str | None, device: str | None, host: str, port: int) -> None:
@@ -375,18 +406,14 @@ def serve_until_stopped(index: Path, model: str | None, device: str | None, host
     seconds.
 
     Raises:
-        CADAError: for an address of the network without a key, a port that is taken, or no index.
+        CADAError: for a wrong address, one of the network without a key, a port that is taken, or no index.
     """
     key = os.environ.get(KEY)
-    if not key and not _is_loopback(host):
-        raise CADAError(
-            f"--host {host} is for other machines, too. Set {KEY} to a key that they have to send, or leave --host "
-            "out."
-        )
+    _check_host(host, key)
     live = LiveIndex(open_index(index, model, device))
     service = Service(live, key)
     live.gallery.model  # noqa: B018  # loads it
-    app = build_app(service, ["*"] if key else ["127.0.0.1", "localhost", "[::1]"])
+    app = build_app(service)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that also then the page's copies are deleted
     with ExitStack() as stack:
         try:
@@ -395,7 +422,9 @@ def serve_until_stopped(index: Path, model: str | None, device: str | None, host
             # asyncio does it for sockets of its own only, and without it an answer waits 40 ms for the client.
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
-            raise CADAError(f"{host}, port {port} cannot be used: {error}. Choose another --port.") from error
+            raise CADAError(
+                f"{host}, port {port} cannot be used: {error}. Choose another --port or --host."
+            ) from error
         ending = lambda: None  # noqa: E731
         if cada.gallery.page.gr is not None:
             ending = stack.enter_context(cada.gallery.page.mounted(app, live))

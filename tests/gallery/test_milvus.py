@@ -85,6 +85,9 @@ def test_every_index_finds_the_images(uri, kind):
             np.testing.assert_allclose([score for score, _ in hits], row[found], atol=1e-5)
             shares.append(len(set(found) & {step * n for n in np.argsort(-row[::step])[:10].tolist()}) / 10)
         assert np.mean(shares) == 1 if kind == "FLAT" else np.mean(shares) > 0.5
+    # Features in half precision are not of length 1, and a cosine is not above 1.
+    near = [hits[0][0] for hits in store.search(torch.from_numpy(features[:200]), 1)]
+    assert 0.9999 < np.mean(near) and max(near) <= 1
     # Where few lists are visited, they hold fewer images than are asked for; then all are.
     assert [len(hits) for hits in store.search(asked, 2000)] == [2000] * 5
     assert [len(hits) for hits in store.search(asked, 2000, even)] == [1500] * 5

@@ -168,6 +168,9 @@ def test_more_like_this_and_not_this(address, gallery):
     assert [image["caption"].split("  ")[1] for image in images] == [f"{result.score:.3f}" for result in expected]
     assert message["value"].endswith(f"Not like {wrong}.")
     assert find(address)[1] == "The best 6 of 6 images. Click one to see why."
+    for number in (MORE, LESS):
+        answer = call(address, number, [None, "", 6], session="unclicked")
+        assert answer[0] == UNCHANGED and answer[-1] == line("Click an image first.")
 
 
 @pytest.fixture  # of each test: while two pages are at work in a process, both put their files where the second does
