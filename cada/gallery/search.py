@@ -274,9 +274,7 @@ class GalleryIndex:
         if min_probability is not None and not rerank:
             raise CADAError("A probability is of what the decoder has read, and rerank is 0. Leave one of both out.")
         if min_probability is not None and config.calibration is None:
-            raise CADAError(
-                f"{self.model_name} is not calibrated, so there are no probabilities: cada calibrate MODEL."
-            )
+            raise CADAError("This model is not calibrated, so there are no probabilities: cada calibrate MODEL.")
         return parse_conditions(where, self.columns), rerank
 
     def _warn(self, left_out: dict[str, str]) -> None:
