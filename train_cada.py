@@ -95,9 +95,7 @@ def evaluate(trainer: CADATrainer, sets: list[tuple[DataArguments, DatasetDict]]
     asked = {"val": trainer.args.do_eval, "test": trainer.args.do_predict}
     for split, (data, splits) in product((split for split in asked if asked[split]), sets):
         prefix = {"val": "eval", "test": "test"}[split] + (f"_{Path(data.dataset).name}" if len(sets) > 1 else "")
-        scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
-        if split == "test":
-            scores |= trainer.evaluate_open_set(splits[split], metric_key_prefix=prefix)
+        scores = trainer.evaluate(splits[split], metric_key_prefix=prefix, open_set=split == "test")
         trainer.log_metrics(prefix, scores)
         trainer.save_metrics(prefix, scores)
         metrics.update(scores)

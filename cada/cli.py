@@ -24,7 +24,8 @@ from cada.data.images import open_file
 from cada.data.loading import load_pairs_dataset
 from cada.data.pedes import PEDES_SETS
 from cada.drawing import check_picture, draw_explanation, draw_results, save_picture
-from cada.evaluation.calibration import calibrate, save_calibration
+from cada.evaluation.calibration import save_calibration
+from cada.evaluation.matching import calibrate
 from cada.explain import attribute_predictions, word_attention
 from cada.export import PACKAGES, export_model
 from cada.files import CADAError, counted, make_output_folder, printable, run_command, written_whole

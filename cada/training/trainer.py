@@ -18,8 +18,7 @@ from transformers.utils import logging
 
 from cada.data.pairs import GlobalBatches, outlive_sigterm
 from cada.data.streams import StreamBatches, StreamPairs, Unreadable
-from cada.evaluation.calibration import calibrate, evaluate_open_set
-from cada.evaluation.matching import evaluate_retrieval
+from cada.evaluation.matching import calibrate, evaluate_retrieval, has_two_persons
 from cada.files import ADAPTER_RECORD, CADAError, checkpoint_written_whole, one_line
 from cada.hub.loading import base_digest, check_processor
 from cada.hub.publish import publish
@@ -362,8 +361,10 @@ class CADATrainer(Trainer):
             )
             logger.warning(f"Published {repo_id}, revision {pinned}.")
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", open_set: bool = False
+    ) -> dict[str, float]:
+        """Scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`; `open_set` as there."""
         started = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -371,16 +372,16 @@ class CADATrainer(Trainer):
         if isinstance(dataset, dict):
             metrics = {}
             for name, one in dataset.items():
-                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}", open_set)
             return metrics
-        metrics = self._measured(evaluate_retrieval, dataset)
+        metrics = self._measured(evaluate_retrieval, dataset, open_set=open_set)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=metrics[f"{metric_key_prefix}_queries"]))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _measured(self, measure: Callable, dataset, *names: str):
+    def _measured(self, measure: Callable, dataset, **options):
         """What `measure` makes of model, processor and a data set, in the precision of the training."""
         try:
             with self.accelerator.autocast():
@@ -388,11 +389,11 @@ class CADATrainer(Trainer):
                     self.accelerator.unwrap_model(self.model),
                     self.processing_class,
                     dataset,
-                    *names,
                     batch_size=self.args.eval_batch_size,
                     num_workers=self.args.dataloader_num_workers,
                     progress=not self.args.disable_tqdm and self.is_world_process_zero(),
                     memory=self.args.rerank_memory,
+                    **options,
                 )
         except CADAError:
             raise
@@ -407,30 +408,9 @@ class CADATrainer(Trainer):
         Fit `calibration` of the configuration on a validation set of this `name`, see `cada.evaluation.calibration`;
         on fewer than two persons it stays `None`, with a warning.
         """
-        if self._has_two_persons(dataset):
-            model = self.accelerator.unwrap_model(self.model)
-            was_training = model.training
-            model.eval()
-            model.config.calibration = self._measured(calibrate, dataset, name)
-            model.train(was_training)
-
-    def evaluate_open_set(self, dataset, metric_key_prefix: str = "test") -> dict[str, float]:
-        """
-        Scores where half of the persons are absent, with the prefix, such as `test_open_AUROC`; none of a model
-        without calibration, and none, with a warning, for fewer than two persons.
-        """
-        model = self.accelerator.unwrap_model(self.model).eval()
-        if model.config.calibration is None or not self._has_two_persons(dataset):
-            return {}
-        metrics = self._measured(evaluate_open_set, dataset)
-        return {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-
-    def _has_two_persons(self, dataset) -> bool:
-        enough = len(set(dataset["person_id"])) > 1
-        if not enough:
-            logger.warning("The set has one person, so nobody can be absent: probabilities need two persons at least.")
-        return enough
+        if has_two_persons(dataset):
+            self.model.config.calibration = self._measured(calibrate, dataset, name=name)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
-        """The `metrics` of [`evaluate`]; the scores of all pairs are too many to keep."""
-        return PredictionOutput(None, None, self.evaluate(test_dataset, ignore_keys, metric_key_prefix))
+        """The `metrics` of [`evaluate`], with `open_set`; the scores of all pairs are too many to keep."""
+        return PredictionOutput(None, None, self.evaluate(test_dataset, ignore_keys, metric_key_prefix, open_set=True))
