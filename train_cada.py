@@ -70,12 +70,12 @@ def train(trainer: CADATrainer, describe: partial, record: Run, name: str) -> No
     """
     args = trainer.args
     trainer.write_record = lambda folder: write_run(
-        folder, record["origin"], describe(trainer.state, checkpoint=folder), []
+        folder, record["origin"], describe(trainer.state, trainer.left_out, checkpoint=folder), []
     )
     result = trainer.train()
     # Of a resumed run nobody knows the whole.
     minutes = None if trainer.resumed_from else result.metrics["train_runtime"] / 60
-    record["training"] = describe(trainer.state, minutes)
+    record["training"] = describe(trainer.state, trainer.left_out, minutes)
     if trainer.is_world_process_zero():
         with checkpoint_written_whole(args.output_dir) as folder:
             trainer.save_model(str(folder), _internal_call=True)

@@ -108,13 +108,14 @@ class CADATrainer(Trainer):
         self._part_count = 0
         self._stream: StreamBatches | None = None  # where the pairs are streamed
         self._unreadable = Unreadable()
+        self.left_out = 0  # unreadable pairs of the stream, up to the last checkpoint or the end, of all processes
         self._sigterm = SaveOnSigterm()
         self.add_callback(self._sigterm)
 
     def _recipe(self) -> dict:
         """What makes this training, once it has what it needs."""
         if isinstance(self.train_dataset, StreamPairs):
-            return recipe_of(self.args, self.model, {}) | {"stream": self.train_dataset.identity}
+            return recipe_of(self.args, self.model, {}) | self.train_dataset.identity
         batch, pairs = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
         if self.args.dataloader_drop_last and pairs < batch:
             raise CADAError(
@@ -229,6 +230,8 @@ class CADATrainer(Trainer):
         try:
             output = super().train(self.resumed_from, *args, **kwargs)
             self._check_finite()
+            if self._stream is not None:
+                self._count_left_out()
             if self._limit == 1 and self.state.best_model_checkpoint is not None:
                 self._delete_checkpoints_but({Path(self.state.best_model_checkpoint).name})
             return output
@@ -263,7 +266,9 @@ class CADATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             if self._stream is not None:
-                self._stream.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
+                self._count_left_out()
+                batches = self.state.global_step * self.args.gradient_accumulation_steps
+                self._stream.save(folder, batches, self.left_out)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.write_record is not None:
@@ -281,6 +286,10 @@ class CADATrainer(Trainer):
         if self.args.should_save:
             self._delete_old_checkpoints(folder)
         self.accelerator.wait_for_everyone()
+
+    def _count_left_out(self) -> None:
+        own = torch.tensor(self._unreadable.left_out, device=self.args.device)
+        self.left_out = self._stream.left_out + int(self.accelerator.reduce(own, reduction="sum"))
 
     def _check_finite(self) -> None:
         """Weights are kept only where they are numbers; the loss tells one step later."""
