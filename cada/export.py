@@ -31,7 +31,7 @@ from transformers.utils import logging
 from cada.files import (
     CADAError,
     checkpoint_written_whole,
-    make_output_folder,
+    make_new_folder,
     one_line,
     read_json,
     written_whole,
@@ -168,9 +168,7 @@ def export_model(
         CADAError: for a folder with files, a missing package, and a checkpoint that cannot be loaded or exported.
     """
     _check_packages(export_format, *["nncf"] * (int8 and export_format == "openvino"))
-    if os.path.isdir(out) and os.listdir(out):
-        raise CADAError(f"{out} holds files already. Choose a new folder.")
-    make_output_folder(out)
+    make_new_folder(out)
     model, processor = load_model_and_processor(name, revision)
     weights = model_digest(model) + (f" as int8 of {export_format}" if int8 else "")
     model.float().requires_grad_(False).set_attn_implementation("sdpa")

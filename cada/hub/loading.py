@@ -13,11 +13,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.image_utils import SizeDict
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file, is_peft_available
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    cached_file,
+    is_peft_available,
+    logging,
+)
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from cada.files import ADAPTER_RECORD, CADAError, one_line, read_json
+from cada.files import ADAPTER_RECORD, CADAError, one_line, read_json, sentence
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
@@ -35,7 +42,18 @@ def in_one_line(what: str, name: str | os.PathLike, remedy: str) -> Iterator[Non
     try:
         yield
     except Exception as error:
-        raise CADAError(f"{what}: {one_line(error)} {remedy if os.path.isdir(name) else _WHERE}") from error
+        raise CADAError(f"{what}: {sentence(error)} {remedy if os.path.isdir(name) else _WHERE}") from error
+
+
+@contextmanager
+def without_tables() -> Iterator[None]:
+    """Without the table of all tensors that transformers prints where some are missing; whoever loads says it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def weight_files(folder: str | os.PathLike, shapes: dict[str, tuple[int, ...]] | None = None) -> list[Path]:
@@ -129,7 +147,8 @@ def check_config(folder: str | os.PathLike, model_type: str = CADAConfig.model_t
     """The content of `config.json` in the folder of a checkpoint; a `CADAError` where it is not of `model_type`."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CADAError(f"{folder} is a file. Give the folder of a checkpoint.")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise CADAError(f"{folder} {problem}. Give the folder of a checkpoint.")
     if not (folder / "config.json").is_file():
         raise CADAError(f"{folder} holds no config.json. Is it the folder of a checkpoint?")
     config = read_json(folder / "config.json")
@@ -162,6 +181,12 @@ def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Path |
     except OSError:  # no such repository, no connection: who loads a checkpoint next says so
         return None
     return None if path is None else Path(path).parent
+
+
+def weights_in(folder: str | os.PathLike) -> str | None:
+    """The name of the first file of weights in a folder, of a whole checkpoint or an adapter; `None` without one."""
+    names = (WEIGHTS, WEIGHTS_INDEX, ADAPTER_SAFE_WEIGHTS_NAME)
+    return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
 
 
 def base_of(adapter: Path) -> tuple[str, str | None]:
@@ -322,4 +347,6 @@ def fitted_processor(image_processor: CADAImageProcessor, tokenizer, config: CAD
 def load_tokenizer(name: str | os.PathLike, revision: str | None = None):
     """A tokenizer by the name of a folder or on the Hub; a `CADAError` where it cannot be loaded or is code."""
     with in_one_line(f"The tokenizer {name} cannot be loaded", name, _WHERE):
+        # Once: where the Hub cannot be reached, `AutoTokenizer` would try it twice, 24 s each time.
+        cached_file(name, CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)

@@ -5,13 +5,12 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from transformers import TrainerState
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from cada.data.loading import shared_persons
+from cada.data.loading import DRAWN_SETS, shared_persons
 from cada.data.pedes import PEDES_SETS
 from cada.files import CADAError
 from cada.hub.convert import describe_origin
-from cada.hub.loading import WEIGHTS, WEIGHTS_INDEX
+from cada.hub.loading import weights_in
 from cada.hub.record import (
     RANDOM_START,
     Evaluation,
@@ -38,13 +37,15 @@ WHERE_GIVEN = ("muon_learning_rate", "lr_scheduler_kwargs", "optim_args", "data_
 def name_of_set(data: DataArguments, rows: Dataset | None) -> str:
     """
     The set's name for the record of the run; `rows` is `None` for a stream. One's own folders are named, not located,
-    and marked as such.
+    and marked as such; that of the drawn set is called `drawn`, as `cada demo` leaves it. Parts of that set are others.
     """
     if data.dataset in PEDES_SETS:
         return data.dataset
-    if rows is not None and "named_attributes" in rows.column_names:  # only the drawn set has them
+    if data.dataset in DRAWN_SETS:
         return "drawn_night" if data.dataset == "demo_night" else "drawn"
     path = Path(data.dataset).parent if has_magic(data.dataset) else Path(data.dataset)
+    if path.name == "drawn" and rows is not None and "named_attributes" in rows.column_names:
+        return "drawn"
     return f"{path.name} (own data)" if path.exists() else data.dataset
 
 
@@ -65,7 +66,7 @@ def describe_start(arguments: ModelArguments, args: CADATrainingArguments, model
     if args.do_train:
         return {"origin": after_training(start), "training": None, "evaluations": []}
     earlier = read_run(args.output_dir)
-    if any((Path(args.output_dir) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX, ADAPTER_SAFE_WEIGHTS_NAME)):
+    if weights_in(args.output_dir) is not None:
         if checkpoint_digest(args.output_dir) != model_digest(model):
             raise CADAError(
                 f"--output_dir {args.output_dir} holds other weights than the evaluated ones, with a record of their "

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from cada.data.pairs import GlobalBatches, outlive_sigterm
 from cada.data.streams import StreamBatches, StreamPairs, Unreadable
 from cada.evaluation.matching import calibrate, evaluate_retrieval, has_two_persons
-from cada.files import ADAPTER_RECORD, CADAError, checkpoint_written_whole, one_line
+from cada.files import ADAPTER_RECORD, CADAError, checkpoint_written_whole, sentence
 from cada.hub.loading import base_digest, check_processor
 from cada.hub.publish import publish
 from cada.training.arguments import made_of_arguments
@@ -244,7 +244,7 @@ class CADATrainer(Trainer):
                 remedy = "Choose another --attn_implementation, or leave out what this machine cannot do."
             else:
                 raise
-            raise CADAError(f"Step {self.state.global_step + 1} failed: {one_line(error)} {remedy}") from error
+            raise CADAError(f"Step {self.state.global_step + 1} failed: {sentence(error)} {remedy}") from error
         finally:
             self.args.save_total_limit = self._limit
             self._sigterm.restore()
@@ -408,7 +408,7 @@ class CADATrainer(Trainer):
             raise
         except ValueError as error:  # scores that are not numbers
             raise CADAError(
-                f"The evaluation after step {self.state.global_step} failed: {one_line(error)} Has the training "
+                f"The evaluation after step {self.state.global_step} failed: {sentence(error)} Has the training "
                 "diverged?"
             ) from error
 
