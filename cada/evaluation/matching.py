@@ -269,8 +269,8 @@ class _Searches:
         encoded = self.model, self.queries, self.gallery
         return score_candidates(*encoded, candidates, similarity, **self.options, known=known)
 
-    def sums(self, read: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """[`metric_sums`] of each stage, for candidates and their S_L, `(queries, K)` each; `None` without these."""
+    def metrics(self, read: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, float]:
+        """Of each stage in percent; `read` are candidates and their S_L, `(queries, K)` each, `None` without these."""
         sums = {}
         for rows in self.parts:
             scores = {"global": _similarity(self.queries, self.gallery, rows)}
@@ -278,8 +278,8 @@ class _Searches:
                 scores["local"] = rerank_scores(scores["global"], *(values[rows] for values in read))
             for stage, own in scores.items():
                 added = metric_sums(own, self.query_ids[rows], self.gallery_ids, rows.start)
-                sums[stage] = sums.get(stage, 0) + added
-        return sums
+                sums[stage] = sums.get(stage, 0) + 100 * added / len(self.query_ids)
+        return {f"{stage}_{name}": value for stage in sums for name, value in zip(METRICS, sums[stage].tolist())}
 
     def open_set(self, read: tuple[torch.Tensor, torch.Tensor] | None = None) -> Candidates:
         """
@@ -350,18 +350,13 @@ def evaluate_retrieval(
     open_set = open_set and model.config.calibration is not None and has_two_persons(dataset)
     with _evaluating(model):
         searches = _Searches(model, processor, dataset, rerank_k, batch_size, num_workers, progress, memory)
-        queries, images, read = len(searches.query_ids), len(searches.gallery_ids), None
+        read, images = None, len(searches.gallery_ids)
         if model.config.use_atp:
             candidates, similarity = searches.candidates(torch.arange(images))
             read = candidates, searches.match(candidates, similarity)
-        sums = searches.sums(read)
+        metrics = searches.metrics(read)
         found = searches.open_set(read) if open_set else None
-    metrics = {
-        f"{stage}_{name}": value
-        for stage, own in sums.items()
-        for name, value in zip(METRICS, (100 * own / queries).tolist())
-    }
-    metrics |= {"queries": queries, "gallery": images, "rerank_k": min(rerank_k, images)}
+    metrics |= {"queries": len(searches.query_ids), "gallery": images, "rerank_k": min(rerank_k, images)}
     if found is not None:
         probabilities = model.config.match_probability(found.global_scores, found.local_scores)
         metrics |= {f"open_{name}": value for name, value in open_set_metrics(found, probabilities).items()}

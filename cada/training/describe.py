@@ -37,7 +37,7 @@ WHERE_GIVEN = ("muon_learning_rate", "lr_scheduler_kwargs", "optim_args", "data_
 def name_of_set(data: DataArguments, rows: Dataset | None) -> str:
     """
     The set's name for the record of the run; `rows` is `None` for a stream. One's own folders are named, not located,
-    and marked as such; that of the drawn set is called `drawn`, as `cada demo` leaves it. Parts of that set are others.
+    and marked as such; the drawn set stands in a folder `drawn`, as `cada demo` leaves it.
     """
     if data.dataset in PEDES_SETS:
         return data.dataset

@@ -179,6 +179,8 @@ def test_search_says_how_probable_a_match_is(start, colours, tmp_path, capsys):
     assert "gives no probabilities here" in capsys.readouterr().err
     assert open_index(index).search("a red coat")[0][0].probability is None
 
+    assert main(["calibrate", "nope", "--dataset", str(colours)]) == 1
+    assert capsys.readouterr().err == "error: nope does not exist. Give the folder of a checkpoint.\n"
     assert main(["calibrate", str(folder), "--dataset", str(colours)]) == 0
     assert "colours, val: " in capsys.readouterr().out
     gallery = open_index(index)  # features and scores are as they were, so it is the same index

@@ -23,7 +23,7 @@ from cada.files import CADAError, run_command
 from cada.hub.card import model_card
 from cada.hub.record import RANDOM_START, after_training, read_run, write_run
 from cada.training.arguments import CADATrainingArguments, DataArguments, ModelArguments, read_overrides, read_recipe
-from cada.training.describe import check_hold_out, describe_training
+from cada.training.describe import check_hold_out, describe_training, name_of_set
 from cada.training.start import count_long_captions, make_model_and_processor
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
@@ -434,6 +434,24 @@ def test_one_checkpoint_on_several_sets(start, tmp_path):
         (["--dataset", "a/own", "b/own"], "of own, own two have the same name"),
     ):
         with pytest.raises(CADAError, match=message):
+            train_cada.main([*words, *more])
+
+
+def test_parts_of_the_drawn_set_have_names_of_their_own(tmp_path):
+    rows = Dataset.from_dict({"named_attributes": [["sex"]]})
+    names = {"short": "short (own data)", "long": "long (own data)", "drawn": "drawn"}
+    for folder, name in names.items():
+        (tmp_path / folder).mkdir()
+        assert name_of_set(DataArguments(str(tmp_path / folder)), rows) == name
+    assert name_of_set(DataArguments("demo_night"), rows) == "drawn_night"
+
+
+def test_weights_that_are_there_are_not_replaced(start, tmp_path):
+    save_colour_set(tmp_path / "own", train=7, val=7, test=7)
+    words = ["--model_name_or_path", str(start), "--dataset", str(tmp_path / "own"), "--do_train", "--use_cpu"]
+    words += ["--per_device_train_batch_size", "4", "--output_dir", str(start)]
+    for more in ([], ["--resume_from_checkpoint", "last"]):
+        with pytest.raises(CADAError, match="holds model.safetensors already, which the training would replace"):
             train_cada.main([*words, *more])
 
 
