@@ -6,10 +6,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.image_utils import SizeDict
@@ -183,12 +185,6 @@ def find_adapter(name: str | os.PathLike, revision: str | None = None) -> Path |
     return None if path is None else Path(path).parent
 
 
-def weights_in(folder: str | os.PathLike) -> str | None:
-    """The name of the first file of weights in a folder, of a whole checkpoint or an adapter; `None` without one."""
-    names = (WEIGHTS, WEIGHTS_INDEX, ADAPTER_SAFE_WEIGHTS_NAME)
-    return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
-
-
 def base_of(adapter: Path) -> tuple[str, str | None]:
     """The checkpoint that an adapter was trained on, and its commit on the Hub."""
     file = adapter / ADAPTER_CONFIG_NAME
@@ -347,6 +343,7 @@ def fitted_processor(image_processor: CADAImageProcessor, tokenizer, config: CAD
 def load_tokenizer(name: str | os.PathLike, revision: str | None = None):
     """A tokenizer by the name of a folder or on the Hub; a `CADAError` where it cannot be loaded or is code."""
     with in_one_line(f"The tokenizer {name} cannot be loaded", name, _WHERE):
-        # Once: where the Hub cannot be reached, `AutoTokenizer` would try it twice, 24 s each time.
-        cached_file(name, CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if not os.path.isdir(name):  # first, as AutoTokenizer would wait twice for a Hub that cannot be reached
+            with suppress(RemoteEntryNotFoundError):  # it needs none
+                hf_hub_download(os.fspath(name), CONFIG_NAME, revision=revision)
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from transformers import TrainerState
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from cada.data.loading import DRAWN_SETS, shared_persons
 from cada.data.pedes import PEDES_SETS
 from cada.files import CADAError
 from cada.hub.convert import describe_origin
-from cada.hub.loading import weights_in
+from cada.hub.loading import WEIGHTS, WEIGHTS_INDEX
 from cada.hub.record import (
     RANDOM_START,
     Evaluation,
@@ -66,7 +67,7 @@ def describe_start(arguments: ModelArguments, args: CADATrainingArguments, model
     if args.do_train:
         return {"origin": after_training(start), "training": None, "evaluations": []}
     earlier = read_run(args.output_dir)
-    if weights_in(args.output_dir) is not None:
+    if any((Path(args.output_dir) / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX, ADAPTER_SAFE_WEIGHTS_NAME)):
         if checkpoint_digest(args.output_dir) != model_digest(model):
             raise CADAError(
                 f"--output_dir {args.output_dir} holds other weights than the evaluated ones, with a record of their "

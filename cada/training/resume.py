@@ -19,7 +19,7 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from cada.files import CADAError, flush, one_line, read_json, written_whole
-from cada.hub.loading import load_model, weights_in
+from cada.hub.loading import load_model
 from cada.hub.record import model_digest
 from modeling_cada import CADAForTextToImageRetrieval
 
@@ -108,7 +108,7 @@ def find_checkpoint(args: TrainingArguments, recipe: dict, wanted: str | None) -
 
     Raises:
         CADAError: for a checkpoint that is missing, not whole, or of another training; and for checkpoints that an
-            earlier training left, or weights, where a new one is to begin.
+            earlier training left where a new one is to begin.
     """
     found, whole = sort_checkpoints(args.output_dir), complete_checkpoints(args.output_dir)
     if wanted is None and found:
@@ -121,12 +121,6 @@ def find_checkpoint(args: TrainingArguments, recipe: dict, wanted: str | None) -
             f"{args.output_dir} holds no complete checkpoint to resume from: training starts at the beginning."
         )
     if wanted is None or wanted == "last" and not whole:
-        weights = weights_in(args.output_dir)
-        if weights is not None:
-            raise CADAError(
-                f"--output_dir {args.output_dir} holds {weights} already, which the training would replace. Give "
-                "another --output_dir."
-            )
         return None
     folder = whole[-1] if wanted == "last" else Path(wanted)
     if not (folder / RECIPE_FILE).is_file():

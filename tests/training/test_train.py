@@ -446,15 +446,6 @@ def test_parts_of_the_drawn_set_have_names_of_their_own(tmp_path):
     assert name_of_set(DataArguments("demo_night"), rows) == "drawn_night"
 
 
-def test_weights_that_are_there_are_not_replaced(start, tmp_path):
-    save_colour_set(tmp_path / "own", train=7, val=7, test=7)
-    words = ["--model_name_or_path", str(start), "--dataset", str(tmp_path / "own"), "--do_train", "--use_cpu"]
-    words += ["--per_device_train_batch_size", "4", "--output_dir", str(start)]
-    for more in ([], ["--resume_from_checkpoint", "last"]):
-        with pytest.raises(CADAError, match="holds model.safetensors already, which the training would replace"):
-            train_cada.main([*words, *more])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
