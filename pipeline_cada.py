@@ -15,6 +15,7 @@ from transformers.pipelines import Pipeline
 from transformers.utils import logging
 
 
+_ARGUMENTS = "text, images, top_k, rerank, batch_size, timeout, num_workers"
 _BATCH_SIZE = 16
 _IMAGES_AT_ONCE = 32  # images whose keys and values of all layers are in memory
 
@@ -109,8 +110,10 @@ class CADAPipeline(Pipeline):
     def _has_match_head(self) -> bool:
         return self.model.config.use_atp and hasattr(self.model, "match")
 
-    def _sanitize_parameters(self, top_k=None, rerank=None, gallery=None, local_files_only=None):
+    def _sanitize_parameters(self, top_k=None, rerank=None, gallery=None, local_files_only=None, **unknown):
         # `pipeline` hands its own `local_files_only` on.
+        if unknown:
+            raise TypeError(f"There is no argument {', '.join(unknown)}. Known: {_ARGUMENTS}.")
         if top_k is not None:
             _check_number("top_k", top_k, 1, "the number of images to return")
         if rerank is not None:

@@ -70,12 +70,12 @@ def train(trainer: CADATrainer, describe: partial, record: Run, name: str) -> No
     """
     args = trainer.args
     trainer.write_record = lambda folder: write_run(
-        folder, record["origin"], describe(trainer.state, checkpoint=folder), []
+        folder, record["origin"], describe(trainer.state, trainer.left_out, checkpoint=folder), []
     )
     result = trainer.train()
     # Of a resumed run nobody knows the whole.
     minutes = None if trainer.resumed_from else result.metrics["train_runtime"] / 60
-    record["training"] = describe(trainer.state, minutes)
+    record["training"] = describe(trainer.state, trainer.left_out, minutes)
     if trainer.is_world_process_zero():
         with checkpoint_written_whole(args.output_dir) as folder:
             trainer.save_model(str(folder), _internal_call=True)
@@ -95,9 +95,7 @@ def evaluate(trainer: CADATrainer, sets: list[tuple[DataArguments, DatasetDict]]
     asked = {"val": trainer.args.do_eval, "test": trainer.args.do_predict}
     for split, (data, splits) in product((split for split in asked if asked[split]), sets):
         prefix = {"val": "eval", "test": "test"}[split] + (f"_{Path(data.dataset).name}" if len(sets) > 1 else "")
-        scores = trainer.evaluate(splits[split], metric_key_prefix=prefix)
-        if split == "test":
-            scores |= trainer.evaluate_open_set(splits[split], metric_key_prefix=prefix)
+        scores = trainer.evaluate(splits[split], metric_key_prefix=prefix, open_set=split == "test")
         trainer.log_metrics(prefix, scores)
         trainer.save_metrics(prefix, scores)
         metrics.update(scores)

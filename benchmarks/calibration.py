@@ -18,7 +18,7 @@ from pathlib import Path
 from datasets import load_from_disk
 from report import footer
 
-from cada.evaluation.calibration import calibrate, evaluate_open_set
+from cada.evaluation.matching import calibrate, evaluate_retrieval
 from cada.hub.convert import load_model_and_processor
 
 
@@ -45,7 +45,7 @@ def main() -> None:
         model, processor = load_model_and_processor(folder / "model")
         splits = load_from_disk(folder / "drawn")
         fitted = model.config.calibration = calibrate(model, processor, splits["val"], "drawn", progress=False)
-        scores = evaluate_open_set(model, processor, splits["test"], progress=False)
+        scores = evaluate_retrieval(model, processor, splits["test"], progress=False, open_set=True)
         cells = [f"{fitted['expected_calibration_error']:.4f}", f"{scores['open_ECE']:.4f}"]
         cells += [f"{scores['open_AUROC']:.3f}", f"{scores['open_DIR1']:.1f}", f"{scores['open_DIR10']:.1f}"]
         cells.append(", ".join(f"{weight:.2f}" for weight in fitted["weights"]))

@@ -24,16 +24,16 @@ from cada.data.images import open_file
 from cada.data.loading import load_pairs_dataset
 from cada.data.pedes import PEDES_SETS
 from cada.drawing import check_picture, draw_explanation, draw_results, save_picture
-from cada.evaluation.calibration import calibrate, save_calibration
+from cada.evaluation.calibration import save_calibration
+from cada.evaluation.matching import calibrate
 from cada.explain import attribute_predictions, word_attention
 from cada.export import PACKAGES, export_model
-from cada.files import CADAError, counted, make_output_folder, printable, run_command, written_whole
+from cada.files import CADAError, counted, make_new_folder, make_output_folder, printable, run_command, written_whole
 from cada.gallery.index import build_index, open_index
 from cada.gallery.search import Ranking
 from cada.gallery.store import parse_conditions, shard_files
 from cada.hub.convert import (
     SOURCES,
-    check_output,
     convert,
     default_image_size,
     load_model_and_processor,
@@ -79,7 +79,7 @@ def check(
 def convert_checkpoint(
     source: Annotated[Source, Option(help="blip: of transformers; the others: files of the authors")],
     checkpoint: Annotated[str, Option(help="folder or Hub name (blip), or file (the others)")],
-    out: Annotated[Path, Option(help="folder of the CADA checkpoint")],
+    out: Annotated[Path, Option(help="new folder of the CADA checkpoint")],
     revision: Revision = None,
     vocabulary_head: Annotated[
         str | None, Option(help="BlipForConditionalGeneration whose vocabulary head ARA starts from")
@@ -94,7 +94,7 @@ def convert_checkpoint(
 
     The images are of 224×224, the paper's, for BLIP, and of the checkpoint's own size for CADA.
     """
-    check_output(out, checkpoint)
+    make_new_folder(out)  # what keeps from saving shows before the work
     set_seed(seed)
     model, report = convert(
         str(source),
@@ -111,7 +111,7 @@ def convert_checkpoint(
 @app.command()
 def merge(
     adapter: Annotated[str, Argument(help="--output_dir of a training with --lora_rank, or name on the Hub")],
-    out: Annotated[Path, Option(help="folder of the whole checkpoint")],
+    out: Annotated[Path, Option(help="new folder of the whole checkpoint")],
     revision: Revision = None,
 ) -> None:
     """Add an adapter (LoRA) to the weights of its base: a checkpoint like any other, which needs no PEFT."""
@@ -127,7 +127,7 @@ def calibrate_checkpoint(
     split: Annotated[str, Option(help="persons that the model was not trained on")] = "val",
 ) -> None:
     """Find out from a validation set how probable a match is, given its scores. A training does it by itself."""
-    if find_adapter(model) is None:
+    if not model.is_dir() or find_adapter(model) is None:
         check_config(model)
     network, processor = load_model_and_processor(model)
     rows = load_pairs_dataset(dataset, data_dir, splits=[split])[split]

@@ -28,7 +28,7 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE, ExportedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from cada.files import CADAError, checkpoint_written_whole, make_output_folder, one_line, read_json
+from cada.files import CADAError, checkpoint_written_whole, make_new_folder, one_line, read_json
 from cada.hub.convert import load_model_and_processor, origin_of
 from cada.hub.loading import EXPORT_FILE, check_processor, in_one_line, load_config, load_processor, model_digest
 from cada.hub.record import write_run
@@ -159,9 +159,7 @@ def export_model(
     if int8 and export_format != "openvino":
         raise CADAError(f"int8 is of the format openvino: in {export_format} it changes the ranking. Leave it out.")
     _check_packages(export_format, *["nncf"] * int8)
-    if os.path.isdir(out) and os.listdir(out):
-        raise CADAError(f"{out} holds files already. Choose a new folder.")
-    make_output_folder(out)
+    make_new_folder(out)
     model, processor = load_model_and_processor(name, revision)
     weights = model_digest(model) + (" as int8" if int8 else "")
     model.float().requires_grad_(False).set_attn_implementation("sdpa")

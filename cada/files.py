@@ -12,11 +12,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 
 LOCK = ".lock"
 ADAPTER_RECORD = "cada_adapter.json"  # beside an adapter of PEFT: the digest of its base, and its calibration
+_UNFINISHED = ".unfinished"  # folder of a checkpoint that is being written
 # The names that `save_pretrained` gives; other files of a folder are not ours to remove. By `adapter_config.json` a
 # folder is an adapter, so it goes with the weights.
 _WEIGHTS = re.compile(r"(adapter_)?(config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?)|cada_adapter\.json")
@@ -34,9 +36,17 @@ def printable(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, in one line; the libraries write long ones."""
+    """The message of an error, in one line; the libraries write long ones, and put their own names before ours."""
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
     text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 600 else f"{text[:600]} ..."
+
+
+def sentence(error: BaseException) -> str:
+    """[`one_line`] with a full stop, for another sentence behind it."""
+    text = one_line(error)
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def problem_of(error: BaseException) -> str:
@@ -105,6 +115,14 @@ def make_output_folder(folder: str | os.PathLike) -> Path:
     return folder
 
 
+def make_new_folder(folder: str | os.PathLike) -> Path:
+    """As [`make_output_folder`]; a `CADAError` where the folder holds files, of which none is overwritten."""
+    folder = make_output_folder(folder)
+    if any(path.name != _UNFINISHED for path in folder.iterdir()):
+        raise CADAError(f"{folder} holds files already. Choose a new folder.")
+    return folder
+
+
 def file_digest(path: str | os.PathLike) -> str:
     """SHA-256 of the content of a file of any size."""
     with open(path, "rb") as file:
@@ -164,7 +182,7 @@ def checkpoint_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
     `CADAError` where a file cannot be written (`folder` is as before, then), or cannot take its place.
     """
     folder = make_output_folder(folder)
-    temporary = folder / ".unfinished"
+    temporary = folder / _UNFINISHED
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed
         temporary.mkdir()

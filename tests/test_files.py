@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import small_disk, without_rights
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -19,12 +20,15 @@ import cada.files
 from cada.files import (
     CADAError,
     checkpoint_written_whole,
+    make_new_folder,
     make_output_folder,
     parse_json,
     read_json,
     run_command,
+    sentence,
     written_whole,
 )
+from configuration_cada import CADAConfig
 
 
 ROOT = Path(cada.files.__file__).parents[1]
@@ -178,6 +182,24 @@ def test_output_folder_is_tried_first(tmp_path, closed_folder):
         make_output_folder(tmp_path / "file" / "below")
     with without_rights(), pytest.raises(CADAError, match="cannot be written to: Permission denied"):
         make_output_folder(closed_folder)
+
+
+def test_a_new_folder_holds_nothing(tmp_path):
+    """What a command that was killed has begun does not count."""
+    (tmp_path / ".unfinished").mkdir()
+    assert make_new_folder(tmp_path) == tmp_path and make_new_folder(tmp_path / "new").is_dir()
+    (tmp_path / ".hidden").touch()
+    with pytest.raises(CADAError, match="holds files already. Choose a new folder"):
+        make_new_folder(tmp_path)
+
+
+def test_errors_of_libraries_are_sentences():
+    assert sentence(OSError(2, "No such file")) == "[Errno 2] No such file."
+    assert sentence(ValueError("Is it\nwhole?")) == "Is it whole?"
+    for fields, message in (({"mask_rate": 2.0}, "CADAConfig: `mask_rate`"), ({"rerank_k": "a"}, "Field 'rerank_k'")):
+        with pytest.raises(StrictDataclassError) as caught:
+            CADAConfig(**fields)
+        assert sentence(caught.value).startswith(message)
 
 
 def test_commands_report_in_one_line(capsys):

@@ -179,20 +179,23 @@ def check_captions(captions, where: str) -> list[str]:
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise CADAError(f"{where}: `captions` should be a list of strings with at least one. Correct the row.")
     for number, caption in enumerate(captions):
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            raise CADAError(
-                f"{where}: caption {number} holds half a character at position {error.start} (a lone surrogate). "
-                "Correct the row."
-            ) from error
-        if not clean_caption(caption):
-            raise CADAError(f"{where}: caption {number} is empty. Write one, or take it out of the row.")
-        words = len(caption.split())
-        if words > MAX_CAPTION_WORDS or len(caption) > MAX_CAPTION_CHARACTERS:
-            raise CADAError(
-                f"{where}: caption {number} has {words} words and {len(caption)} characters, at most "
-                f"{MAX_CAPTION_WORDS} and {MAX_CAPTION_CHARACTERS} are accepted (the model reads about 70 words). "
-                "Shorten it."
-            )
+        check_caption(caption, f"{where}: caption {number}")
     return captions
+
+
+def check_caption(caption: str, what: str) -> None:
+    """A text that says something, and not too much; else a `CADAError` about `what`."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise CADAError(
+            f"{what} holds half a character at position {error.start} (a lone surrogate). Correct the row."
+        ) from error
+    if not clean_caption(caption):
+        raise CADAError(f"{what} is empty. Write one, or take it out of the row.")
+    words = len(caption.split())
+    if words > MAX_CAPTION_WORDS or len(caption) > MAX_CAPTION_CHARACTERS:
+        raise CADAError(
+            f"{what} has {words} words and {len(caption)} characters, at most {MAX_CAPTION_WORDS} and "
+            f"{MAX_CAPTION_CHARACTERS} are accepted (the model reads about 70 words). Shorten it."
+        )

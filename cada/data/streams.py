@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from glob import has_magic
 from itertools import count, islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from cada.data.images import open_image
 from cada.data.pairs import PairCollator
-from cada.data.pedes import check_captions
+from cada.data.pedes import check_caption
 from cada.files import CADAError, counted, one_line, read_json, written_whole
 from processing_cada import AttributeMasker, clean_caption
 
@@ -159,8 +159,14 @@ class StreamPairs(torch.utils.data.Dataset):
             raise CADAError(f"The first rows of {name} cannot be read: {one_line(error)}. Is it complete?") from error
         self._check(first)
         begin = hashlib.sha256(json.dumps([self._captions(row) for row in first], default=str).encode())
-        # Another stream is another training.
-        self.identity = f"{counted(rows.num_shards, 'file')}, {begin.hexdigest()[:16]}, {columns}, buffer {buffer}"
+        self.identity = {  # with another one it is another training
+            "files of the stream": rows.num_shards,
+            "captions of its first rows": begin.hexdigest()[:16],
+            "image_column": columns.image,
+            "caption_column": " ".join(columns.captions),
+            "person_column": columns.person,
+            "shuffle_buffer": buffer,
+        }
 
     def _check(self, rows: list[dict]) -> None:
         if not rows:
@@ -185,7 +191,7 @@ class StreamPairs(torch.utils.data.Dataset):
                 open_image(self._image(row), self.image_size)
                 return
             except CADAError as error:
-                problems.append(f"{self._file_name(row)}: {error}")
+                problems.append(f"{self._name(row)}: {error}")
         raise CADAError(
             f"{self.name}: none of the first {counted(len(rows), 'image')} in the column `{self.columns.image}` can "
             f"be read. {problems[0]}. Name the column by --image_column, the folder of image files by --data_dir; it "
@@ -203,10 +209,14 @@ class StreamPairs(torch.utils.data.Dataset):
             path = str(self.folder / path)
         return {"bytes": content, "path": path}
 
-    def _file_name(self, row: dict) -> str:
+    def _name(self, row: dict) -> str:
+        """By which a reader finds the row: the name of its image, else its caption."""
         image = _value(row, self.columns.image)
         name = image.get("path") if isinstance(image, dict) else image
-        return name if isinstance(name, str) else str(row.get("__key__", "an image without a name"))
+        if isinstance(name, str):
+            return name
+        caption = next(iter(self._captions(row)), None)
+        return str(row.get("__key__") or f"the image with the caption {caption!r:.80}")
 
     def _captions(self, row: dict) -> list:
         return [text for column in self.columns.captions for text in _texts(row, column)]
@@ -224,9 +234,9 @@ class StreamPairs(torch.utils.data.Dataset):
     def __getitems__(self, batch: list[StreamedRow]) -> list[dict]:
         samples, unreadable = [], []
         for streamed in batch:
-            name = self._file_name(streamed.row)
+            name = f"{self._name(streamed.row)} (pair {streamed.pair} of the stream)"
             try:
-                samples.append({**self._sample(streamed), "name": f"{name} (pair {streamed.pair} of the stream)"})
+                samples.append({**self._sample(streamed), "name": name})
             except CADAError as error:
                 samples.append(None)
                 unreadable.append(f"{name}: {error}")
@@ -239,9 +249,11 @@ class StreamPairs(torch.utils.data.Dataset):
         return samples
 
     def _sample(self, streamed: StreamedRow) -> dict:
-        captions = self._captions(streamed.row)
-        drawn = captions[streamed.seed % len(captions) :][:1] if captions else []
-        (caption,) = check_captions(drawn, "the row")
+        captions = self._captions(streamed.row) or [None]
+        caption = captions[streamed.seed % len(captions)]
+        if not isinstance(caption, str):
+            raise CADAError(f"the caption (column {', '.join(self.columns.captions)}) is {caption!r:.80}, not a text")
+        check_caption(caption, "the caption")
         sample = {
             "image": open_image(self._image(streamed.row), self.image_size),
             "caption": caption,
@@ -273,7 +285,7 @@ class Unreadable:
     """Counts the pairs of a process that cannot be read, since its training began or went on."""
 
     pairs: int = 0
-    messages: list[str] = field(default_factory=list)
+    left_out: int = 0
 
     def add(self, pairs: int, messages: list[str]) -> None:
         """
@@ -283,15 +295,15 @@ class Unreadable:
             CADAError: where more than 1 % of the pairs so far, and more than 10, cannot be read; and where all cannot.
         """
         self.pairs += pairs
-        self.messages += messages
         for message in messages:
-            logger.warning(f"Left out, {counted(len(self.messages), 'pair')} of {self.pairs:,} so far: {message}")
+            self.left_out += 1
+            logger.warning(f"Left out, {counted(self.left_out, 'pair')} of {self.pairs:,} so far: {message}")
         if len(messages) == pairs:
             raise CADAError(f"No pair of a batch can be read: {messages[0]}. Is the data set complete?")
-        if len(self.messages) > max(FIRST_UNREADABLE, MAX_UNREADABLE * self.pairs):
+        if self.left_out > max(FIRST_UNREADABLE, MAX_UNREADABLE * self.pairs):
             raise CADAError(
-                f"{len(self.messages):,} of {self.pairs:,} pairs cannot be read, more than 1 %; the last one: "
-                f"{self.messages[-1]}. Is the data set complete?"
+                f"{self.left_out:,} of {self.pairs:,} pairs cannot be read, more than 1 %; the last one: "
+                f"{messages[-1]}. Is the data set complete?"
             )
 
 
@@ -366,7 +378,7 @@ class StreamBatches(torch.utils.data.Sampler[list[StreamedRow]]):
             )
             for number in own
         }
-        self.skipped = 0  # batches that a training had before it went on
+        self.skipped = self.left_out = 0  # batches, and unreadable pairs, that a training had before it went on
         if self.lane_count % processes and rank == 0:
             logger.warning(
                 f"{pairs.name} has {counted(shards, 'file')}, which cannot be shared out over {processes} processes: "
@@ -391,11 +403,11 @@ class StreamBatches(torch.utils.data.Sampler[list[StreamedRow]]):
                         rows.append(StreamedRow(row, batch * self.whole + place, seed))
             yield rows
 
-    def save(self, checkpoint: str | os.PathLike, batches: int) -> None:
-        """Write where the stream is after so many batches."""
+    def save(self, checkpoint: str | os.PathLike, batches: int, left_out: int) -> None:
+        """Write where the stream is after so many batches, of which all processes have left out so many pairs."""
         starts = {number: lane.start_before(batches * self.part) for number, lane in self.lanes.items()}
         with written_whole(Path(checkpoint) / STATE_FILE.format(self.rank)) as path:
-            path.write_text(json.dumps({"batches": batches, "lanes": starts}), encoding="utf-8")
+            path.write_text(json.dumps({"batches": batches, "left_out": left_out, "lanes": starts}), encoding="utf-8")
 
     def resume(self, checkpoint: str | os.PathLike) -> None:
         """Go on where the stream was at a checkpoint, which may be of another number of processes."""
@@ -407,6 +419,6 @@ class StreamBatches(torch.utils.data.Sampler[list[StreamedRow]]):
                 f"{checkpoint} does not say where the stream was: the lane(s) {', '.join(missing)} are in no "
                 f"{STATE_FILE.format('*')}. Bring the files of all processes together, or take another checkpoint."
             )
-        self.skipped = states[0]["batches"]
+        self.skipped, self.left_out = states[0]["batches"], states[0]["left_out"]
         for number, lane in self.lanes.items():
             lane.starts = [Start(*starts[number])]

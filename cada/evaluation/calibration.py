@@ -13,11 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cada.data.pairs import captions_and_persons
-from cada.evaluation.encoding import RERANK_MEMORY, encode_gallery, encode_queries
-from cada.evaluation.matching import score_candidates
-from cada.evaluation.metrics import top_candidates
-from cada.files import ADAPTER_RECORD, CADAError, read_json, written_whole
+from cada.files import ADAPTER_RECORD, read_json, written_whole
 
 
 FALSE_ALARMS = (0.01, 0.1)  # shares of the searches for somebody who is not there
@@ -37,43 +33,6 @@ class Candidates:
     present: torch.Tensor
 
 
-@torch.inference_mode()
-def open_set_candidates(
-    model,
-    processor,
-    dataset,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    progress: bool = True,
-    memory: float = RERANK_MEMORY,
-) -> Candidates:
-    """
-    The candidates of every caption of `dataset` (rows with `image`, `captions`, `person_id`) among the images of every
-    second person. Arguments are those of [`evaluate_retrieval`].
-
-    Raises:
-        CADAError: for a model without match head, or fewer than two persons.
-    """
-    if not model.config.use_atp:
-        raise CADAError("This model has no match head (`use_atp=False`), so there is nothing to calibrate.")
-    captions, person_ids = captions_and_persons(dataset.select_columns(["captions", "person_id"]))
-    persons = sorted(set(person_ids))
-    if len(persons) < 2:
-        raise CADAError("To calibrate takes two persons at least: one is there, one is not. Take a larger set.")
-    gallery_ids = torch.tensor(person_ids)
-    query_ids = gallery_ids.repeat_interleave(torch.tensor([len(row) for row in captions]))
-    there = torch.tensor(persons[::2])
-    gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, progress, memory)
-    queries = encode_queries(model, processor, [caption for row in captions for caption in row], progress=progress)
-    in_gallery = torch.isin(gallery_ids, there)
-    with torch.autocast(queries.embeds.device.type, enabled=False):
-        similarity = (queries.embeds @ gallery.embeds.t()).masked_fill(~in_gallery, -torch.inf)
-    candidates = top_candidates(similarity, min(model.config.rerank_k, int(in_gallery.sum())))
-    known = similarity.gather(1, candidates)
-    local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
-    return Candidates(known, local_scores, query_ids[:, None] == gallery_ids[candidates], torch.isin(query_ids, there))
-
-
 def fit_calibration(found: Candidates, config, name: str) -> dict:
     """
     The field `calibration` of [`CADAConfig`]: `weights` of S_G, of the logit of S_L, and of 1; the set's `name`, the
@@ -85,17 +44,20 @@ def fit_calibration(found: Candidates, config, name: str) -> dict:
     # Platt's targets are a little inside of 0 and 1: weights stay finite where one score separates all pairs.
     hits = int(right.sum())
     targets = torch.where(right, (hits + 1) / (hits + 2), 1 / (len(right) - hits + 2)).double()
-    weights = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    weights = torch.zeros(3, dtype=torch.float64)
 
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(evidence @ weights, targets)
-        value.backward()
-        return value
+    def loss(weights: torch.Tensor) -> float:
+        return float(F.binary_cross_entropy_with_logits(evidence @ weights, targets))
 
-    optimizer.step(loss)
-    error = expected_calibration_error((evidence @ weights).sigmoid().detach(), right)
+    step = torch.ones(3)
+    while step.abs().max() > 1e-9:  # Newton's method
+        chances = (evidence @ weights).sigmoid()
+        hessian = evidence.t() * (chances * (1 - chances)) @ evidence
+        step = torch.linalg.pinv(hessian, hermitian=True) @ (evidence.t() @ (targets - chances))
+        while loss(weights + step) > loss(weights):  # too far
+            step /= 2
+        weights += step
+    error = expected_calibration_error((evidence @ weights).sigmoid(), right)
     return {
         "weights": weights.tolist(),
         "set": name,
@@ -141,11 +103,6 @@ def open_set_metrics(found: Candidates, probabilities: torch.Tensor) -> dict[str
     return metrics
 
 
-def calibrate(model, processor, dataset, name: str, **options) -> dict:
-    """[`fit_calibration`] on a data set; `options` are those of [`open_set_candidates`]."""
-    return fit_calibration(open_set_candidates(model, processor, dataset, **options), model.config, name)
-
-
 def save_calibration(checkpoint: str | os.PathLike, fitted: dict | None) -> Path:
     """Put `calibration` into a configuration, or beside an adapter, whole or not at all. Returns the file."""
     beside = Path(checkpoint) / ADAPTER_RECORD
@@ -154,10 +111,3 @@ def save_calibration(checkpoint: str | os.PathLike, fitted: dict | None) -> Path
     with written_whole(file) as path:
         path.write_text(content, encoding="utf-8")
     return file
-
-
-def evaluate_open_set(model, processor, dataset, **options) -> dict[str, float]:
-    """[`open_set_metrics`] of a calibrated model as `open_ECE`, ...; `options` are of [`open_set_candidates`]."""
-    found = open_set_candidates(model, processor, dataset, **options)
-    probabilities = model.config.match_probability(found.global_scores, found.local_scores)
-    return {f"open_{metric}": value for metric, value in open_set_metrics(found, probabilities).items()}

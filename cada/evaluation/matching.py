@@ -1,11 +1,14 @@
 """Retrieval metrics, and evaluation in two stages: global matching of all images, local matching of the top K."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from cada.data.pairs import captions_and_persons
+from cada.evaluation.calibration import Candidates, fit_calibration, open_set_metrics
 from cada.evaluation.encoding import (
     RERANK_MEMORY,
     Gallery,
@@ -15,8 +18,11 @@ from cada.evaluation.encoding import (
     sum_over_processes,
 )
 from cada.evaluation.metrics import _ROWS_AT_ONCE, METRICS, metric_sums, rerank_scores, top_candidates
+from cada.files import CADAError
 from modeling_cada import CADAImages
 
+
+logger = logging.get_logger(__name__)
 
 # Tokens of a batch, and batches of a group of images. Large enough for fast matrix products; an accelerator needs more
 # for that, and groups so large that nearly all texts of a batch are of one length.
@@ -158,21 +164,25 @@ def score_candidates(
     similarity: torch.Tensor,
     memory: float = RERANK_MEMORY,
     progress: bool = False,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Local scores S_L `(queries, K)` of the candidates `(queries, K)`, whose global scores are `similarity`
-    `(queries, K)`, within `memory` (GB).
+    `(queries, K)`, within `memory` (GB). Those that are `known` `(queries, K)`, and not NaN there, are not read again.
 
     Half precision cannot tell close candidates apart. Under autocast it reads all pairs. A sample, read again in the
     precision of the weights, shows how far it is off. Then candidates whose place among the first 1, 5 or 10 is in
     doubt are read again, too. Thus Rank-1, 5 and 10 are as a rule those of full precision, for a part of its work.
     """
     options = {"memory": memory, "progress": progress}
-    scores = match_candidates(model, queries, gallery, candidates, **options)
+    unread = torch.ones_like(candidates, dtype=torch.bool) if known is None else known.isnan()
+    scores = match_candidates(model, queries, gallery, candidates, **options, chosen=unread)
+    scores = scores if known is None else torch.where(unread, scores, known)
     if not torch.is_autocast_enabled(model.device.type):
         return scores
+    places = unread.flatten().nonzero()[:, 0]
     sample = torch.zeros(candidates.numel(), dtype=torch.bool)
-    sample[:: max(1, len(sample) // _SAMPLED_PAIRS)] = True
+    sample[places[:: max(1, len(places) // _SAMPLED_PAIRS)]] = True
     sample = sample.view_as(candidates)
     match_score = model.config.match_score
 
@@ -211,28 +221,88 @@ def score_gallery(
     return similarity, rerank_scores(similarity, candidates, local_scores)
 
 
-def _sums(
-    model, queries: Queries, gallery: Gallery, query_ids, gallery_ids, rerank_k: int, memory: float, progress: bool
-) -> dict[str, torch.Tensor]:
-    """[`metric_sums`] of each stage. Part by part, as the whole matrix of scores may be too large."""
-    parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(query_ids), _ROWS_AT_ONCE)]
-    sums = {"global": torch.zeros(len(METRICS), dtype=torch.float64)}
-    if model.config.use_atp:
-        sums["local"] = torch.zeros(len(METRICS), dtype=torch.float64)
-        best = []
-        for rows in parts:
-            similarity = _similarity(queries, gallery, rows)
-            chosen = top_candidates(similarity, rerank_k)
-            best.append((chosen, similarity.gather(1, chosen)))
-        candidates, known = (torch.cat(tensors) for tensors in zip(*best))
-        local_scores = score_candidates(model, queries, gallery, candidates, known, memory, progress)
-    for rows in parts:
-        similarity = _similarity(queries, gallery, rows)
-        sums["global"] += metric_sums(similarity, query_ids[rows], gallery_ids, rows.start)
-        if "local" in sums:
-            scores = rerank_scores(similarity, candidates[rows], local_scores[rows])
-            sums["local"] += metric_sums(scores, query_ids[rows], gallery_ids, rows.start)
-    return sums
+def _scores_read(candidates: torch.Tensor, read: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """S_L of the candidates that are among those of `read` (candidates, S_L); NaN for others. All `(queries, K)`."""
+    order = read[0].argsort(dim=1)
+    images, scores = (values.gather(1, order) for values in read)
+    place = torch.searchsorted(images, candidates).clamp(max=images.shape[1] - 1)
+    return scores.gather(1, place).where(images.gather(1, place) == candidates, torch.nan)
+
+
+class _Searches:
+    """Every caption of a data set searches its images; all are encoded once, by a model in evaluation mode."""
+
+    def __init__(
+        self,
+        model,
+        processor,
+        dataset,
+        rerank_k: int,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        progress: bool = True,
+        memory: float = RERANK_MEMORY,
+    ):
+        captions, person_ids = captions_and_persons(dataset.select_columns(["captions", "person_id"]))
+        self.model, self.rerank_k = model, rerank_k
+        self.options = {"memory": memory, "progress": progress}
+        self.gallery_ids = torch.tensor(person_ids)
+        self.query_ids = self.gallery_ids.repeat_interleave(torch.tensor([len(row) for row in captions]))
+        # Part by part, as the whole matrix of scores may be too large.
+        self.parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(self.query_ids), _ROWS_AT_ONCE)]
+        self.gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, **self.options)
+        captions = [caption for row in captions for caption in row]
+        self.queries = encode_queries(model, processor, captions, progress=progress)
+
+    def candidates(self, among: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best K of the images `among` these, and their S_G, `(queries, K)` each."""
+        found = []
+        for rows in self.parts:
+            similarity = _similarity(self.queries, self.gallery, rows)[:, among]
+            chosen = top_candidates(similarity, self.rerank_k)
+            found.append((among[chosen], similarity.gather(1, chosen)))
+        candidates, similarity = zip(*found)
+        return torch.cat(candidates), torch.cat(similarity)
+
+    def match(self, candidates: torch.Tensor, similarity: torch.Tensor, known: torch.Tensor | None = None):
+        """[`score_candidates`]."""
+        encoded = self.model, self.queries, self.gallery
+        return score_candidates(*encoded, candidates, similarity, **self.options, known=known)
+
+    def metrics(self, read: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, float]:
+        """Of each stage in percent; `read` are candidates and their S_L, `(queries, K)` each, `None` without these."""
+        sums = {}
+        for rows in self.parts:
+            scores = {"global": _similarity(self.queries, self.gallery, rows)}
+            if read is not None:
+                scores["local"] = rerank_scores(scores["global"], *(values[rows] for values in read))
+            for stage, own in scores.items():
+                added = metric_sums(own, self.query_ids[rows], self.gallery_ids, rows.start)
+                sums[stage] = sums.get(stage, 0) + 100 * added / len(self.query_ids)
+        return {f"{stage}_{name}": value for stage in sums for name, value in zip(METRICS, sums[stage].tolist())}
+
+    def open_set(self, read: tuple[torch.Tensor, torch.Tensor] | None = None) -> Candidates:
+        """
+        The candidates among the images of every second person. What was `read` among all images, candidates and their
+        S_L `(queries, K)`, is not read again.
+        """
+        there = self.gallery_ids.unique()[::2]
+        candidates, similarity = self.candidates(torch.isin(self.gallery_ids, there).nonzero()[:, 0])
+        known = None if read is None else _scores_read(candidates, read)
+        local_scores = self.match(candidates, similarity, known)
+        right = self.query_ids[:, None] == self.gallery_ids[candidates]
+        return Candidates(similarity, local_scores, right, torch.isin(self.query_ids, there))
+
+
+@contextmanager
+def _evaluating(model) -> Iterator[None]:
+    """The model in evaluation mode, for the time of the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def evaluate_retrieval(
@@ -244,6 +314,7 @@ def evaluate_retrieval(
     num_workers: int = 0,
     progress: bool = True,
     memory: float = RERANK_MEMORY,
+    open_set: bool = False,
 ) -> dict[str, float]:
     """
     Every caption of `dataset` searches all its images, by global matching and, where the model has match heads, by
@@ -260,10 +331,13 @@ def evaluate_retrieval(
             Number of candidates; `config.rerank_k` by default.
         memory (`float`):
             GB that patch states and the batches of local matching may take, whatever the size of the gallery.
+        open_set (`bool`):
+            Also search the images of every second person, by a calibrated model, see [`open_set_metrics`]. Not with
+            fewer than two persons, for which there is a warning.
 
     Returns:
         `global_R1`, ... `global_mINP`, `local_R1`, ... in percent; `queries`, `gallery`, `rerank_k` (no more than
-        there are images).
+        there are images); with `open_set` also `open_ECE`, ...
 
     Raises:
         ValueError: for no images, captions or persons of another type, `rerank_k` below 1, or scores that are NaN.
@@ -273,22 +347,42 @@ def evaluate_retrieval(
         raise ValueError(f"`rerank_k` is {rerank_k}. Give the number of candidates, 1 or more.")
     if not len(dataset):
         raise ValueError("There are no images to evaluate.")
-    rows_of_captions, person_ids = captions_and_persons(dataset.select_columns(["captions", "person_id"]))
-    gallery_ids = torch.tensor(person_ids)
-    captions = [caption for row in rows_of_captions for caption in row]
-    query_ids = gallery_ids.repeat_interleave(torch.tensor([len(row) for row in rows_of_captions]))
-    was_training = model.training
-    model.eval()
-    try:
-        gallery = encode_gallery(model, processor, dataset, batch_size, num_workers, progress, memory)
-        queries = encode_queries(model, processor, captions, progress=progress)
-        sums = _sums(model, queries, gallery, query_ids, gallery_ids, rerank_k, memory, progress)
-    finally:
-        model.train(was_training)
-    metrics = {
-        f"{stage}_{name}": value
-        for stage, own in sums.items()
-        for name, value in zip(METRICS, (100 * own / len(captions)).tolist())
-    }
-    counts = {"queries": len(captions), "gallery": len(gallery_ids), "rerank_k": min(rerank_k, len(gallery_ids))}
-    return {**metrics, **counts}
+    open_set = open_set and model.config.calibration is not None and has_two_persons(dataset)
+    with _evaluating(model):
+        searches = _Searches(model, processor, dataset, rerank_k, batch_size, num_workers, progress, memory)
+        read, images = None, len(searches.gallery_ids)
+        if model.config.use_atp:
+            candidates, similarity = searches.candidates(torch.arange(images))
+            read = candidates, searches.match(candidates, similarity)
+        metrics = searches.metrics(read)
+        found = searches.open_set(read) if open_set else None
+    metrics |= {"queries": len(searches.query_ids), "gallery": images, "rerank_k": min(rerank_k, images)}
+    if found is not None:
+        probabilities = model.config.match_probability(found.global_scores, found.local_scores)
+        metrics |= {f"open_{name}": value for name, value in open_set_metrics(found, probabilities).items()}
+    return metrics
+
+
+def has_two_persons(dataset) -> bool:
+    """Whether one person can be there while another is absent; with a warning where not."""
+    enough = len(set(dataset["person_id"])) > 1
+    if not enough:
+        logger.warning("The set has one person, so nobody can be absent: probabilities need two persons at least.")
+    return enough
+
+
+def calibrate(model, processor, dataset, name: str, **options) -> dict:
+    """
+    [`fit_calibration`] on a data set of this `name`, where every second person has no image; `options` are
+    `batch_size` and what follows it in [`evaluate_retrieval`].
+
+    Raises:
+        CADAError: for a model without match head, or fewer than two persons.
+    """
+    if not model.config.use_atp:
+        raise CADAError("This model has no match head (`use_atp=False`), so there is nothing to calibrate.")
+    if len(set(dataset["person_id"])) < 2:
+        raise CADAError("To calibrate takes two persons at least: one is there, one is not. Take a larger set.")
+    with _evaluating(model):
+        found = _Searches(model, processor, dataset, model.config.rerank_k, **options).open_set()
+    return fit_calibration(found, model.config, name)

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from cada.files import CADAError, checkpoint_written_whole, make_output_folder, one_line
+from cada.files import CADAError, checkpoint_written_whole, counted, make_new_folder, one_line, sentence
 from cada.hub.loading import (
     base_of,
     check_config,
@@ -43,6 +43,7 @@ from cada.hub.loading import (
     load_processor,
     load_tokenizer,
     weight_files,
+    without_tables,
 )
 from cada.hub.record import NO_LICENCE, Origin, after_training, read_start, write_run
 from configuration_cada import CADAConfig
@@ -301,7 +302,7 @@ def _load_blip(kind: type, name: str, revision: str | None) -> tuple[dict[str, t
         check_config(name, BlipConfig.model_type)
         if any(Path(name).glob("*.safetensors*")):  # older copies hold pickles, of which tensors alone are built
             weight_files(name)
-    with in_one_line(f"BLIP cannot be loaded from {name}", name, "Save or fetch it again."):
+    with in_one_line(f"BLIP cannot be loaded from {name}", name, "Save or fetch it again."), without_tables():
         model, report = kind.from_pretrained(
             name, revision=revision or "main", weights_only=True, output_loading_info=True
         )
@@ -310,6 +311,11 @@ def _load_blip(kind: type, name: str, revision: str | None) -> tuple[dict[str, t
         raise CADAError(
             f"{name} lacks {missing[0]} ({len(missing)} tensor(s) in all) of {kind.__name__}. Is it complete, and the "
             "right kind of BLIP?"
+        )
+    unknown = sorted(report["unexpected_keys"])
+    if unknown:
+        logger.warning(
+            f"{name}: left out {counted(len(unknown), 'tensor')} that {kind.__name__} lacks: {unknown[0]} ..."
         )
     return model.state_dict(), model.config
 
@@ -356,7 +362,7 @@ def convert(
         raise CADAError(f"{checkpoint} lacks {error.args[0]!r}. Is this a checkpoint of {source!r}?") from error
     except (StrictDataclassError, RuntimeError, ValueError, IndexError, TypeError) as error:
         raise CADAError(
-            f"The sizes of {checkpoint} and the arguments give no model: {one_line(error)} Is it of {source!r}?"
+            f"The sizes of {checkpoint} and the arguments give no model: {sentence(error)} Is it of {source!r}?"
         ) from error
     _load(model, weights, source, report, may_leave_out=bool(config_overrides))
     return model, report
@@ -424,13 +430,6 @@ def convert_processor(model: CADAForTextToImageRetrieval, tokenizer_name: str) -
         ) from error
 
 
-def check_output(out: str | os.PathLike, checkpoint: str) -> None:
-    """What keeps from saving, shown before the work: `out` cannot be written, or is the `checkpoint`."""
-    folder = make_output_folder(out).resolve()
-    if Path(checkpoint).resolve() in (folder, folder / "model.safetensors"):
-        raise CADAError(f"--out {folder} would overwrite --checkpoint. Choose another folder.")
-
-
 def save_converted(
     model: CADAForTextToImageRetrieval, tokenizer_name: str, source: str, checkpoint: str, out: str | os.PathLike
 ) -> None:
@@ -486,14 +485,13 @@ def merge_adapter(name: str | os.PathLike, out: str | os.PathLike, revision: str
     the training. Evaluations are of other weights: the sums round differently.
 
     Raises:
-        CADAError: as [`load_model`]; where there is no adapter, or `out` is the adapter or its base.
+        CADAError: as [`load_model`]; where there is no adapter, or `out` holds files.
     """
     adapter = find_adapter(name, revision)
     if adapter is None:
         raise CADAError(f"{name} is no adapter: it has no adapter_config.json. Give the folder of one, or its name.")
+    make_new_folder(out)
     base, run = base_of(adapter), read_start(name, revision)
-    if make_output_folder(out).resolve() in (adapter.resolve(), Path(base[0]).resolve()):
-        raise CADAError(f"--out {out} would overwrite what is merged. Choose another folder.")
     _, processor = load_model_and_processor(name, revision)  # which looks at all files
     from peft import PeftModel
 

@@ -6,18 +6,27 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.image_utils import SizeDict
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, cached_file, is_peft_available
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
+    cached_file,
+    is_peft_available,
+    logging,
+)
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from cada.files import ADAPTER_RECORD, CADAError, one_line, read_json
+from cada.files import ADAPTER_RECORD, CADAError, one_line, read_json, sentence
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
@@ -35,7 +44,18 @@ def in_one_line(what: str, name: str | os.PathLike, remedy: str) -> Iterator[Non
     try:
         yield
     except Exception as error:
-        raise CADAError(f"{what}: {one_line(error)} {remedy if os.path.isdir(name) else _WHERE}") from error
+        raise CADAError(f"{what}: {sentence(error)} {remedy if os.path.isdir(name) else _WHERE}") from error
+
+
+@contextmanager
+def without_tables() -> Iterator[None]:
+    """Without the table of all tensors that transformers prints where some are missing; whoever loads says it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def weight_files(folder: str | os.PathLike, shapes: dict[str, tuple[int, ...]] | None = None) -> list[Path]:
@@ -129,7 +149,8 @@ def check_config(folder: str | os.PathLike, model_type: str = CADAConfig.model_t
     """The content of `config.json` in the folder of a checkpoint; a `CADAError` where it is not of `model_type`."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CADAError(f"{folder} is a file. Give the folder of a checkpoint.")
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise CADAError(f"{folder} {problem}. Give the folder of a checkpoint.")
     if not (folder / "config.json").is_file():
         raise CADAError(f"{folder} holds no config.json. Is it the folder of a checkpoint?")
     config = read_json(folder / "config.json")
@@ -325,4 +346,7 @@ def fitted_processor(image_processor: CADAImageProcessor, tokenizer, config: CAD
 def load_tokenizer(name: str | os.PathLike, revision: str | None = None):
     """A tokenizer by the name of a folder or on the Hub; a `CADAError` where it cannot be loaded or is code."""
     with in_one_line(f"The tokenizer {name} cannot be loaded", name, _WHERE):
+        if not os.path.isdir(name):  # first, as AutoTokenizer would wait twice for a Hub that cannot be reached
+            with suppress(RemoteEntryNotFoundError):  # it needs none
+                hf_hub_download(os.fspath(name), CONFIG_NAME, revision=revision)
         return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)

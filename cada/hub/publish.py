@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from cada.files import ADAPTER_RECORD, CADAError, one_line, written_whole
+from cada.files import ADAPTER_RECORD, CADAError, one_line, sentence, written_whole
 from cada.hub.card import model_card
 from cada.hub.loading import base_of, check_config, find_adapter, weight_files
 from cada.hub.record import NO_LICENCE, RUN_FILE, checkpoint_digest, evaluations_of, read_run
@@ -39,6 +39,7 @@ def release_files(folder: str | os.PathLike) -> list[str]:
     names = {path.name for path in folder.iterdir() if path.is_file()}
     adapter = find_adapter(folder)
     settings = SETTINGS if adapter is None else (ADAPTER_CONFIG_NAME, *SETTINGS[1:])
+    config = check_config(folder) if adapter is None else {"auto_map": {"AutoModel": AUTO_MODEL}}  # of the base
     if adapter is not None and os.path.isdir(base_of(adapter)[0]):
         raise CADAError(
             f"The adapter {folder} rests on {base_of(adapter)[0]}, which nobody else has. Publish what `cada merge` "
@@ -52,7 +53,7 @@ def release_files(folder: str | os.PathLike) -> list[str]:
             )
     weights = [path.name for path in weight_files(folder)]
     missing = [name for name in CODE if name not in names]
-    auto_map = check_config(folder).get("auto_map") if adapter is None else {"AutoModel": AUTO_MODEL}  # of the base
+    auto_map = config.get("auto_map")
     if not isinstance(auto_map, dict) or auto_map.get("AutoModel") != AUTO_MODEL:
         missing.append("auto_map in config.json")
     if missing:
@@ -95,7 +96,7 @@ def open_repository(
         tags = {reference.name for reference in api.list_repo_refs(repo_id).tags}
     except Exception as error:  # the client raises its own errors and those of its HTTP library
         raise CADAError(
-            f"Cannot open {repo_id} on the Hub: {one_line(error)} Check the connection, and run `hf auth login` with "
+            f"Cannot open {repo_id} on the Hub: {sentence(error)} Check the connection, and run `hf auth login` with "
             "a token that may write there."
         ) from error
     if tag in tags:
@@ -148,7 +149,7 @@ def publish(
         raise
     except Exception as error:  # the client raises its own errors and those of its HTTP library
         raise CADAError(
-            f"The push to {repo_id} broke off: {one_line(error)} Run the command again with --overwrite; nothing is "
+            f"The push to {repo_id} broke off: {sentence(error)} Run the command again with --overwrite; nothing is "
             "tagged yet."
         ) from error
 

@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict
 from transformers import TrainerState
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from cada.data.loading import shared_persons
+from cada.data.loading import DRAWN_SETS, shared_persons
 from cada.data.pedes import PEDES_SETS
 from cada.files import CADAError
 from cada.hub.convert import describe_origin
@@ -38,13 +38,15 @@ WHERE_GIVEN = ("muon_learning_rate", "lr_scheduler_kwargs", "optim_args", "data_
 def name_of_set(data: DataArguments, rows: Dataset | None) -> str:
     """
     The set's name for the record of the run; `rows` is `None` for a stream. One's own folders are named, not located,
-    and marked as such.
+    and marked as such; the drawn set stands in a folder `drawn`, as `cada demo` leaves it.
     """
     if data.dataset in PEDES_SETS:
         return data.dataset
-    if rows is not None and "named_attributes" in rows.column_names:  # only the drawn set has them
+    if data.dataset in DRAWN_SETS:
         return "drawn_night" if data.dataset == "demo_night" else "drawn"
     path = Path(data.dataset).parent if has_magic(data.dataset) else Path(data.dataset)
+    if path.name == "drawn" and rows is not None and "named_attributes" in rows.column_names:
+        return "drawn"
     return f"{path.name} (own data)" if path.exists() else data.dataset
 
 
@@ -93,18 +95,19 @@ def check_hold_out(record: Run, dataset: str, held_out: int) -> None:
 
 
 def _count(rows: Dataset | None, read: int) -> dict[str, int]:
-    """Persons, images and pairs of the rows of train, or how many pairs were `read` from a stream."""
+    """Persons, images and pairs of the rows of train, or how many pairs of a stream were `read`."""
     if rows is None:
         return {"pairs": read}
     return {"persons": len(set(rows["person_id"])), "images": len(rows), "pairs": sum(map(len, rows["captions"]))}
 
 
-def _describe_columns(data: DataArguments) -> dict[str, str | int]:
+def _describe_reading(data: DataArguments, left_out: int) -> dict[str, str | int | bool]:
+    """Options of the data, and what was left out."""
     if not data.streaming:
-        return {}
+        return {"unreadable_images_skipped": data.skip_unreadable}
     person = data.person_column or "every image is a person of its own"
     columns = f"{data.image_column}; {', '.join(data.caption_column)}; {person}"
-    return {"columns": columns, "shuffle_buffer": data.shuffle_buffer}
+    return {"unreadable_pairs_left_out": left_out, "columns": columns, "shuffle_buffer": data.shuffle_buffer}
 
 
 def describe_training(
@@ -114,12 +117,13 @@ def describe_training(
     splits: DatasetDict,
     held_out: int,
     state: TrainerState,
+    left_out: int = 0,
     minutes: float | None = None,
     checkpoint: Path | None = None,
 ) -> Training:
     """
-    What a reader of the model card needs to repeat the training, of its end or of a `checkpoint` on the way. Folders
-    of this machine are named, not located.
+    What a reader of the model card needs to repeat the training, of its end or of a `checkpoint` on the way, with the
+    number of pairs `left_out` of a stream. Folders of this machine are named, not located.
     """
     start = model.model_name_or_path or model.init_from
     rows = splits.get("train")  # none of a stream
@@ -138,21 +142,21 @@ def describe_training(
         **{name: getattr(args, name) for name in ALWAYS},
         "precision": HALF_PRECISION.get(args.mixed_precision, "float32"),
         "negative_sampling": args.negative_sampling,
-        "unreadable_images_skipped": data.skip_unreadable,
+        **_describe_reading(data, left_out),
         "persons_held_out_of_train": held_out,
         **{f"persons_of_train_also_in_{split}": count for split, count in shared_persons(splits).items()},
-        **_describe_columns(data),
     }
     if args.negative_sampling == "annealed":
         recipe["negative_temperature"] = f"{args.negative_temperature_start} to {args.negative_temperature_end}"
     given = {**{name: getattr(args, name) for name in WHERE_GIVEN}, "config_overrides": model.config_overrides}
     given["lora_rank"] = model.lora_rank
     recipe |= {name: value for name, value in given.items() if value not in (None, "", {})}
+    drawn = recipe["steps"] * recipe["batch_size"] * recipe["gradient_accumulation_steps"]
     return {
         "dataset": name_of_set(data, rows),
         "captions_per_image": data.captions_per_image,
         "start": "random weights" if start is None else Path(start).name if Path(start).exists() else start,
-        "data": _count(rows, recipe["steps"] * recipe["batch_size"] * recipe["gradient_accumulation_steps"]),
+        "data": _count(rows, drawn - left_out),
         "recipe": recipe,
         "selected_by": f"{args.metric_for_best_model} on validation" if chosen else None,
         "seed": args.seed,

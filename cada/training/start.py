@@ -10,7 +10,7 @@ from transformers.utils import logging
 from cada.data.loading import hold_out_persons, load_pairs_dataset, shared_persons
 from cada.data.pairs import add_attribute_spans, load_tagger
 from cada.data.streams import Columns, StreamPairs, open_rows
-from cada.files import CADAError
+from cada.files import CADAError, one_line
 from cada.hub.convert import convert, convert_processor, default_image_size
 from cada.hub.loading import fitted_processor, load_config, load_model, load_processor, load_tokenizer
 from cada.training.arguments import CADATrainingArguments, DataArguments, ModelArguments, made_of_arguments
@@ -71,7 +71,7 @@ def make_model_and_processor(arguments: ModelArguments) -> tuple[CADAForTextToIm
         else:
             model, processor = _random(arguments)
     except StrictDataclassError as error:
-        raise CADAError(f"The configuration does not hold together. {error}") from error
+        raise CADAError(f"The configuration does not hold together. {one_line(error)}") from error
     if arguments.lora_rank is not None:
         add_lora(model, arguments)
     if arguments.attn_implementation is not None:

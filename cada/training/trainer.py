@@ -18,9 +18,8 @@ from transformers.utils import logging
 
 from cada.data.pairs import GlobalBatches, outlive_sigterm
 from cada.data.streams import StreamBatches, StreamPairs, Unreadable
-from cada.evaluation.calibration import calibrate, evaluate_open_set
-from cada.evaluation.matching import evaluate_retrieval
-from cada.files import ADAPTER_RECORD, CADAError, checkpoint_written_whole, one_line
+from cada.evaluation.matching import calibrate, evaluate_retrieval, has_two_persons
+from cada.files import ADAPTER_RECORD, CADAError, checkpoint_written_whole, sentence
 from cada.hub.loading import base_digest, check_processor
 from cada.hub.publish import publish
 from cada.training.arguments import made_of_arguments
@@ -109,13 +108,14 @@ class CADATrainer(Trainer):
         self._part_count = 0
         self._stream: StreamBatches | None = None  # where the pairs are streamed
         self._unreadable = Unreadable()
+        self.left_out = 0  # unreadable pairs of the stream, up to the last checkpoint or the end, of all processes
         self._sigterm = SaveOnSigterm()
         self.add_callback(self._sigterm)
 
     def _recipe(self) -> dict:
         """What makes this training, once it has what it needs."""
         if isinstance(self.train_dataset, StreamPairs):
-            return recipe_of(self.args, self.model, {}) | {"stream": self.train_dataset.identity}
+            return recipe_of(self.args, self.model, {}) | self.train_dataset.identity
         batch, pairs = self.args.train_batch_size * self.args.world_size, len(self.train_dataset)
         if self.args.dataloader_drop_last and pairs < batch:
             raise CADAError(
@@ -230,6 +230,8 @@ class CADATrainer(Trainer):
         try:
             output = super().train(self.resumed_from, *args, **kwargs)
             self._check_finite()
+            if self._stream is not None:
+                self._count_left_out()
             if self._limit == 1 and self.state.best_model_checkpoint is not None:
                 self._delete_checkpoints_but({Path(self.state.best_model_checkpoint).name})
             return output
@@ -242,7 +244,7 @@ class CADATrainer(Trainer):
                 remedy = "Choose another --attn_implementation, or leave out what this machine cannot do."
             else:
                 raise
-            raise CADAError(f"Step {self.state.global_step + 1} failed: {one_line(error)} {remedy}") from error
+            raise CADAError(f"Step {self.state.global_step + 1} failed: {sentence(error)} {remedy}") from error
         finally:
             self.args.save_total_limit = self._limit
             self._sigterm.restore()
@@ -264,7 +266,9 @@ class CADATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             if self._stream is not None:
-                self._stream.save(folder, self.state.global_step * self.args.gradient_accumulation_steps)
+                self._count_left_out()
+                batches = self.state.global_step * self.args.gradient_accumulation_steps
+                self._stream.save(folder, batches, self.left_out)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if self.write_record is not None:
@@ -282,6 +286,10 @@ class CADATrainer(Trainer):
         if self.args.should_save:
             self._delete_old_checkpoints(folder)
         self.accelerator.wait_for_everyone()
+
+    def _count_left_out(self) -> None:
+        own = torch.tensor(self._unreadable.left_out, device=self.args.device)
+        self.left_out = self._stream.left_out + int(self.accelerator.reduce(own, reduction="sum"))
 
     def _check_finite(self) -> None:
         """Weights are kept only where they are numbers; the loss tells one step later."""
@@ -362,8 +370,10 @@ class CADATrainer(Trainer):
             )
             logger.warning(f"Published {repo_id}, revision {pinned}.")
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Retrieval scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`."""
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval", open_set: bool = False
+    ) -> dict[str, float]:
+        """Scores of [`evaluate_retrieval`] with the prefix, such as `eval_local_R1`; `open_set` as there."""
         started = time.time()
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
@@ -371,16 +381,16 @@ class CADATrainer(Trainer):
         if isinstance(dataset, dict):
             metrics = {}
             for name, one in dataset.items():
-                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}", open_set)
             return metrics
-        metrics = self._measured(evaluate_retrieval, dataset)
+        metrics = self._measured(evaluate_retrieval, dataset, open_set=open_set)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, started, num_samples=metrics[f"{metric_key_prefix}_queries"]))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _measured(self, measure: Callable, dataset, *names: str):
+    def _measured(self, measure: Callable, dataset, **options):
         """What `measure` makes of model, processor and a data set, in the precision of the training."""
         try:
             with self.accelerator.autocast():
@@ -388,17 +398,17 @@ class CADATrainer(Trainer):
                     self.accelerator.unwrap_model(self.model),
                     self.processing_class,
                     dataset,
-                    *names,
                     batch_size=self.args.eval_batch_size,
                     num_workers=self.args.dataloader_num_workers,
                     progress=not self.args.disable_tqdm and self.is_world_process_zero(),
                     memory=self.args.rerank_memory,
+                    **options,
                 )
         except CADAError:
             raise
         except ValueError as error:  # scores that are not numbers
             raise CADAError(
-                f"The evaluation after step {self.state.global_step} failed: {one_line(error)} Has the training "
+                f"The evaluation after step {self.state.global_step} failed: {sentence(error)} Has the training "
                 "diverged?"
             ) from error
 
@@ -407,30 +417,9 @@ class CADATrainer(Trainer):
         Fit `calibration` of the configuration on a validation set of this `name`, see `cada.evaluation.calibration`;
         on fewer than two persons it stays `None`, with a warning.
         """
-        if self._has_two_persons(dataset):
-            model = self.accelerator.unwrap_model(self.model)
-            was_training = model.training
-            model.eval()
-            model.config.calibration = self._measured(calibrate, dataset, name)
-            model.train(was_training)
-
-    def evaluate_open_set(self, dataset, metric_key_prefix: str = "test") -> dict[str, float]:
-        """
-        Scores where half of the persons are absent, with the prefix, such as `test_open_AUROC`; none of a model
-        without calibration, and none, with a warning, for fewer than two persons.
-        """
-        model = self.accelerator.unwrap_model(self.model).eval()
-        if model.config.calibration is None or not self._has_two_persons(dataset):
-            return {}
-        metrics = self._measured(evaluate_open_set, dataset)
-        return {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-
-    def _has_two_persons(self, dataset) -> bool:
-        enough = len(set(dataset["person_id"])) > 1
-        if not enough:
-            logger.warning("The set has one person, so nobody can be absent: probabilities need two persons at least.")
-        return enough
+        if has_two_persons(dataset):
+            self.model.config.calibration = self._measured(calibrate, dataset, name=name)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
-        """The `metrics` of [`evaluate`]; the scores of all pairs are too many to keep."""
-        return PredictionOutput(None, None, self.evaluate(test_dataset, ignore_keys, metric_key_prefix))
+        """The `metrics` of [`evaluate`], with `open_set`; the scores of all pairs are too many to keep."""
+        return PredictionOutput(None, None, self.evaluate(test_dataset, ignore_keys, metric_key_prefix, open_set=True))

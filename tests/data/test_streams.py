@@ -88,7 +88,7 @@ def test_resumed_to_the_pair(tmp_path, save, after):
     for rank in (0, 1):
         batches = StreamBatches(pairs, 4, 0, rank, 2)
         list(islice(batches, after + 3))  # the loader is ahead of the training
-        batches.save(tmp_path, after)
+        batches.save(tmp_path, after, 0)
     assert read(pairs, 4, tmp_path, after, batch_size=8) == whole[after:]
     (tmp_path / "cada_stream_1.json").unlink()
     with pytest.raises(CADAError, match=r"the lane\(s\) 2, 3 are in no cada_stream_\*\.json"):
@@ -100,7 +100,7 @@ def test_a_resumed_stream_opens_no_file_that_it_has_read(tmp_path, monkeypatch):
     pairs = stream(save_parquet(tmp_path / "data", files=1, rows=60), buffer=10)
     batches = StreamBatches(pairs, 5)
     list(islice(batches, 9))
-    batches.save(tmp_path, 9)
+    batches.save(tmp_path, 9, 0)
     (lane,) = json.loads((tmp_path / "cada_stream_0.json").read_text())["lanes"].values()
     assert lane[:3] == [40, 0, 4] and lane[3] is not None
 
@@ -141,20 +141,40 @@ def test_an_unreadable_pair_is_named_and_its_neighbour_stands_twice(tmp_path, pr
     order = sorted(batch, key=lambda one: one.row["caption"][-1])
     samples = pairs.__getitems__(order)
     assert [sample["image"].getpixel((0, 0))[0] for sample in samples] == [0, 2, 2, 3, 4, 0]
-    assert [message.split(":")[0] for message in samples[0]["unreadable"]] == ["1.png", "5.png"]
+    names = [f"{file}.png (pair {order[file].pair} of the stream)" for file in (1, 5)]
+    assert [message.split(":")[0] for message in samples[0]["unreadable"]] == names
     inputs = StreamCollator(processor)(pairs.__getitems__([order[1], order[5]]))
     assert set(inputs) == {"pair", "unreadable"}
-    with pytest.raises(CADAError, match="No pair of a batch can be read: 1.png"):
+    with pytest.raises(CADAError, match=r"No pair of a batch can be read: 1.png \(pair"):
         Unreadable().add(len(inputs["pair"]), inputs["unreadable"])
+
+
+def test_rows_without_a_name_and_without_a_caption(tmp_path):
+    """A Parquet row has its caption for a name; of a null no list is asked for."""
+    contents = [content_of(0), b"no image", content_of(2), content_of(3), content_of(4)]
+    captions = ["a red coat", "a green bag", None, "!", "word " * 2000]
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    images = [{"bytes": content, "path": None} for content in contents]
+    (tmp_path / "data").mkdir()
+    rows = Dataset.from_dict({"image": images, "caption": captions}, features=features)
+    rows.to_parquet(tmp_path / "data" / "0.parquet")
+    pairs = stream(tmp_path / "data", buffer=1)
+    (batch,) = islice(StreamBatches(pairs, 5), 1)
+    damaged, null, empty, long = pairs.__getitems__(batch)[0]["unreadable"]
+    assert damaged.startswith("the image with the caption 'a green bag' (pair 1 of the stream): it is no JPEG")
+    assert null.endswith("the caption None (pair 2 of the stream): the caption (column caption) is None, not a text")
+    assert empty.endswith("(pair 3 of the stream): the caption is empty. Write one, or take it out of the row.")
+    assert "(pair 4 of the stream): the caption has 2000 words and" in long
 
 
 def test_more_than_one_in_a_hundred_ends_the_training(caplog):
     unreadable = Unreadable()
-    unreadable.add(200, ["a.png: it is damaged"] * 10)  # so many may always be
-    assert "Left out, 10 pairs of 200 so far: a.png: it is damaged" in caplog.text
+    unreadable.add(200, [f"{number}.png: it is damaged" for number in range(10)])  # so many may always be
+    assert "Left out, 1 pair of 200 so far: 0.png: it is damaged" in caplog.text
+    assert "Left out, 10 pairs of 200 so far: 9.png: it is damaged" in caplog.text
     with pytest.raises(CADAError, match="11 of 204 pairs cannot be read, more than 1 %; the last one: b.png: empty"):
         unreadable.add(4, ["b.png: empty"])
-    unreadable = Unreadable(pairs=1990, messages=["c.png: empty"] * 19)
+    unreadable = Unreadable(pairs=1990, left_out=19)
     unreadable.add(10, ["d.png: empty"])  # 20 of 2,000
     with pytest.raises(CADAError, match="21 of 2,010"):
         unreadable.add(10, ["e.png: empty"])

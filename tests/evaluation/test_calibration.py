@@ -11,15 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 
 import train_cada
 from cada.cli import main
-from cada.evaluation.calibration import (
-    Candidates,
-    calibrate,
-    evaluate_open_set,
-    expected_calibration_error,
-    fit_calibration,
-    open_set_candidates,
-    open_set_metrics,
-)
+from cada.evaluation import matching
+from cada.evaluation.calibration import Candidates, expected_calibration_error, fit_calibration, open_set_metrics
+from cada.evaluation.matching import calibrate, evaluate_retrieval
 from cada.files import CADAError
 from cada.gallery.index import build_index, open_index
 from cada.hub.card import model_card
@@ -79,6 +73,13 @@ def test_fit_finds_the_weights_that_made_the_pairs():
     fitted = fit_calibration(found, tiny_config(), "made")
     assert fitted["weights"] == pytest.approx([4, 0.7, -3], abs=0.1)
     assert (fitted["set"], fitted["pairs"]) == ("made", 100_000) and fitted["expected_calibration_error"] < 0.01
+    # At the best weights the mean of every score is the same over the targets and over the probabilities.
+    evidence = torch.stack([global_scores.double(), logits.sigmoid().logit(eps=1e-7).double(), torch.ones(200, 500)])
+    weights = torch.tensor(fitted["weights"], dtype=torch.float64)
+    hits = int(right.sum())
+    targets = torch.where(right, (hits + 1) / (hits + 2), 1 / (100_000 - hits + 2)).double()
+    rest = (evidence * (targets - (weights[:, None, None] * evidence).sum(dim=0).sigmoid())).mean(dim=(1, 2))
+    assert rest.abs().max() < 1e-7
 
 
 def test_fit_is_finite_where_a_score_separates_all():
@@ -99,24 +100,42 @@ def colours(tmp_path_factory):
     return folder
 
 
-def test_every_second_person_is_absent(start, colours):
+@pytest.mark.parametrize("half", [False, True])
+def test_every_second_person_is_absent(start, colours, monkeypatch, half):
+    """What a test finds among half of the persons is what reading it alone finds; every pair is read once."""
     model, processor = load_model_and_processor(start)
+    model.config.rerank_k = 5  # of 14 images
     rows = load_from_disk(colours)["test"]
-    found = open_set_candidates(model, processor, rows, progress=False)
+    found, read = [], []
+    open_set, match = matching._Searches.open_set, matching.match_candidates
+
+    def keep(searches, known=None):
+        found.append(open_set(searches, known))
+        return found[-1]
+
+    def count(*args, **options):
+        read.append(args[3].numel() if options["chosen"] is None else int(options["chosen"].sum()))
+        return match(*args, **options)
+
+    monkeypatch.setattr(matching._Searches, "open_set", keep)
+    monkeypatch.setattr(matching, "match_candidates", count)
+    with torch.autocast("cpu", enabled=half):
+        model.config.calibration = calibrate(model, processor, rows, "test", progress=False)
+        alone = list(read)
+        metrics = evaluate_retrieval(model, processor, rows, progress=False, open_set=True)
+    one, shared = found
     persons = sorted(set(rows["person_id"]))
     queries = [person for person, captions in zip(rows["person_id"], rows["captions"]) for _ in captions]
-    assert found.present.tolist() == [person in persons[::2] for person in queries]
-    assert not found.right[~found.present].any()
-    assert found.global_scores.isfinite().all()
+    assert one.present.tolist() == [person in persons[::2] for person in queries]
+    assert not one.right[~one.present].any()
+    assert one.global_scores.isfinite().all()
+    assert torch.equal(one.global_scores, shared.global_scores) and torch.equal(one.right, shared.right)
+    torch.testing.assert_close(one.local_scores, shared.local_scores, atol=0.01 if half else 1e-6, rtol=0)
+    if not half:
+        assert alone == read[1:2] == [len(queries) * 5] and 0 < read[2] < len(queries) * 5
+    assert {name for name in metrics if "open" in name} == {"open_ECE", "open_AUROC", "open_DIR1", "open_DIR10"}
     with pytest.raises(CADAError, match="two persons at least"):
-        open_set_candidates(model, processor, rows.filter(lambda row: row["person_id"] == persons[0]), progress=False)
-    model.config.calibration = calibrate(model, processor, rows, "test", progress=False)
-    assert set(evaluate_open_set(model, processor, rows, progress=False)) == {
-        "open_ECE",
-        "open_AUROC",
-        "open_DIR1",
-        "open_DIR10",
-    }
+        calibrate(model, processor, rows.filter(lambda row: row["person_id"] == persons[0]), "one", progress=False)
 
 
 def test_training_calibrates_and_the_test_is_open(start, colours, tmp_path):
@@ -160,6 +179,8 @@ def test_search_says_how_probable_a_match_is(start, colours, tmp_path, capsys):
     assert "is not calibrated, so there are no probabilities" in capsys.readouterr().err
     assert open_index(index).search("a red coat")[0][0].probability is None
 
+    assert main(["calibrate", "nope", "--dataset", str(colours)]) == 1
+    assert capsys.readouterr().err == "error: nope does not exist. Give the folder of a checkpoint.\n"
     assert main(["calibrate", str(folder), "--dataset", str(colours)]) == 0
     assert "colours, val: " in capsys.readouterr().out
     gallery = open_index(index)  # features and scores are as they were, so it is the same index

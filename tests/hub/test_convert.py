@@ -231,9 +231,41 @@ def test_command_writes_a_checkpoint_that_loads(tmp_path, capsys):
         "licence": "BSD-3-Clause (BLIP, Salesforce)",
     }
     first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert cli.main(["convert", *arguments]) == 0  # new weights are drawn from the seed
-    again = AutoModel.from_pretrained(tmp_path / "start").state_dict()
+    assert cli.main(["convert", *arguments, "--out", str(tmp_path / "again")]) == 0  # new weights are of the seed
+    again = AutoModel.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_wrong_kind_and_size_are_one_line(tmp_path, capfd):
+    """No table of tensors, no words of the library before ours; one line for tensors that are not used."""
+    random_blip().save_pretrained(tmp_path / "blip")
+    random_blip(BlipForConditionalGeneration).save_pretrained(tmp_path / "captioning")
+    capfd.readouterr()
+    words = ["convert", "--source", "blip", "--out", str(tmp_path / "start"), "--checkpoint"]
+    for more, message in {
+        (str(tmp_path / "captioning"),): f"error: {tmp_path}/captioning lacks itm_head.bias (62 tensor(s) in all)",
+        (str(tmp_path / "blip"), "--image-size", "100", "90"): (
+            f"error: The sizes of {tmp_path}/blip and the arguments give no model: CADAVisionConfig: `patch_size` (8) "
+            "does not divide `image_size` (100×90). Choose"
+        ),
+    }.items():
+        assert cli.main([*words, *more]) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(message)
+
+
+@pytest.mark.parametrize("there", ["trainer_state.json", "person_01.png", "model.safetensors"])
+def test_a_folder_with_files_is_left_alone(tmp_path, capsys, there):
+    """A training's output, photos, or what is converted."""
+    random_blip().save_pretrained(tmp_path / "blip")
+    out = tmp_path / ("blip" if there == "model.safetensors" else "out")
+    out.mkdir(exist_ok=True)
+    (out / there).touch()
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    words = ["--source", "blip", "--checkpoint", str(tmp_path / "blip"), "--out", str(out)]
+    assert cli.main(["convert", *words]) == 1
+    assert capsys.readouterr().err == f"error: {out} holds files already. Choose a new folder.\n"
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_command_reports_an_error_in_one_line(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The real client of the Hub against a server on the loopback address: what is pushed is what a user loads."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -445,7 +446,7 @@ def read(revision, begin, count):
     if begin:
         batches.resume(".")
     found = [[one["caption"] for one in pairs.__getitems__(batch)] for batch in islice(batches, begin, begin + count)]
-    batches.save(".", begin + count - 2)
+    batches.save(".", begin + count - 2, 0)
     return found
 
 first = read(sys.argv[1], 0, 5)
@@ -496,3 +497,18 @@ def test_hf_upload_and_hf_download(hub, tmp_path):
     assert missing.returncode == 1
     assert "not found" in missing.stderr.lower() and "Traceback" not in missing.stderr
     assert hub.unknown == []
+
+
+@pytest.mark.slow
+def test_a_tokenizer_is_asked_for_once_where_there_is_no_hub(tmp_path):
+    """The client tries six times, over 23 seconds; AutoTokenizer alone would make it twelve."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    code = "from cada.hub.loading import load_tokenizer; load_tokenizer('bert-base-uncased')"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "The tokenizer bert-base-uncased cannot be loaded" in result.stderr
+    assert result.stderr.count("thrown while requesting") == 6

@@ -1,6 +1,7 @@
 """Model cards from the record of a real run, release files, and publishing to a stand-in of the Hub."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from conftest import SAVED_FILES, run_code_of_a_reader, save_tiny_start
 from hub_stand_in import HubStandIn
 from huggingface_hub import ModelCard
 from pedes_layout import LAYOUTS
+from random_blip import random_blip
 
 import cada.hub.card
 import cada.hub.publish
@@ -516,3 +518,22 @@ def test_wrong_token_is_one_line(run, tmp_path):
     assert result.returncode == 1
     assert "error: Cannot open tester/cada on the Hub" in result.stderr and "hf auth login" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_is_no_checkpoint_of_cada(tmp_path):
+    random_blip().save_pretrained(tmp_path)
+    with pytest.raises(CADAError, match="is of a model of the type 'blip', not 'cada'.*convert the checkpoint"):
+        release_files(tmp_path)
+
+
+def test_no_connection_is_a_sentence_of_its_own(tmp_path, run):
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "cada", "publish", str(run), "me/x"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Connection refused. Check the connection, and run" in result.stderr.splitlines()[-1]

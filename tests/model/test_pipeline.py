@@ -264,7 +264,7 @@ def test_what_is_wrong_is_named(search, images, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             search(**{"text": "a man", "images": images, **arguments})
-    with pytest.raises(TypeError, match="top_n"):
+    with pytest.raises(TypeError, match="no argument top_n. Known: text, images, top_k, rerank"):
         search("a man", images=images, top_n=3)
 
 

@@ -271,7 +271,7 @@ def test_what_does_not_go_with_an_adapter(folder, tmp_path, more, message):
 def test_what_cannot_be_merged_or_published(folder, merged, capsys):
     run = str(folder / "run")
     for command, message in (
-        (["merge", run, "--out", str(folder / "start")], "would overwrite what is merged. Choose another"),
+        (["merge", run, "--out", str(folder / "start")], "start holds files already. Choose a new folder"),
         (["merge", str(merged), "--out", str(folder / "new")], "is no adapter: it has no adapter_config.json"),
         (["publish", run, "org/name", "--card-only"], "which nobody else has. Publish what `cada merge` makes"),
     ):

@@ -92,9 +92,16 @@ def test_several_processes_train_on_the_batches_of_one(folder, processes):
 
 
 def test_another_stream_does_not_go_on(folder):
-    for more in (("--shuffle_buffer", "13"), ("--caption_column", "caption", "caption"), ("--person_column", "who")):
-        with pytest.raises(CADAError, match="whole.*is of another training: stream"):
+    for more, changed in {
+        ("--shuffle_buffer", "13"): r"shuffle_buffer \(12, now 13\)",
+        ("--caption_column", "caption", "caption"): r"caption_column \(caption, now caption caption\)",
+        ("--person_column", "who"): r"person_column \(None, now who\)",
+    }.items():
+        with pytest.raises(CADAError, match=f"whole.*is of another training: .*{changed}"):
             train_cada.main(arguments(folder, "whole", *more))
+    save_parquet(folder / "fewer", files=2, rows=39)
+    with pytest.raises(CADAError, match=r"files of the stream \(4, now 2\), captions of its first rows \("):
+        train_cada.main(arguments(folder, "whole", pairs="fewer"))
 
 
 def test_pre_train_then_fine_tune(folder):
@@ -115,6 +122,23 @@ def test_pre_train_then_fine_tune(folder):
     assert "| data | pairs (own data): 72 pairs |" in card and "| shuffle buffer | 12 |" in card
     tuned = read_run(folder / "tuned")
     assert tuned["origin"]["trained_on"] == {"pairs (own data)": 0} and len(tuned["evaluations"]) == 2
+
+
+def test_the_record_says_how_many_pairs_were_left_out(folder, monkeypatch):
+    """The same number where the training was interrupted; and in two processes."""
+    save_parquet(folder / "damaged", damaged=(7, 21))
+    train_cada.main(arguments(folder, "bad_whole", pairs="damaged"))
+    run = read_run(folder / "bad_whole")["training"]
+    left_out = run["recipe"]["unreadable_pairs_left_out"]
+    assert 2 <= left_out <= 4 and run["data"] == {"pairs": 72 - left_out}  # 72 of 40 are nearly two passes
+    assert f"| unreadable pairs left out | {left_out} |" in str(model_card(folder / "bad_whole", "me/x", "main"))
+    with monkeypatch.context() as patch, suppress(Stop):
+        stop_at(patch, 7, "on_step_end")
+        train_cada.main(arguments(folder, "bad", pairs="damaged"))
+    train_cada.main(arguments(folder, "bad", pairs="damaged"))
+    assert read_run(folder / "bad")["training"]["recipe"] == run["recipe"]
+    run_in_processes(2, [arguments(folder, "bad_two", *EXACT, pairs="damaged", batch=4)])
+    assert read_run(folder / "bad_two")["training"]["data"] == run["data"]
 
 
 def test_unreadable_images_are_named_and_end_the_training(folder, caplog, capsys):

@@ -23,7 +23,7 @@ from cada.files import CADAError, run_command
 from cada.hub.card import model_card
 from cada.hub.record import RANDOM_START, after_training, read_run, write_run
 from cada.training.arguments import CADATrainingArguments, DataArguments, ModelArguments, read_overrides, read_recipe
-from cada.training.describe import check_hold_out, describe_training
+from cada.training.describe import check_hold_out, describe_training, name_of_set
 from cada.training.start import count_long_captions, make_model_and_processor
 from configuration_cada import CADAConfig
 from modeling_cada import CADAForTextToImageRetrieval
@@ -435,6 +435,15 @@ def test_one_checkpoint_on_several_sets(start, tmp_path):
     ):
         with pytest.raises(CADAError, match=message):
             train_cada.main([*words, *more])
+
+
+def test_parts_of_the_drawn_set_have_names_of_their_own(tmp_path):
+    rows = Dataset.from_dict({"named_attributes": [["sex"]]})
+    names = {"short": "short (own data)", "long": "long (own data)", "drawn": "drawn"}
+    for folder, name in names.items():
+        (tmp_path / folder).mkdir()
+        assert name_of_set(DataArguments(str(tmp_path / folder)), rows) == name
+    assert name_of_set(DataArguments("demo_night"), rows) == "drawn_night"
 
 
 @pytest.mark.parametrize(
