@@ -650,8 +650,8 @@ def test_bfloat16_is_not_computed_in_without_instructions_for_it(checkpoint, fol
     CADAProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "half")
     build(folder, tmp_path / "index", tmp_path / "half")
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(cada.gallery.index, "cpu_has_bfloat16", lambda has=has: has)
-        with CaptureLogger(cada.gallery.index.logger) as log:
+        monkeypatch.setattr(cada.gallery.search, "cpu_has_bfloat16", lambda has=has: has)
+        with CaptureLogger(cada.gallery.search.logger) as log:
             assert open_index(tmp_path / "index", device="cpu").model.dtype == dtype
         assert ("is in bfloat16, which this processor has no instructions for" in log.out) == (not has)
 
