@@ -32,6 +32,8 @@ from modeling_cada import CADAForTextToImageRetrieval
 from processing_cada import CADAImageProcessor, CADAProcessor
 
 
+logger = logging.get_logger(__name__)
+
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPORT_FILE = "cada_export.json"  # in a folder of graphs
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -249,7 +251,7 @@ def load_model(
     if os.path.exists(name):
         weight_files(name, shapes)
     remedy = "Do the fields of --config_overrides fit it?"
-    with in_one_line(f"The weights of {name} do not load", name, remedy):
+    with in_one_line(f"The weights of {name} do not load", name, remedy), without_tables():
         model, report = CADAForTextToImageRetrieval.from_pretrained(
             name,
             config=own if config is None else config,
@@ -257,11 +259,15 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    missing = set(report["missing_keys"]) & set(shapes) - set(model.all_tied_weights_keys)
+    random = set(report["missing_keys"]) - set(model.all_tied_weights_keys)
+    missing = random & set(shapes)
     if missing:
         raise CADAError(
             f"The weights of {name} lack {_some(missing)}. The checkpoint is not complete: save or fetch it again."
         )
+    for what, names in (("new, and random", random), ("left out", report["unexpected_keys"])):
+        if names:
+            logger.warning(f"Weights of {name} that are {what}: {_some(names)}.")
     _check_finite(model, name)
     return model
 

@@ -220,11 +220,16 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
                 load(name)
 
 
-def test_new_heads_are_random_but_what_was_there_has_to_be_there(tmp_path):
+def test_new_heads_are_random_but_what_was_there_has_to_be_there(tmp_path, caplog, capfd):
     """A checkpoint without ARA starts with a random vocabulary head; one with a hole in it does not start."""
     plain = tiny_config(use_ara=False)
     CADAForTextToImageRetrieval(plain).save_pretrained(tmp_path)
+    caplog.clear(), capfd.readouterr()
     model = load_start(str(tmp_path), {"use_ara": True})
+    assert f"Weights of {tmp_path} that are new, and random: vocabulary_head.decoder.bias and" in caplog.text
+    assert "LOAD REPORT" not in capfd.readouterr().err  # the table of transformers
+    load_start(str(tmp_path), {"use_atp": False})
+    assert f"Weights of {tmp_path} that are left out: " in caplog.text
     assert hasattr(model, "vocabulary_head")
     change_weights(tmp_path, lambda tensors: tensors.pop(BIAS))
     with pytest.raises(CADAError, match=f"lack {BIAS}"):
