@@ -278,8 +278,12 @@ class _Searches:
                 scores["local"] = rerank_scores(scores["global"], *(values[rows] for values in read))
             for stage, own in scores.items():
                 added = metric_sums(own, self.query_ids[rows], self.gallery_ids, rows.start)
-                sums[stage] = sums.get(stage, 0) + 100 * added / len(self.query_ids)
-        return {f"{stage}_{name}": value for stage in sums for name, value in zip(METRICS, sums[stage].tolist())}
+                sums[stage] = sums.get(stage, 0) + added
+        return {
+            f"{stage}_{name}": value
+            for stage, own in sums.items()
+            for name, value in zip(METRICS, (100 * own / len(self.query_ids)).tolist())
+        }
 
     def open_set(self, read: tuple[torch.Tensor, torch.Tensor] | None = None) -> Candidates:
         """
@@ -347,18 +351,19 @@ def evaluate_retrieval(
         raise ValueError(f"`rerank_k` is {rerank_k}. Give the number of candidates, 1 or more.")
     if not len(dataset):
         raise ValueError("There are no images to evaluate.")
-    open_set = open_set and model.config.calibration is not None and has_two_persons(dataset)
+    config = model.config
+    open_set = open_set and config.use_atp and config.calibration is not None and has_two_persons(dataset)
     with _evaluating(model):
         searches = _Searches(model, processor, dataset, rerank_k, batch_size, num_workers, progress, memory)
         read, images = None, len(searches.gallery_ids)
-        if model.config.use_atp:
+        if config.use_atp:
             candidates, similarity = searches.candidates(torch.arange(images))
             read = candidates, searches.match(candidates, similarity)
         metrics = searches.metrics(read)
         found = searches.open_set(read) if open_set else None
     metrics |= {"queries": len(searches.query_ids), "gallery": images, "rerank_k": min(rerank_k, images)}
     if found is not None:
-        probabilities = model.config.match_probability(found.global_scores, found.local_scores)
+        probabilities = config.match_probability(found.global_scores, found.local_scores)
         metrics |= {f"open_{name}": value for name, value in open_set_metrics(found, probabilities).items()}
     return metrics
 

@@ -134,6 +134,11 @@ def test_every_second_person_is_absent(start, colours, monkeypatch, half):
     if not half:
         assert alone == read[1:2] == [len(queries) * 5] and 0 < read[2] < len(queries) * 5
     assert {name for name in metrics if "open" in name} == {"open_ECE", "open_AUROC", "open_DIR1", "open_DIR10"}
+    model.config.use_atp = False  # nothing gives S_L then
+    assert not any(
+        "open" in name for name in evaluate_retrieval(model, processor, rows, progress=False, open_set=True)
+    )
+    model.config.use_atp = True
     with pytest.raises(CADAError, match="two persons at least"):
         calibrate(model, processor, rows.filter(lambda row: row["person_id"] == persons[0]), "one", progress=False)
 
