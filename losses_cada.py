@@ -40,12 +40,6 @@ def gather_batch(tensor: Tensor) -> Tensor:
     return tensor if rank_and_size()[1] == 1 else _GatherWithGradient.apply(tensor.contiguous())
 
 
-def own_rows(batch: Tensor) -> Tensor:
-    """The rows of this process among those that [`gather_batch`] gives."""
-    rank, size = rank_and_size()
-    return batch.chunk(size)[rank]
-
-
 def check_parts(rows: int, device: torch.device) -> None:
     """Every process has to hold as many `rows` of the batch: else they would wait for each other without end."""
     parts = gather_batch(torch.tensor([rows], device=device))
@@ -133,29 +127,12 @@ def cmpm_loss(
     return total
 
 
-def contrastive_loss(
-    kind: str,
-    image_features: Tensor,
-    text_features: Tensor,
-    person_ids: Tensor,
-    temperature: float,
-    weights: Tensor | float = 1.0,
-) -> Tensor:
-    """The loss that `CADAConfig.contrastive_loss` names, of unnormalised features `(batch, d)` of `person_ids`."""
-    positives = positive_pairs(person_ids, person_ids)
-    if kind == "cmpm":
-        return cmpm_loss(image_features, text_features, positives, weights)
-    similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
-    loss = ndf_loss if kind == "ndf" else ndf_reference_loss
-    return loss(similarity, positives, temperature, weights)
-
-
 def _log_density(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Of a Gaussian, up to a constant."""
     return -(((values - mean) / std) ** 2) / 2 - std.log()
 
 
-def pair_weights(image_features: Tensor, text_features: Tensor, person_ids: Tensor, temperature: float) -> Tensor:
+def pair_weights(similarity: Tensor, positives: Tensor, temperature: float) -> Tensor:
     """
     How much each pair counts where captions may describe another person: in proportion to the probability that its
     text describes its image.
@@ -166,31 +143,64 @@ def pair_weights(image_features: Tensor, text_features: Tensor, person_ids: Tens
     that of the true pairs and the share of both are fitted, so where all pairs are true, all count alike.
 
     Args:
-        image_features, text_features, person_ids, temperature: as in [`contrastive_loss`].
+        similarity, positives, temperature: as in [`ndf_loss`], of as many images as texts.
 
     Returns:
-        `(batch,)`, 1 in the mean, without gradient; all 1 where the batch holds one person.
+        `(pairs,)`, 1 in the mean, without gradient; all 1 where the batch holds one person.
     """
-    others = ~positive_pairs(person_ids, person_ids)
-    if not others.any():
-        return torch.ones_like(image_features[:, 0])
-    with torch.no_grad(), torch.autocast(image_features.device.type, enabled=False):
-        scores = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t() / temperature
-        # log p of equation (1), the mean over both directions.
-        scores = scores - (scores.logsumexp(dim=1, keepdim=True) + scores.logsumexp(dim=0, keepdim=True)) / 2
-        pairs, others = scores.diagonal(), scores[others]
-        low, spread = others.mean(), others.std().clamp(min=0.01)  # of mismatched pairs
-        high, std, share = torch.maximum(pairs.quantile(0.75), low), 0.4 * spread, torch.full_like(low, 0.5)
-        for _ in range(20):  # expectation maximisation
-            odds = _log_density(pairs, high, std) - _log_density(pairs, low, spread) + share.logit()
-            true = odds.sigmoid()
-            total, share = true.sum().clamp(min=0.01), true.mean().clamp(0.05, 0.98)
-            high = torch.maximum((true * pairs).sum() / total, low)
-            std = ((true * (pairs - high) ** 2).sum() / total).sqrt().clamp(0.15 * spread, 0.7 * spread)
-        # Gaussians of unequal width cross again far out; but a better score never counts less.
-        pairs = pairs.clamp(low, high)
-        true = (_log_density(pairs, high, std) - _log_density(pairs, low, spread) + share.logit()).sigmoid()
-        return true / true.mean().clamp(min=0.01)
+    if positives.all():
+        return torch.ones_like(similarity[0])
+    scores = similarity.detach() / temperature
+    # log p of equation (1), the mean over both directions.
+    scores = scores - (scores.logsumexp(dim=1, keepdim=True) + scores.logsumexp(dim=0, keepdim=True)) / 2
+    pairs, others = scores.diagonal(), scores[~positives]
+    low, spread = others.mean(), others.std().clamp(min=0.01)  # of mismatched pairs
+    high, std, share = torch.maximum(pairs.quantile(0.75), low), 0.4 * spread, torch.full_like(low, 0.5)
+    for _ in range(20):  # expectation maximisation
+        odds = _log_density(pairs, high, std) - _log_density(pairs, low, spread) + share.logit()
+        true = odds.sigmoid()
+        total, share = true.sum().clamp(min=0.01), true.mean().clamp(0.05, 0.98)
+        high = torch.maximum((true * pairs).sum() / total, low)
+        std = ((true * (pairs - high) ** 2).sum() / total).sqrt().clamp(0.15 * spread, 0.7 * spread)
+    # Gaussians of unequal width cross again far out; but a better score never counts less.
+    pairs = pairs.clamp(low, high)
+    true = (_log_density(pairs, high, std) - _log_density(pairs, low, spread) + share.logit()).sigmoid()
+    return true / true.mean().clamp(min=0.01)
+
+
+def contrastive_loss(
+    kind: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    person_ids: Tensor,
+    temperature: float,
+    label_noise_robust: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """
+    The loss that `CADAConfig.contrastive_loss` names, and how much each pair counts in all losses.
+
+    Args:
+        kind: `"ndf"`, `"ndf_reference"` or `"cmpm"`.
+        image_features, text_features, person_ids: `(batch, d)`, unnormalised, and `(batch,)`, of all processes.
+        temperature: τ of equation (1).
+        label_noise_robust: whether pairs count as [`pair_weights`] says; by default all count alike.
+
+    Returns:
+        A scalar, and the weights of this process's pairs `(rows,)`.
+    """
+    positives = positive_pairs(person_ids, person_ids)
+    similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
+    weights = torch.ones_like(similarity[0])
+    if label_noise_robust:
+        weights = pair_weights(similarity, positives, temperature)
+    if kind == "cmpm":
+        loss = cmpm_loss(image_features, text_features, positives, weights)
+    else:
+        loss = {"ndf": ndf_loss, "ndf_reference": ndf_reference_loss}[kind](
+            similarity, positives, temperature, weights
+        )
+    rank, size = rank_and_size()
+    return loss, weights.chunk(size)[rank]
 
 
 def draw_negatives(similarity: Tensor, positives: Tensor, temperature: float | None = None) -> tuple[Tensor, Tensor]:

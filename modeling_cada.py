@@ -21,32 +21,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 try:
     from .configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
-    from .losses_cada import (
-        ara_loss,
-        atp_loss,
-        check_parts,
-        contrastive_loss,
-        gather_batch,
-        group_states,
-        match_pairs,
-        own_rows,
-        pair_weights,
-    )
+    from .losses_cada import ara_loss, atp_loss, check_parts, contrastive_loss, gather_batch, group_states, match_pairs
 except ImportError:
     if __package__:
         raise
     from configuration_cada import CADAConfig, CADATextConfig, CADAVisionConfig
-    from losses_cada import (
-        ara_loss,
-        atp_loss,
-        check_parts,
-        contrastive_loss,
-        gather_batch,
-        group_states,
-        match_pairs,
-        own_rows,
-        pair_weights,
-    )
+    from losses_cada import ara_loss, atp_loss, check_parts, contrastive_loss, gather_batch, group_states, match_pairs
 
 
 @dataclass
@@ -687,7 +667,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             caption_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Equal for equal captions: then ATP takes none as a negative of the other's image.
             label_noise_robust (`bool`, *optional*, defaults to `False`):
-                Whether pairs whose text seems to describe another person count less, see [`pair_weights`].
+                Whether pairs whose text seems to describe another person count less.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept another image size than the configured one.
         """
@@ -700,10 +680,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         self._check_pairs(input_ids, pixel_values, person_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         features, all_ids = self._gather_features(outputs), gather_batch(person_ids)
-        weights = torch.ones_like(features[0][:, 0])  # of the pairs
-        if label_noise_robust:
-            weights = pair_weights(*features, all_ids, self.config.temperature)
-        loss = loss_ndf = self._ndf_loss(features, all_ids, weights)
+        loss_ndf, weights = self._ndf_loss(features, all_ids, label_noise_robust)
+        loss = loss_ndf
         loss_atp = loss_ara = None
         # Both passes of the decoder share keys and values.
         image_states = outputs.vision_model_output.last_hidden_state
@@ -714,7 +692,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             loss_atp = self._atp_loss(input_ids, attention_mask, images, *pairs, weights)
             loss = loss + loss_atp
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
-            loss_ara = self._ara_loss(masked_input_ids, attention_mask, labels, images, own_rows(weights), **kwargs)
+            loss_ara = self._ara_loss(masked_input_ids, attention_mask, labels, images, weights, **kwargs)
             loss = loss + self.config.ara_weight * loss_ara
         losses = {"loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
         return CADAOutput(**{**outputs, **losses})
@@ -739,11 +717,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         # In float32, also under autocast: divided by τ = 0.02, half precision would leave steps of 0.2 in the logits.
         return gather_batch(image_features.float()), gather_batch(text_features.float())
 
-    def _ndf_loss(self, features, all_ids, weights) -> Tensor:
-        """Equation (2), or what takes its place."""
+    def _ndf_loss(self, features, all_ids, label_noise_robust) -> tuple[Tensor, Tensor]:
+        """Equation (2), or what takes its place; and how much each pair of this process counts."""
         with torch.autocast(all_ids.device.type, enabled=False):
             kind, temperature = self.config.contrastive_loss, self.config.temperature
-            return contrastive_loss(kind, *features, all_ids, temperature, weights)
+            return contrastive_loss(kind, *features, all_ids, temperature, label_noise_robust)
 
     def _match_pairs(self, features, all_ids, images, temperature, caption_ids):
         """
@@ -777,8 +755,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         # The same groups are cut from every batch, so states are as many as equation (4) has.
         states = F.pad(states, (0, 0, 0, texts.shape[1] - longest))
         groups, group_mask = group_states(states, masks, config.group_size, config.group_stride, config.pool_padding)
-        weights = weights[text_index].masked_fill(match_labels == 0, 1.0)  # two persons are no match all the same
         match_logits, group_logits = self.match_head(states[:, 0]), self.group_match_head(groups)
+        weights = F.pad(weights, (0, len(text_index) - len(weights)), value=1.0)  # the negatives count in full
         return atp_loss(match_logits, group_logits, group_mask, match_labels, weights)
 
     def _ara_loss(self, masked_input_ids, attention_mask, labels, images, weights, **kwargs) -> Tensor:
