@@ -681,8 +681,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         features, all_ids = self._gather_features(outputs), gather_batch(person_ids)
         loss_ndf, weights = self._ndf_loss(features, all_ids, label_noise_robust)
-        loss = loss_ndf
-        loss_atp = loss_ara = None
+        loss, loss_atp, loss_ara = loss_ndf, None, None
         # Both passes of the decoder share keys and values.
         image_states = outputs.vision_model_output.last_hidden_state
         images = CADAImages(image_states, share=not (self.training and self.is_activation_checkpointing))
@@ -694,8 +693,9 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
             loss_ara = self._ara_loss(masked_input_ids, attention_mask, labels, images, weights, **kwargs)
             loss = loss + self.config.ara_weight * loss_ara
-        losses = {"loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
-        return CADAOutput(**{**outputs, **losses})
+        return CADAOutput(
+            **{**outputs, "loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
+        )
 
     def _check_pairs(self, input_ids, pixel_values, person_ids) -> None:
         if not len(person_ids) == len(input_ids) == len(pixel_values):
