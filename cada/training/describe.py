@@ -144,7 +144,8 @@ def describe_training(
     }
     if args.negative_sampling == "annealed":
         recipe["negative_temperature"] = f"{args.negative_temperature_start} to {args.negative_temperature_end}"
-    given = {**{name: getattr(args, name) for name in WHERE_GIVEN}, "config_overrides": model.config_overrides}
+    given = {name: getattr(args, name) for name in WHERE_GIVEN}
+    given |= {"label_noise_robust": args.label_noise_robust or None, "config_overrides": model.config_overrides}
     recipe |= {name: value for name, value in given.items() if value not in (None, "", {})}
     return {
         "dataset": name_of_set(data, rows),

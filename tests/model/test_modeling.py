@@ -670,11 +670,11 @@ def test_annealed_negatives():
 
 
 def test_label_noise_robust_weighs_every_loss(monkeypatch):
-    """Each pair in its turn has the weight of all four: the losses differ, and their mean is that of equal weights."""
+    """Each pair in turn has the weight of all four: the losses differ, and their mean is that of equal weights."""
     model, batch = tiny_model(), tiny_batch(batch=4)
     plain, turns = losses(model, batch), []
     for weights in 4 * torch.eye(4):
-        monkeypatch.setattr(losses_cada, "pair_weights", lambda *_: weights)
+        monkeypatch.setattr(losses_cada, "pair_weights", lambda *_, weights=weights: weights)
         turns.append(losses(model, batch, label_noise_robust=True))
     for name in LOSSES:
         values = [turn[name] for turn in turns]
