@@ -76,20 +76,20 @@ def swap_captions(dataset: Dataset, share: float, seed: int) -> Dataset:
 
 def carry_out(folder: Path, demo: Path, seed: int, start: str) -> None:
     """The trainings from one start: both losses on every share. `demo` is a result of the demo, drawn with `seed`."""
-    title, name, domain, arguments = STARTS[start]
+    _, name, domain, arguments = STARTS[start]
     for share in NOISE:
         data = folder / start / f"seed_{seed}" / f"swapped_{share}"
         runs = {losses: data / losses for losses in LOSSES if not (data / losses / "test_results.json").exists()}
         if runs and not (data / "set").exists():
             splits = load_drawn(seed=seed, domain=domain)
             train = swap_captions(splits["train"], share, seed)
-            # Without a validation split nothing is calibrated, which this does not need.
             DatasetDict(train=train, test=splits["test"]).save_to_disk(data / "set")
         for losses, run in runs.items():
             command = ["--model_name_or_path", str(demo / name), "--dataset", str(data / "set"), "--do_train"]
             command += ["--do_predict", "--output_dir", str(run), "--seed", str(seed), "--disable_tqdm", "true"]
-            command += [*cada.demo.RECIPE, "--max_steps", str(STEPS[start]), *arguments, *LOSSES[losses]]
-            train_cada.main(command)
+            # Nothing is chosen or calibrated on validation.
+            command += ["--holdout_persons", "0", *cada.demo.RECIPE, "--max_steps", str(STEPS[start])]
+            train_cada.main([*command, *arguments, *LOSSES[losses]])
 
 
 def section(folder: Path, start: str, seeds: list[int]) -> list[str]:
