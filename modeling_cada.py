@@ -686,16 +686,14 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         image_states = outputs.vision_model_output.last_hidden_state
         images = CADAImages(image_states, share=not (self.training and self.is_activation_checkpointing))
         if self.config.use_atp:
-            captions = None if caption_ids is None else gather_batch(caption_ids)
-            images, pairs = self._match_pairs(features, all_ids, images, negative_temperature, captions)
+            images, pairs = self._match_pairs(features, all_ids, images, negative_temperature, caption_ids)
             loss_atp = self._atp_loss(input_ids, attention_mask, images, *pairs, weights)
             loss = loss + loss_atp
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
             loss_ara = self._ara_loss(masked_input_ids, attention_mask, labels, images, weights, **kwargs)
             loss = loss + self.config.ara_weight * loss_ara
-        return CADAOutput(
-            **{**outputs, "loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
-        )
+        losses = {"loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
+        return CADAOutput(**{**outputs, **losses})
 
     def _check_pairs(self, input_ids, pixel_values, person_ids) -> None:
         if not len(person_ids) == len(input_ids) == len(pixel_values):
@@ -731,6 +729,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         rows = len(images.states)
         if self.config.hard_negative_similarity == "cosine":
             features = tuple(F.normalize(values, dim=-1) for values in features)
+        caption_ids = None if caption_ids is None else gather_batch(caption_ids)
         text_index, image_index, match_labels = match_pairs(*features, all_ids, rows, temperature, caption_ids)
         if rows < len(all_ids):  # of other processes' images, those that are a negative here
             used, image_index = image_index.unique(return_inverse=True)
