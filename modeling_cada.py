@@ -682,9 +682,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         features, all_ids = self._gather_features(outputs), gather_batch(person_ids)
         loss_ndf, weights = self._ndf_loss(features, all_ids, label_noise_robust)
         loss, loss_atp, loss_ara = loss_ndf, None, None
-        # Both passes of the decoder share keys and values.
-        image_states = outputs.vision_model_output.last_hidden_state
-        images = CADAImages(image_states, share=not (self.training and self.is_activation_checkpointing))
+        share = not (self.training and self.is_activation_checkpointing)  # keys and values, by both passes below
+        images = CADAImages(outputs.vision_model_output.last_hidden_state, share)
         if self.config.use_atp:
             images, pairs = self._match_pairs(features, all_ids, images, negative_temperature, caption_ids)
             loss_atp = self._atp_loss(input_ids, attention_mask, images, *pairs, weights)
