@@ -671,8 +671,9 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept another image size than the configured one.
         """
-        options = {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True, **kwargs}
-        outputs = self.cada(input_ids, pixel_values, attention_mask, **options)
+        outputs = self.cada(
+            input_ids, pixel_values, attention_mask, interpolate_pos_encoding, return_dict=True, **kwargs
+        )
         if return_loss and person_ids is None:
             raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
         if person_ids is None or return_loss is False:
