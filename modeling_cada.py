@@ -656,8 +656,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
                 1 for real tokens, 0 for padding.
             person_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                The person of pair i, for the losses: text i describes image i. Several processes compute the losses
-                together, over all their pairs, so all of them have to call, with equally many.
+                The person of pair i, for the losses: text i describes image i. The losses are over the pairs of all
+                processes, so all of them have to call, with equally many.
             masked_input_ids, labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 For ARA: the captions with masked attributes; the ids that were masked, -100 elsewhere.
             return_loss (`bool`, *optional*):
@@ -671,9 +671,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept another image size than the configured one.
         """
-        outputs = self.cada(
-            input_ids, pixel_values, attention_mask, interpolate_pos_encoding, return_dict=True, **kwargs
-        )
+        options = {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True, **kwargs}
+        outputs = self.cada(input_ids, pixel_values, attention_mask, **options)
         if return_loss and person_ids is None:
             raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
         if person_ids is None or return_loss is False:
