@@ -656,8 +656,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(texts, length)`, *optional*):
                 1 for real tokens, 0 for padding.
             person_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                The person of pair i, for the losses: text i describes image i. The losses are over the pairs of all
-                processes, so all of them have to call, with equally many.
+                The person of pair i, for the losses: text i describes image i. Several processes compute the losses
+                together, over all their pairs, so all of them have to call, with equally many.
             masked_input_ids, labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 For ARA: the captions with masked attributes; the ids that were masked, -100 elsewhere.
             return_loss (`bool`, *optional*):
@@ -673,16 +673,15 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         """
         options = {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True, **kwargs}
         outputs = self.cada(input_ids, pixel_values, attention_mask, **options)
-        if return_loss and person_ids is None:
-            raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
-        if person_ids is None or return_loss is False:
+        if return_loss is False or (person_ids is None and return_loss is None):
             return outputs
         self._check_pairs(input_ids, pixel_values, person_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         features, all_ids = self._gather_features(outputs), gather_batch(person_ids)
         loss_ndf, weights = self._ndf_loss(features, all_ids, label_noise_robust)
         loss, loss_atp, loss_ara = loss_ndf, None, None
-        share = not (self.training and self.is_activation_checkpointing)  # keys and values, by both passes below
+        # Both passes of the decoder share keys and values.
+        share = not (self.training and self.is_activation_checkpointing)
         images = CADAImages(outputs.vision_model_output.last_hidden_state, share)
         if self.config.use_atp:
             images, pairs = self._match_pairs(features, all_ids, images, negative_temperature, caption_ids)
@@ -695,6 +694,8 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         return CADAOutput(**{**outputs, **losses})
 
     def _check_pairs(self, input_ids, pixel_values, person_ids) -> None:
+        if person_ids is None:
+            raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
         if not len(person_ids) == len(input_ids) == len(pixel_values):
             raise ValueError(
                 f"The losses need pairs: {len(input_ids)} texts, {len(pixel_values)} images and {len(person_ids)} "
