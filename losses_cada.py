@@ -161,7 +161,8 @@ def pair_weights(similarity: Tensor, positives: Tensor, temperature: float) -> T
         true = odds.sigmoid()
         total, share = true.sum().clamp(min=0.01), true.mean().clamp(0.05, 0.98)
         high = torch.maximum((true * pairs).sum() / total, low)
-        std = ((true * (pairs - high) ** 2).sum() / total).sqrt().clamp(0.15 * spread, 0.7 * spread)
+        # Not too narrow: true pairs that are hard to tell have a long tail on the side of the mismatched ones.
+        std = ((true * (pairs - high) ** 2).sum() / total).sqrt().clamp(0.3 * spread, 0.7 * spread)
     # Gaussians of unequal width cross again far out; but a better score never counts less.
     pairs = pairs.clamp(low, high)
     true = (_log_density(pairs, high, std) - _log_density(pairs, low, spread) + share.logit()).sigmoid()

@@ -52,7 +52,7 @@ STARTS = {
     ),
     "random": Start("From random weights, the set of the day, {} steps", "start", "day", ()),
 }
-STEPS = {"model": 100, "random": 400}
+STEPS = {"model": 60, "random": 400}
 SCORES = ("global_R1", "global_mAP", "local_R1", "local_mAP")
 CAPTION_COLUMNS = ("captions", "attribute_spans", "named_attributes")
 
