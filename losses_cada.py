@@ -71,7 +71,7 @@ def _distributions(scores: Tensor, positives: Tensor) -> tuple[Tensor, Tensor, T
     return F.log_softmax(scores, dim=1), q, torch.log(q + EPSILON)
 
 
-def ndf_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tensor:
+def ndf_loss(similarity: Tensor, positives: Tensor, temperature: float, weights: Tensor | float = 1.0) -> Tensor:
     """
     Equation (2): symmetric Kullback-Leibler divergence between the distribution of matching scores and the true one,
     mean over both directions.
@@ -80,6 +80,7 @@ def ndf_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tenso
         similarity: cosine similarities `(images, texts)`.
         positives: boolean `(images, texts)`, true for the same person.
         temperature: τ of equation (1).
+        weights: how much each pair counts `(pairs,)`, see [`pair_weights`].
 
     Returns:
         A scalar.
@@ -87,11 +88,13 @@ def ndf_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tenso
     total = 0
     for scores, same in ((similarity, positives), (similarity.t(), positives.t())):
         log_p, q, log_q = _distributions(scores / temperature, same)
-        total = total + ((log_p.exp() - q) * (log_p - log_q)).sum(dim=1).mean()
+        total = total + (weights * ((log_p.exp() - q) * (log_p - log_q)).sum(dim=1)).mean()
     return total / 2
 
 
-def ndf_reference_loss(similarity: Tensor, positives: Tensor, temperature: float) -> Tensor:
+def ndf_reference_loss(
+    similarity: Tensor, positives: Tensor, temperature: float, weights: Tensor | float = 1.0
+) -> Tensor:
     """
     Equation (2) as the authors' code computes it: both divergences averaged over all entries instead of summed over
     a row, plus the cross entropy of the soft labels. Arguments as in [`ndf_loss`].
@@ -99,11 +102,14 @@ def ndf_reference_loss(similarity: Tensor, positives: Tensor, temperature: float
     total = 0
     for scores, same in ((similarity, positives), (similarity.t(), positives.t())):
         log_p, q, log_q = _distributions(scores / temperature, same)
-        total = total + ((log_p.exp() - q) * (log_p - log_q)).mean() - (q * log_p).sum(dim=1).mean()
+        rows = ((log_p.exp() - q) * (log_p - log_q)).mean(dim=1) - (q * log_p).sum(dim=1)
+        total = total + (weights * rows).mean()
     return total / 2
 
 
-def cmpm_loss(image_features: Tensor, text_features: Tensor, positives: Tensor) -> Tensor:
+def cmpm_loss(
+    image_features: Tensor, text_features: Tensor, positives: Tensor, weights: Tensor | float = 1.0
+) -> Tensor:
     """
     Cross-modal projection matching (Zhang and Lu, ECCV 2018), the baseline of the paper's ablation: KL(p‖q) with p the
     softmax of one modality projected on the normalised other one. Both directions are added.
@@ -111,25 +117,91 @@ def cmpm_loss(image_features: Tensor, text_features: Tensor, positives: Tensor) 
     Args:
         image_features, text_features: unnormalised features `(images, d)`, `(texts, d)`.
         positives: boolean `(images, texts)`.
+        weights: as in [`ndf_loss`].
     """
 
     total, directions = 0, ((image_features, text_features, positives), (text_features, image_features, positives.t()))
     for rows, columns, same in directions:
         log_p, _, log_q = _distributions(rows @ F.normalize(columns, dim=-1).t(), same)
-        total = total + (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()
+        total = total + (weights * (log_p.exp() * (log_p - log_q)).sum(dim=1)).mean()
     return total
 
 
+def _log_density(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Of a Gaussian, up to a constant."""
+    return -(((values - mean) / std) ** 2) / 2 - std.log()
+
+
+def pair_weights(similarity: Tensor, positives: Tensor, temperature: float) -> Tensor:
+    """
+    How much each pair counts where captions may describe another person: in proportion to the probability that its
+    text describes its image.
+
+    Per-pair losses are split by a mixture of two Gaussians, as in DivideMix (Li et al., ICLR 2020) and in the
+    consensus division of RDE (Qin et al., CVPR 2024). Theirs is fitted freely, and finds bad pairs in any set. Here
+    the Gaussian of mismatched pairs is known: images and texts of different persons of the batch are such pairs. Only
+    that of the true pairs and the share of both are fitted, so where all pairs are true, all count alike.
+
+    Args:
+        similarity, positives, temperature: as in [`ndf_loss`], of as many images as texts.
+
+    Returns:
+        `(pairs,)`, 1 in the mean, without gradient; all 1 where the batch holds one person.
+    """
+    if positives.all():
+        return torch.ones_like(similarity[0])
+    scores = similarity.detach() / temperature
+    # log p of equation (1), the mean over both directions.
+    scores = scores - (scores.logsumexp(dim=1, keepdim=True) + scores.logsumexp(dim=0, keepdim=True)) / 2
+    pairs, others = scores.diagonal(), scores[~positives]
+    low, spread = others.mean(), others.std().clamp(min=0.01)  # of mismatched pairs
+    high, std, share = torch.maximum(pairs.quantile(0.75), low), 0.4 * spread, torch.full_like(low, 0.5)
+    for _ in range(20):  # expectation maximisation
+        odds = _log_density(pairs, high, std) - _log_density(pairs, low, spread) + share.logit()
+        true = odds.sigmoid()
+        total, share = true.sum().clamp(min=0.01), true.mean().clamp(0.05, 0.98)
+        high = torch.maximum((true * pairs).sum() / total, low)
+        # Not too narrow: true pairs that are hard to tell have a long tail on the side of the mismatched ones.
+        std = ((true * (pairs - high) ** 2).sum() / total).sqrt().clamp(0.3 * spread, 0.7 * spread)
+    # Gaussians of unequal width cross again far out; but a better score never counts less.
+    pairs = pairs.clamp(low, high)
+    true = (_log_density(pairs, high, std) - _log_density(pairs, low, spread) + share.logit()).sigmoid()
+    return true / true.mean().clamp(min=0.01)
+
+
 def contrastive_loss(
-    kind: str, image_features: Tensor, text_features: Tensor, person_ids: Tensor, temperature: float
-) -> Tensor:
-    """The loss that `CADAConfig.contrastive_loss` names, of unnormalised features `(batch, d)` of `person_ids`."""
+    kind: str,
+    image_features: Tensor,
+    text_features: Tensor,
+    person_ids: Tensor,
+    temperature: float,
+    label_noise_robust: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """
+    The loss that `CADAConfig.contrastive_loss` names, and how much each pair counts in all losses.
+
+    Args:
+        kind: `"ndf"`, `"ndf_reference"` or `"cmpm"`.
+        image_features, text_features, person_ids: `(batch, d)`, unnormalised, and `(batch,)`, of all processes.
+        temperature: τ of equation (1).
+        label_noise_robust: whether pairs count as [`pair_weights`] says; by default all count alike.
+
+    Returns:
+        A scalar, and the weights of this process's pairs `(rows,)`.
+    """
     positives = positive_pairs(person_ids, person_ids)
-    if kind == "cmpm":
-        return cmpm_loss(image_features, text_features, positives)
     similarity = F.normalize(image_features, dim=-1) @ F.normalize(text_features, dim=-1).t()
-    loss = ndf_loss if kind == "ndf" else ndf_reference_loss
-    return loss(similarity, positives, temperature)
+    weights = torch.ones_like(similarity[0])
+    if label_noise_robust:
+        weights = pair_weights(similarity, positives, temperature)
+    if kind == "cmpm":
+        loss = cmpm_loss(image_features, text_features, positives, weights)
+    else:
+        loss = {"ndf": ndf_loss, "ndf_reference": ndf_reference_loss}[kind](
+            similarity, positives, temperature, weights
+        )
+    rank, size = rank_and_size()
+    return loss, weights.chunk(size)[rank]
 
 
 def draw_negatives(similarity: Tensor, positives: Tensor, temperature: float | None = None) -> tuple[Tensor, Tensor]:
@@ -216,7 +288,9 @@ def group_states(
     return means, count > 0
 
 
-def atp_loss(match_logits: Tensor, group_logits: Tensor, group_mask: Tensor, labels: Tensor) -> Tensor:
+def atp_loss(
+    match_logits: Tensor, group_logits: Tensor, group_mask: Tensor, labels: Tensor, weights: Tensor | float = 1.0
+) -> Tensor:
     """
     Equation (5): cross entropy of match against no match, for e_cls plus for the groups.
 
@@ -224,22 +298,24 @@ def atp_loss(match_logits: Tensor, group_logits: Tensor, group_mask: Tensor, lab
         match_logits, group_logits: `(pairs, 2)`, from e_cls, and `(pairs, groups, 2)`.
         group_mask: boolean `(pairs, groups)`, true for groups that count.
         labels: `(pairs,)`, 1 for a match.
+        weights: how much each pair counts `(pairs,)`.
     """
-    total = F.cross_entropy(match_logits.float(), labels, reduction="sum")
-    loss = batch_mean(total, torch.ones_like(labels).sum())
+    per_pair = F.cross_entropy(match_logits.float(), labels, reduction="none")
+    loss = batch_mean((weights * per_pair).sum(), torch.ones_like(labels).sum())
     per_group = F.cross_entropy(
-        group_logits.float().flatten(0, 1), labels.repeat_interleave(group_logits.shape[1]), reduction="none"
+        group_logits.float().transpose(1, 2), labels[:, None].expand_as(group_mask), reduction="none"
     )
-    counts = group_mask.flatten().to(per_group.dtype)
-    return loss + batch_mean((per_group * counts).sum(), counts.sum())
+    return loss + batch_mean((weights * (group_mask * per_group).sum(dim=1)).sum(), group_mask.sum())
 
 
-def ara_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def ara_loss(logits: Tensor, labels: Tensor, weights: Tensor | float = 1.0) -> Tensor:
     """
     Equation (7): cross entropy of the masked attribute tokens. Zero, with a gradient, where nothing is masked.
 
     Args:
         logits: `(masked, vocabulary)`, at masked positions only.
         labels: `(masked,)`, the ids that were masked.
+        weights: how much each token counts `(masked,)`.
     """
-    return batch_mean(F.cross_entropy(logits.float(), labels, reduction="sum"), torch.ones_like(labels).sum())
+    per_token = F.cross_entropy(logits.float(), labels, reduction="none")
+    return batch_mean((weights * per_token).sum(), torch.ones_like(labels).sum())

@@ -648,6 +648,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         return_loss: bool | None = None,
         negative_temperature: float | None = None,
         caption_ids: torch.LongTensor | None = None,
+        label_noise_robust: bool = False,
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CADAOutput:
@@ -670,35 +671,36 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
                 `None` takes the hardest negatives for ATP, as the paper does; a number T draws by softmax(S / T).
             caption_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
                 Equal for equal captions: then ATP takes none as a negative of the other's image.
+            label_noise_robust (`bool`, *optional*, defaults to `False`):
+                Whether pairs whose text seems to describe another person count less.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to accept another image size than the configured one.
         """
         options = {"interpolate_pos_encoding": interpolate_pos_encoding, "return_dict": True, **kwargs}
         outputs = self.cada(input_ids, pixel_values, attention_mask, **options)
-        if return_loss and person_ids is None:
-            raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
-        if person_ids is None or return_loss is False:
+        if return_loss is False or (person_ids is None and return_loss is None):
             return outputs
         self._check_pairs(input_ids, pixel_values, person_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         features, all_ids = self._gather_features(outputs), gather_batch(person_ids)
-        loss = loss_ndf = self._ndf_loss(features, all_ids)
-        loss_atp = loss_ara = None
+        loss_ndf, weights = self._ndf_loss(features, all_ids, label_noise_robust)
+        loss, loss_atp, loss_ara = loss_ndf, None, None
         # Both passes of the decoder share keys and values.
-        image_states = outputs.vision_model_output.last_hidden_state
-        images = CADAImages(image_states, share=not (self.training and self.is_activation_checkpointing))
+        share = not (self.training and self.is_activation_checkpointing)
+        images = CADAImages(outputs.vision_model_output.last_hidden_state, share)
         if self.config.use_atp:
-            captions = None if caption_ids is None else gather_batch(caption_ids)
-            images, pairs = self._match_pairs(features, all_ids, images, negative_temperature, captions)
-            loss_atp = self._atp_loss(input_ids, attention_mask, images, *pairs)
+            images, pairs = self._match_pairs(features, all_ids, images, negative_temperature, caption_ids)
+            loss_atp = self._atp_loss(input_ids, attention_mask, images, *pairs, weights)
             loss = loss + loss_atp
         if self.config.use_ara and masked_input_ids is not None and labels is not None:
-            loss_ara = self._ara_loss(masked_input_ids, attention_mask, labels, images, **kwargs)
+            loss_ara = self._ara_loss(masked_input_ids, attention_mask, labels, images, weights, **kwargs)
             loss = loss + self.config.ara_weight * loss_ara
         losses = {"loss": loss, "loss_ndf": loss_ndf, "loss_atp": loss_atp, "loss_ara": loss_ara}
         return CADAOutput(**{**outputs, **losses})
 
     def _check_pairs(self, input_ids, pixel_values, person_ids) -> None:
+        if person_ids is None:
+            raise ValueError("`return_loss=True` needs `person_ids`, the person of each pair.")
         if not len(person_ids) == len(input_ids) == len(pixel_values):
             raise ValueError(
                 f"The losses need pairs: {len(input_ids)} texts, {len(pixel_values)} images and {len(person_ids)} "
@@ -718,10 +720,11 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         # In float32, also under autocast: divided by τ = 0.02, half precision would leave steps of 0.2 in the logits.
         return gather_batch(image_features.float()), gather_batch(text_features.float())
 
-    def _ndf_loss(self, features, all_ids) -> Tensor:
-        """Equation (2), or what takes its place."""
+    def _ndf_loss(self, features, all_ids, label_noise_robust) -> tuple[Tensor, Tensor]:
+        """Equation (2), or what takes its place; and how much each pair of this process counts."""
         with torch.autocast(all_ids.device.type, enabled=False):
-            return contrastive_loss(self.config.contrastive_loss, *features, all_ids, self.config.temperature)
+            kind, temperature = self.config.contrastive_loss, self.config.temperature
+            return contrastive_loss(kind, *features, all_ids, temperature, label_noise_robust)
 
     def _match_pairs(self, features, all_ids, images, temperature, caption_ids):
         """
@@ -731,6 +734,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         rows = len(images.states)
         if self.config.hard_negative_similarity == "cosine":
             features = tuple(F.normalize(values, dim=-1) for values in features)
+        caption_ids = None if caption_ids is None else gather_batch(caption_ids)
         text_index, image_index, match_labels = match_pairs(*features, all_ids, rows, temperature, caption_ids)
         if rows < len(all_ids):  # of other processes' images, those that are a negative here
             used, image_index = image_index.unique(return_inverse=True)
@@ -738,7 +742,7 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
             images = CADAImages(states, share).for_pairs(image_index[:rows])
         return images, (text_index, image_index, match_labels)
 
-    def _atp_loss(self, input_ids, attention_mask, images, text_index, image_index, match_labels) -> Tensor:
+    def _atp_loss(self, input_ids, attention_mask, images, text_index, image_index, match_labels, weights) -> Tensor:
         """Equation (5) for pairs of a text of all processes and an image of `images`."""
         config = self.config
         if config.pool_padding and is_flash_attention_requested(config.text_config):
@@ -755,14 +759,17 @@ class CADAForTextToImageRetrieval(CADAPreTrainedModel):
         # The same groups are cut from every batch, so states are as many as equation (4) has.
         states = F.pad(states, (0, 0, 0, texts.shape[1] - longest))
         groups, group_mask = group_states(states, masks, config.group_size, config.group_stride, config.pool_padding)
-        return atp_loss(self.match_head(states[:, 0]), self.group_match_head(groups), group_mask, match_labels)
+        match_logits, group_logits = self.match_head(states[:, 0]), self.group_match_head(groups)
+        weights = F.pad(weights, (0, len(text_index) - len(weights)), value=1.0)  # the negatives count in full
+        return atp_loss(match_logits, group_logits, group_mask, match_labels, weights)
 
-    def _ara_loss(self, masked_input_ids, attention_mask, labels, images, **kwargs) -> Tensor:
+    def _ara_loss(self, masked_input_ids, attention_mask, labels, images, weights, **kwargs) -> Tensor:
         """Equation (7)."""
         options = {"is_causal": self.config.ara_causal, "return_dict": True, **kwargs}
         states = self.cada.text_model(masked_input_ids, attention_mask, images, **options).last_hidden_state
         masked = labels != -100
-        return ara_loss(self.vocabulary_head(states[masked]), labels[masked])
+        weights = weights[:, None].expand_as(labels)[masked]
+        return ara_loss(self.vocabulary_head(states[masked]), labels[masked], weights)
 
 
 CADAModel.register_for_auto_class("AutoModel")

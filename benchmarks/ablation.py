@@ -54,13 +54,14 @@ DRAWN_ARGUMENTS = ("--dataset", "demo", *cada.demo.RECIPE)
 class Run:
     """
     One training, or with `trained` the evaluation of the model of that run; with these fields of CADAConfig, and by
-    default on the set that the arguments name.
+    default on the set that the arguments name; `arguments` of train_cada.py come after those of all runs.
     """
 
     name: str
     overrides: dict = field(default_factory=dict)
     trained: str | None = None
     dataset: str | None = None
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def plan(start: CADAConfig, drawn: bool) -> dict[str, list[Row]]:
             Row("+NDF+ARA", Run("ara", {"use_atp": False}), only_global),
             Row("+NDF+ATP", atp),
             Row("+NDF+ARA+ATP", full),
+            Row("+NDF+ARA+ATP, robust to noisy captions", Run("robust", arguments=("--label_noise_robust",))),
         ],
         "k": [Row("K = 0", full, only_global)]
         + [Row(f"K = {k}", Run(f"k_{k}", {"rerank_k": k}, trained="full"), ("local",)) for k in K],
@@ -159,6 +161,7 @@ def carry_out(run: Run, seed: int, output_dir: Path, arguments: list[str]) -> No
         overrides = {**json.loads(arguments[arguments.index("--config_overrides") + 1]), **overrides}
     command = [sys.executable, str(ROOT / "train_cada.py"), *arguments, "--seed", str(seed)]
     command += ["--output_dir", str(folder), "--config_overrides", json.dumps(overrides), "--disable_tqdm", "true"]
+    command += run.arguments
     if run.trained is None:
         command += ["--do_train", "--do_predict", "--resume_from_checkpoint", "last"]
     else:

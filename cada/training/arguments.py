@@ -230,6 +230,10 @@ class CADATrainingArguments(TrainingArguments):
     )
     negative_temperature_start: float = HfArg(default=10.0, help="T at the first step of 'annealed'.")
     negative_temperature_end: float = HfArg(default=0.01, help="T at the last step of 'annealed'.")
+    label_noise_robust: bool = HfArg(
+        default=False,
+        help="Pairs whose caption seems to describe another person count less. Each batch judges its own pairs.",
+    )
 
     def __post_init__(self):
         for name in (*AT_LEAST_1, *AT_LEAST_0):

@@ -148,8 +148,9 @@ def describe_training(
     }
     if args.negative_sampling == "annealed":
         recipe["negative_temperature"] = f"{args.negative_temperature_start} to {args.negative_temperature_end}"
-    given = {**{name: getattr(args, name) for name in WHERE_GIVEN}, "config_overrides": model.config_overrides}
-    given["lora_rank"] = model.lora_rank
+    given = {name: getattr(args, name) for name in WHERE_GIVEN}
+    given |= {"config_overrides": model.config_overrides, "lora_rank": model.lora_rank}
+    given["label_noise_robust"] = args.label_noise_robust or None
     recipe |= {name: value for name, value in given.items() if value not in (None, "", {})}
     drawn = recipe["steps"] * recipe["batch_size"] * recipe["gradient_accumulation_steps"]
     return {

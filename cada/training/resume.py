@@ -45,7 +45,7 @@ _RECIPE = (
         "max_grad_norm",
     ),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "mixed_precision"),
-    *("negative_sampling", "negative_temperature_start", "negative_temperature_end"),
+    *("negative_sampling", "negative_temperature_start", "negative_temperature_end", "label_noise_robust"),
     *("metric_for_best_model", "load_best_model_at_end"),
 )
 _ANEW = "start a new training from its weights: --model_name_or_path {}, with another --output_dir."

@@ -189,6 +189,7 @@ class CADATrainer(Trainer):
             **{name: values for name, values in inputs.items() if name not in NOT_FOR_THE_MODEL},
             return_loss=True,
             negative_temperature=self._temperature,
+            label_noise_robust=self.args.label_noise_robust,
         )
         if not torch.isfinite(outputs.loss):
             raise CADAError(self._describe_divergence(outputs, inputs))

@@ -16,6 +16,7 @@ from losses_cada import (
     match_pairs,
     ndf_loss,
     ndf_reference_loss,
+    pair_weights,
     positive_pairs,
 )
 
@@ -338,6 +339,85 @@ def test_ara_with_nothing_masked():
     loss.backward()
     assert loss.item() == 0
     assert weight.grad.tolist() == torch.zeros(3, 5).tolist()
+
+
+@pytest.mark.parametrize("loss", [ndf_loss, ndf_reference_loss])
+def test_contrastive_weights(loss):
+    """With the weights 2, 0, 1 the mean holds the first pair twice, the second not at all and the third once."""
+    similarity, same = draw(0, 3, 3), torch.eye(3, dtype=torch.bool)
+    weights = torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64)
+    alone = [loss(similarity, same, 0.5, 3 * one).item() for one in torch.eye(3, dtype=torch.float64)]
+    assert loss(similarity, same, 0.5).item() == pytest.approx(sum(alone) / 3)
+    assert loss(similarity, same, 0.5, weights).item() == pytest.approx((2 * alone[0] + alone[2]) / 3)
+
+
+def test_cmpm_weights():
+    images, texts, same = draw(0, 3, 4), draw(1, 3, 4), torch.eye(3, dtype=torch.bool)
+    alone = [cmpm_loss(images, texts, same, 3 * one).item() for one in torch.eye(3, dtype=torch.float64)]
+    weights = torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64)
+    assert cmpm_loss(images, texts, same, weights).item() == pytest.approx((2 * alone[0] + alone[2]) / 3)
+
+
+def test_atp_weights():
+    """
+    As by hand above, with weights 2 and 1/2. e_cls: (2 log 4/3 + 1/2 log 2) / 2; groups: (2 log 4/3 + 1/2 (log 4/3 +
+    log 2)) / 3.
+    """
+    mask = torch.tensor([[True, False], [True, True]])
+    loss = atp_loss(MATCH_LOGITS, GROUP_LOGITS, mask, MATCH_LABELS, torch.tensor([2.0, 0.5]))
+    expected = (2 * log(4 / 3) + log(2) / 2) / 2 + (2 * log(4 / 3) + (log(4 / 3) + log(2)) / 2) / 3
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_ara_weights():
+    """As by hand above: (2 log 2 + 1/2 log 3) / 2."""
+    logits = torch.tensor([[log(2), 0.0, 0.0], [0.0, 0.0, 0.0]])
+    loss = ara_loss(logits, torch.tensor([0, 2]), torch.tensor([2.0, 0.5]))
+    assert loss.item() == pytest.approx(log(2) + log(3) / 4)
+
+
+def similarity_of(true: list[bool], seed: int = 0) -> torch.Tensor:
+    """Cosines of pairs: a text that describes its image is near it, one that does not is as near as any other's."""
+    images = draw(seed, len(true), 16)
+    texts = torch.where(
+        torch.tensor(true)[:, None], images + 0.5 * draw(seed + 1, len(true), 16), draw(seed + 2, len(true), 16)
+    )
+    return torch.nn.functional.normalize(images, dim=1) @ torch.nn.functional.normalize(texts, dim=1).t()
+
+
+@pytest.mark.parametrize("wrong", [6, 16])
+def test_pairs_of_other_persons_do_not_count(wrong):
+    """Of 32 pairs the wrong ones get nothing, and the others all: 32 / (32 - wrong) each, so that the mean is 1."""
+    weights = pair_weights(
+        similarity_of([False] * wrong + [True] * (32 - wrong)), torch.eye(32, dtype=torch.bool), 0.1
+    )
+    assert weights[:wrong].max() < 0.05
+    torch.testing.assert_close(weights[wrong:], torch.full_like(weights[wrong:], 32 / (32 - wrong)), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("size", [2, 4, 32, 96])
+def test_without_wrong_pairs_all_count_alike(size):
+    weights = pair_weights(similarity_of([True] * size), torch.eye(size, dtype=torch.bool), 0.1)
+    torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0.05, atol=0)
+
+
+def test_images_of_one_person_are_no_mismatched_pairs():
+    """Where the batch holds one person nothing can be told, and a pair of the same person is never an example."""
+    similarity = similarity_of([True] * 8)
+    assert pair_weights(similarity, torch.ones(8, 8, dtype=torch.bool), 0.1).tolist() == [1.0] * 8
+
+
+@PROPERTY
+@given(BATCHES, st.sampled_from([1e-4, 0.1, 10.0]))
+def test_pair_weights_of_any_batch(batch, scale):
+    """Finite, 1 in the mean, without gradient, and never less for a better pair."""
+    ids, seed = batch
+    similarity = (scale * draw(seed, len(ids), len(ids))).requires_grad_()
+    weights = pair_weights(similarity, same_person(ids), 0.02)
+    assert weights.mean().item() == pytest.approx(1) and not weights.requires_grad
+    scores = similarity.detach() / 0.02
+    scores = (scores.log_softmax(dim=0) + scores.log_softmax(dim=1)).diagonal()
+    assert (weights[scores.argsort()].diff() >= -1e-9).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

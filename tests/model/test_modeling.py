@@ -669,6 +669,20 @@ def test_annealed_negatives():
     assert {round(out["loss_ndf"], 4) for out in drawn} == {round(hardest["loss_ndf"], 4)}
 
 
+def test_label_noise_robust_weighs_every_loss(monkeypatch):
+    """Each pair in turn has the weight of all four: the losses differ, and their mean is that of equal weights."""
+    model, batch = tiny_model(), tiny_batch(batch=4)
+    plain, turns = losses(model, batch), []
+    for weights in 4 * torch.eye(4):
+        monkeypatch.setattr(losses_cada, "pair_weights", lambda *_, weights=weights: weights)
+        turns.append(losses(model, batch, label_noise_robust=True))
+    for name in LOSSES:
+        values = [turn[name] for turn in turns]
+        assert sum(values) / 4 == pytest.approx(plain[name], rel=1e-5)
+        assert max(values) - min(values) > 1e-3
+    assert losses(model, batch) == plain  # nobody asked
+
+
 def test_annealed_negatives_in_both_directions():
     """Per pair a drawn text for the image, then a drawn image for the text: both vary from call to call."""
     model, batch = tiny_model(), tiny_batch(batch=4)

@@ -9,11 +9,12 @@ from test_modeling import LOSSES, assert_close, gradients, losses, tiny_model
 from losses_cada import gather_batch
 
 
-SETTINGS = [
-    {},
-    {"contrastive_loss": "ndf_reference", "hard_negative_similarity": "dot", "ara_causal": True},
-    {"contrastive_loss": "cmpm", "pool_padding": False},
-    {"use_ara": False},
+SETTINGS: list[tuple[dict, dict]] = [  # of the configuration, of the forward pass
+    ({}, {}),
+    ({"contrastive_loss": "ndf_reference", "hard_negative_similarity": "dot", "ara_causal": True}, {}),
+    ({"contrastive_loss": "cmpm", "pool_padding": False}, {}),
+    ({"use_ara": False}, {}),
+    ({}, {"label_noise_robust": True}),
 ]
 SHARED = [0, 1, 2, 0, 3, 1]  # persons 0 and 1 are in both halves
 
@@ -45,9 +46,9 @@ def half_batch(rank: int) -> dict[str, torch.Tensor]:
 def one_process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = []
-    for changes in SETTINGS:
+    for changes, options in SETTINGS:
         model = torch.nn.parallel.DistributedDataParallel(tiny_model(**changes))
-        out = model(**half_batch(rank))
+        out = model(**half_batch(rank), **options)
         out.loss.backward()
         grads = {name: parameter.grad for name, parameter in model.module.named_parameters()}
         results.append(({name: out[name].item() for name in LOSSES if out.get(name) is not None}, grads))
@@ -71,16 +72,16 @@ def test_two_processes_equal_one(tmp_path):
     """
     run_processes(one_process, str(tmp_path))
     saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for changes, (first, grads), (second, other_grads) in zip(SETTINGS, saved[0][0], saved[1][0], strict=True):
-        model = tiny_model(**changes)
-        expected = losses(model, joint_batch())
+    for setting, (first, grads), (second, other_grads) in zip(SETTINGS, saved[0][0], saved[1][0], strict=True):
+        model, options = tiny_model(**setting[0]), setting[1]
+        expected = losses(model, joint_batch(), **options)
         assert first.keys() == second.keys() == expected.keys()
         mean = {name: (first[name] + second[name]) / 2 for name in expected}
-        assert mean == pytest.approx(expected, rel=1e-5), changes
-        assert first["loss_ndf"] == pytest.approx(second["loss_ndf"]), changes  # both see the global batch
-        for name, gradient in gradients(model, joint_batch()).items():
+        assert mean == pytest.approx(expected, rel=1e-5), setting
+        assert first["loss_ndf"] == pytest.approx(second["loss_ndf"]), setting  # both see the global batch
+        for name, gradient in gradients(model, joint_batch(), **options).items():
             scale = 1 + gradient.abs().max()
-            assert torch.equal(grads[name], other_grads[name]), (changes, name)
+            assert torch.equal(grads[name], other_grads[name]), (setting, name)
             assert_close(grads[name] / scale, gradient / scale, 1e-5)
     for rank, (_, total, x_grad, y_grad) in enumerate(saved):
         assert total.tolist() == [11, 22]

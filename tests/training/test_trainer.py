@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_colour_set, tiny_config, training_command
+from conftest import save_colour_set, tiny_batch, tiny_config, training_command
 from datasets import Value
 from pedes_layout import LAYOUTS
 
@@ -48,6 +48,17 @@ def test_annealed_temperature_falls_from_start_to_end(tmp_path):
     assert temperatures == pytest.approx([10.0, 1.0, 0.1])
     args.negative_sampling = "hardest"
     assert trainer.negative_temperature() is None
+
+
+def test_label_noise_robust_is_for_the_model(tmp_path):
+    model, batch = CADAForTextToImageRetrieval(tiny_config()), tiny_batch(batch=8)
+    options = {"output_dir": str(tmp_path), "eval_strategy": "no", "load_best_model_at_end": False}
+    computed = []
+    for robust in (False, True):
+        args = CADATrainingArguments(label_noise_robust=robust, use_cpu=True, **options)
+        computed.append(CADATrainer(model=model, args=args).compute_loss(model, batch).item())
+        assert computed[-1] == model(**batch, label_noise_robust=robust).loss.item()
+    assert computed[0] != computed[1]
 
 
 @pytest.mark.parametrize(
