@@ -122,6 +122,7 @@ def report(folder: Path, demos: list[Path]) -> str:
         "A share of the training captions is swapped between persons. `robust` is `--label_noise_robust`, `plain` is "
         "without. Test: persons never seen, all captions right. In percent, mean ± standard deviation; batches of 64.",
     ]
+    shown = []
     for start in STARTS:
         done = [
             seed
@@ -133,9 +134,9 @@ def report(folder: Path, demos: list[Path]) -> str:
             )
         ]
         lines += section(folder, start, done) if done else []
-    return "\n".join(
-        [*lines, "", *footer(f"python benchmarks/noise.py {' '.join(f'runs/demo/{demo.name}' for demo in demos)}")]
-    )
+        shown += [start] if done else []
+    command = f"python benchmarks/noise.py {' '.join(f'runs/demo/{demo.name}' for demo in demos)} --starts "
+    return "\n".join([*lines, "", *footer(command + " ".join(shown))])
 
 
 def seed_of(demo: Path) -> int:
