@@ -40,6 +40,9 @@ logger = logging.get_logger(__name__)
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}  # of each format
 TOLERANCE = 1e-4  # between a graph and PyTorch, both in float32
+# What OpenVINO has compiled, until the process ends. Each gives the thread another stack for signals; where they go in
+# another order than last in, first out, a freed one stays in use, and the next signal ends the process (2026.4).
+_KEPT: list[dict] = []
 
 
 class _Graph(nn.Module):
@@ -238,6 +241,8 @@ class CADAGraphs(nn.Module):
         _check_packages(export_format)
         with in_one_line(f"The graphs of {folder} do not load", folder, "Export the model again."), _quiet():
             self.runners = ExportedModel.from_pretrained(folder, device="cpu", **_options(export_format)).runners
+        if export_format == "openvino":
+            _KEPT.append(self.runners)
 
     def to(self, device: torch.device | str) -> "CADAGraphs":
         """The same; a warning for another device than the CPU."""

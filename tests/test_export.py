@@ -1,8 +1,11 @@
 """A checkpoint as graphs: equal to PyTorch, and used in its place by index and search."""
 
+import gc
 import importlib.util
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers.exporters.base import ExportedModel
 
+import cada.export
 from cada.cli import main
 from cada.evaluation.matching import evaluate_retrieval
 from cada.export import PACKAGES, CADAGraphs, _compare, export_model, is_export, load_export
@@ -121,10 +125,26 @@ def test_evaluation_takes_the_graphs(exported, checkpoint):
 def test_transformers_loads_and_runs_them(exported, checkpoint):
     """By the names that the page of the documentation gives, without our class."""
     runners = ExportedModel.from_pretrained(exported, device="cpu").runners
+    cada.export._KEPT.append(runners)  # which says why
     assert set(runners) == {"image", "text", "match"}
     pixel_values = torch.zeros(1, 3, 32, 16)
     outputs = runners["image"](pixel_values=pixel_values)
     assert outputs["image_embeds"].shape == (1, 8) and outputs["image_states"].shape == (1, 9, 16)
+
+
+def test_signals_arrive_after_graphs_are_gone(exported):
+    """Which once ended the process."""
+    arrived = []
+    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+    try:
+        for _ in range(2):
+            graphs, _ = load_export(exported)
+            del graphs
+            gc.collect()
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert arrived == [True, True]
 
 
 def test_what_a_user_may_get_wrong(exported, checkpoint, tmp_path, capsys, monkeypatch):
