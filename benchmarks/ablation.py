@@ -27,7 +27,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from report import footer
+from report import footer, spread
 from tqdm.auto import tqdm
 
 import cada.demo
@@ -186,14 +186,6 @@ def scores_of(output_dir: Path, name: str, seeds: list[int], stage: str, metric:
             return []
         values.append(json.loads(path.read_text())[f"test_{stage}_{metric}"])
     return values
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Mean ± standard deviation over the seeds."""
-    if not values:
-        return "–"
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{deviation}"
 
 
 def count_parameters(config: CADAConfig) -> float:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from datasets import DatasetDict, disable_progress_bars, load_from_disk
 from pretrain import ROOT, carry_out, scores
-from report import footer
+from report import footer, spread
 
 import cada.demo
 from cada.data.drawn import draw_caption, load_drawn
@@ -90,11 +90,8 @@ def report(folder: Path, seeds: list[int], steps: int, persons: int) -> str:
         "|---|---:|---:|---:|---:|",
     ]
     for run, title in TITLES.items():
-        cells = []
-        for name in ("global_R1", "global_mAP", "local_R1", "local_mAP"):
-            values = scores(folder, seeds, run, name)
-            spread = f" ± {statistics.stdev(values):.1f}" if values[1:] else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        names = ("global_R1", "global_mAP", "local_R1", "local_mAP")
+        cells = [spread(scores(folder, seeds, run, name)) for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     command = f"python benchmarks/long_captions.py --steps {steps} --persons {persons} --seeds "
     return "\n".join([*lines, "", *footer(command + " ".join(map(str, seeds)))])

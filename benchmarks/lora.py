@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import disable_progress_bars, load_from_disk
-from report import footer
+from report import footer, spread
 
 import cada.training.lora
 import train_cada
@@ -141,10 +141,7 @@ def report(results: dict, seconds: dict[str, float], steps: int, arguments: list
             tried = ", ".join(f"{other:g}" for other in WAYS[name].rates)
             cells = [f"{rate:g} ({tried})", f"{rows[0]['trained']:,}", f"{rows[0]['bytes'] / 1000:,.0f}"]
             cells.append(f"{seconds[name]:.2f}")
-        for score in ("test_global_R1", "test_local_R1"):
-            values = [row[score] for row in rows]
-            spread = f" ± {statistics.stdev(values):.1f}" if values[1:] else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        cells += [spread([row[score] for row in rows]) for score in ("test_global_R1", "test_local_R1")]
         lines.append(f"| {WAYS[name].title} | {' | '.join(cells)} |")
     command = " ".join(["python benchmarks/lora.py", *arguments])
     return "\n".join([*lines, "", *footer(command, ("peft",))])

@@ -16,12 +16,11 @@ import cada  # noqa: F401  # before torch: it makes waiting threads sleep
 import argparse
 import json
 import random
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, DatasetDict, disable_progress_bars
-from report import footer
+from report import footer, spread
 
 import cada.demo
 import train_cada
@@ -103,11 +102,7 @@ def section(folder: Path, start: str, seeds: list[int]) -> list[str]:
             runs = [folder / start / f"seed_{seed}" / f"swapped_{share}" / losses for seed in seeds]
             results = [json.loads((run / "test_results.json").read_text()) for run in runs]
             scores[losses] = [[result[f"test_{score}"] for result in results] for score in SCORES]
-            cells = [
-                f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if values[1:] else "")
-                for values in scores[losses]
-            ]
-            lines.append(f"| {share:.0%} | {losses} | {' | '.join(cells)} |")
+            lines.append(f"| {share:.0%} | {losses} | {' | '.join(map(spread, scores[losses]))} |")
         pairs = [list(zip(*both)) for both in zip(scores["robust"], scores["plain"])]
         cells = [", ".join(f"{robust - plain:+.1f}" for robust, plain in values) for values in pairs]
         lines.append(f"| {share:.0%} | difference, seed by seed | {' | '.join(cells)} |")

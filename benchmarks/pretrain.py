@@ -18,13 +18,12 @@ import io
 import json
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value, disable_progress_bars
-from report import footer
+from report import footer, spread
 
 import cada.demo
 from cada.data.drawn import ATTRIBUTES, DOMAINS, draw_caption, draw_image, draw_persons, load_drawn
@@ -125,12 +124,8 @@ def report(folder: Path, seeds: list[int], pairs: int, steps: int, noise: float,
         "|---|---:|---:|---:|---:|---:|",
     ]
     for run, title in ROWS.items():
-        cells = []
-        for name in ("global_R1", "global_mAP", "local_R1", "local_mAP"):
-            values = scores(folder, seeds, run, name)
-            cells.append(
-                f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if values[1:] else "")
-            )
+        names = ("global_R1", "global_mAP", "local_R1", "local_mAP")
+        cells = [spread(scores(folder, seeds, run, name)) for name in names]
         lines.append(f"| {title} | {spend[run]} | {' | '.join(cells)} |")
     lines += ["", "Difference in local Rank-1 that pre-training makes, seed by seed:", ""]
     for run, words in (("alone", "as many steps in all"), ("alone_half", "as many steps on the demo set")):

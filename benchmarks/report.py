@@ -1,11 +1,20 @@
-"""What stands below every report of a benchmark."""
+"""What all reports of benchmarks have: means with their spread, and what stands below."""
 
+import statistics
 from importlib.metadata import version
 
 import torch
 
 from cada.hardware import cpu_has_bfloat16
 from cada.hub.record import environment
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """The mean over the seeds, with the standard deviation where there are several."""
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
 
 
 def footer(command: str, packages: tuple[str, ...] = ()) -> list[str]:

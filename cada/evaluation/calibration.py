@@ -18,6 +18,7 @@ from cada.files import ADAPTER_RECORD, read_json, written_whole
 
 FALSE_ALARMS = (0.01, 0.1)  # shares of the searches for somebody who is not there
 _BINS = 10
+_STEPS = 50  # ten are enough, unless a score is the same for all: then rounding alone moves its weight
 
 
 @dataclass
@@ -49,14 +50,15 @@ def fit_calibration(found: Candidates, config, name: str) -> dict:
     def loss(weights: torch.Tensor) -> float:
         return float(F.binary_cross_entropy_with_logits(evidence @ weights, targets))
 
-    step = torch.ones(3)
-    while step.abs().max() > 1e-9:  # Newton's method
+    for _ in range(_STEPS):  # Newton's method
         chances = (evidence @ weights).sigmoid()
         hessian = evidence.t() * (chances * (1 - chances)) @ evidence
         step = torch.linalg.pinv(hessian, hermitian=True) @ (evidence.t() @ (targets - chances))
         while loss(weights + step) > loss(weights):  # too far
             step /= 2
         weights += step
+        if step.abs().max() < 1e-9:
+            break
     error = expected_calibration_error((evidence @ weights).sigmoid(), right)
     return {
         "weights": weights.tolist(),
